@@ -1,0 +1,251 @@
+"""One group's blocks, and what each is doing.
+
+A block is *in use* (referenced), *cached* (unreferenced, but its contents may still be asked for), or *clean*. Blocks
+live in extents; the pool keeps, for every extent that it holds, how many of its blocks are in use, which are cached
+and which are clean. It knows nothing of other groups: `tidepool.cache.arena` decides who gets which extent.
+
+Every operation costs O(1) a block, plus O(1) for an extent that changes its standing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+class Extent:
+    """A pool's account of one extent.
+
+    Invariant: blocks in use + len(cached) + clean == slots. The extent is *pinned* while ``pins`` > 0, *idle* once
+    only cached blocks keep it, and leaves the pool when all its blocks are clean.
+    """
+
+    __slots__ = ("cached", "filed", "first", "fresh", "number", "pins", "returned", "slots")
+
+    def __init__(self, number: int, first: int, slots: int) -> None:
+        self.number = number
+        self.first = first
+        self.slots = slots
+        self.pins = 0
+        """Blocks in use, and one more where the extent is held for good."""
+        self.cached: dict[int, None] = {}
+        """Cached blocks, coldest first."""
+        self.fresh = 0
+        """Slots from here on haven't been handed out since the extent came."""
+        self.returned: list[int] = []
+        """Clean blocks below ``fresh``, the last returned on top: its bytes are the likeliest in a device's cache."""
+        self.filed = -1
+        """Where the pool's index of extents with clean blocks has this one; -1 for nowhere."""
+
+    @property
+    def clean(self) -> int:
+        """Number of clean blocks."""
+        return self.slots - self.fresh + len(self.returned)
+
+    def take_clean(self, count: int) -> list[int]:
+        """Hand out ``count`` clean blocks; the caller has checked that there are so many."""
+        reused = min(count, len(self.returned))
+        blocks: list[int] = []
+        if reused:
+            blocks = self.returned[-reused:]
+            del self.returned[-reused:]
+        if count > reused:
+            start = self.first + self.fresh
+            self.fresh += count - reused
+            blocks.extend(range(start, start + count - reused))
+        return blocks
+
+
+_IDLE = 32
+_PINNED_CLASSES = (1 << _IDLE) - 1
+
+
+class Pool:
+    """The blocks of one group.
+
+    Args:
+        slots: blocks in an extent.
+        blocks: block ids run from 0 to ``blocks - 1``.
+        first: block ids before this one are never handed out, and extent e starts at block ``first + e x slots``.
+    """
+
+    def __init__(self, slots: int, blocks: int, first: int = 0) -> None:
+        self.slots = slots
+        self.first = first
+        self.refs = [0] * blocks
+        """References to each block; 0 for cached and clean ones."""
+        self.extents: dict[int, Extent] = {}
+        """Extents that this pool holds, by number."""
+        self.lru: dict[int, int] = {}
+        """Cached blocks, coldest first, with the time of their last release."""
+        self.idle: dict[int, int] = {}
+        """Extents with cached blocks and none in use, coldest first, with the time they were last used."""
+        self.pinned_cached: dict[int, None] = {}
+        """Extents that have both blocks in use and cached ones, in the order in which they became so."""
+        self.in_use = 0
+        self.pinned = 0
+        """Extents with a block in use; they can't change hands."""
+        # Extents with clean blocks, in classes by clean.bit_length(): class k has 2^(k-1) to 2^k - 1 of them. Taking
+        # from the lowest class fills extents up, so that others come free whole. Pinned ones come in the classes
+        # from 0 on, idle ones in those from _IDLE on: a block taken from an idle extent pins it.
+        self._partial: list[dict[int, None]] = [{} for _ in range(2 * _IDLE)]
+        self._nonempty = 0
+
+    def extent_of(self, block: int) -> Extent:
+        """The extent that holds ``block``."""
+        return self.extents[(block - self.first) // self.slots]
+
+    def is_cached(self, block: int) -> bool:
+        """Whether the block is unreferenced and kept."""
+        return block in self.lru
+
+    @property
+    def cached(self) -> int:
+        """Number of cached blocks."""
+        return len(self.lru)
+
+    @property
+    def clean(self) -> int:
+        """Number of clean blocks in extents that this pool holds."""
+        return len(self.extents) * self.slots - self.in_use - len(self.lru)
+
+    @property
+    def usable(self) -> int:
+        """Blocks that this pool could hand out without another extent getting pinned: clean and cached ones."""
+        return self.pinned * self.slots - self.in_use
+
+    # What the arena calls. Each keeps the invariants of `Extent` and the indices above.
+
+    def add(self, number: int) -> Extent:
+        """Receive an extent; all its blocks are clean, and the caller is about to take one."""
+        extent = self.extents[number] = Extent(number, self.first + number * self.slots, self.slots)
+        self._file(extent)
+        return extent
+
+    def hold(self, number: int) -> None:
+        """Pin an extent for good: it never turns idle or comes free."""
+        extent = self.extents[number]
+        extent.pins = 1
+        self.pinned += 1
+        self._file(extent)
+
+    def remove(self, number: int) -> None:
+        """Give up an extent without blocks in use, with whatever is cached in it."""
+        extent = self.extents.pop(number)
+        if extent.filed >= 0:
+            self._unfile(extent)
+        self.idle.pop(number, None)
+        for block in extent.cached:
+            del self.lru[block]
+
+    def partial(self, *, pinned: bool) -> Extent | None:
+        """An extent with clean blocks, among the fullest, pinned or idle as asked."""
+        nonempty = self._nonempty & _PINNED_CLASSES if pinned else self._nonempty & ~_PINNED_CLASSES
+        if not nonempty:
+            return None
+        lowest = (nonempty & -nonempty).bit_length() - 1
+        return self.extents[next(iter(self._partial[lowest]))]
+
+    def take(self, extent: Extent, count: int) -> list[int]:
+        """Hand out up to ``count`` clean blocks of an extent, each with one reference."""
+        blocks = extent.take_clean(min(count, extent.clean))
+        for block in blocks:
+            self.refs[block] = 1
+        self._pin(extent, len(blocks))
+        return blocks
+
+    def touch(self, block: int) -> None:
+        """Reference a block that is in use or cached."""
+        self.refs[block] += 1
+        if self.refs[block] == 1:
+            extent = self.extent_of(block)
+            del self.lru[block]
+            del extent.cached[block]
+            self._pin(extent, 1)
+
+    def release(self, block: int, *, keep: bool, now: int) -> Extent:
+        """Drop a reference. The last one leaves the block cached if ``keep``, else clean. Returns its extent."""
+        extent = self.extent_of(block)
+        self.refs[block] -= 1
+        if self.refs[block] == 0:
+            if keep:
+                self.lru[block] = now
+                extent.cached[block] = None
+            else:
+                extent.returned.append(block)
+            self._unpin(extent, now)
+        return extent
+
+    def forget(self, block: int) -> Extent:
+        """Turn a cached block clean. Returns its extent."""
+        extent = self.extent_of(block)
+        del self.lru[block]
+        del extent.cached[block]
+        extent.returned.append(block)
+        if not extent.cached:
+            self.pinned_cached.pop(extent.number, None)
+        self._file(extent)
+        return extent
+
+    def coldest(self) -> int | None:
+        """The coldest cached block, or None."""
+        return next(iter(self.lru), None)
+
+    def coldest_pinned(self) -> int | None:
+        """A cold cached block whose eviction pins no extent: the coldest of the extent that has waited longest."""
+        number = next(iter(self.pinned_cached), None)
+        return None if number is None else next(iter(self.extents[number].cached))
+
+    def live(self) -> Iterator[int]:
+        """Blocks in use."""
+        for extent in self.extents.values():
+            clean = set(extent.returned)
+            for block in range(extent.first, extent.first + extent.fresh):
+                if block not in clean and block not in extent.cached:
+                    yield block
+
+    # Standing of extents.
+
+    def _pin(self, extent: Extent, blocks: int) -> None:
+        """Count ``blocks`` more in use."""
+        if extent.pins == 0:
+            self.pinned += 1
+            self.idle.pop(extent.number, None)
+        extent.pins += blocks
+        self.in_use += blocks
+        if not extent.cached:
+            self.pinned_cached.pop(extent.number, None)
+        else:
+            self.pinned_cached.setdefault(extent.number)
+        self._file(extent)
+
+    def _unpin(self, extent: Extent, now: int) -> None:
+        """Count one block less in use."""
+        extent.pins -= 1
+        self.in_use -= 1
+        if extent.pins == 0:
+            self.pinned -= 1
+            self.pinned_cached.pop(extent.number, None)
+            if extent.cached:
+                self.idle[extent.number] = now
+        elif extent.cached:
+            self.pinned_cached.setdefault(extent.number)
+        self._file(extent)
+
+    def _file(self, extent: Extent) -> None:
+        """Keep the index of extents with clean blocks true after a change."""
+        clean = extent.clean
+        place = -1 if clean == 0 else clean.bit_length() if extent.pins else clean.bit_length() + _IDLE
+        if place == extent.filed:
+            return
+        if extent.filed >= 0:
+            self._unfile(extent)
+        if place >= 0:
+            self._partial[place][extent.number] = None
+            self._nonempty |= 1 << place
+        extent.filed = place
+
+    def _unfile(self, extent: Extent) -> None:
+        members = self._partial[extent.filed]
+        del members[extent.number]
+        if not members:
+            self._nonempty &= ~(1 << extent.filed)

@@ -1,0 +1,306 @@
+"""Tiny checkpoints of hybrid models with random weights, for tests and trials on a CPU.
+
+They are small copies in shape of real models: one state is as large as several hundred tokens of attention
+cache, and the layer counts do not divide evenly. Torch, tokenizers and safetensors, which come with vLLM, are
+needed here and nowhere else in the package.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+Family = Literal["qwen3.5", "nemotron-h"]
+
+VOCAB_SIZE = 512
+MAX_POSITIONS = 8192
+"""Longest sequence, in tokens."""
+
+_HIDDEN = 128
+_CONV_WIDTH = 4
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_END = 0
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_LOGIT_SCALE = 4.0
+"""Standard deviation of the logits: large enough that the best token leads clearly."""
+
+# Enough English for a few hundred merges; nothing is learnt from it but the tokenizer.
+_TEXT = """
+The tide comes in and the tide goes out, and between the two lines that it leaves on the shore there are
+pools.
+Each pool keeps what the last high water brought to it: a few small fish, a crab under its stone, some
+weed that
+waves when a cloud of sand goes by. Some of the pools are deep and hold the same water for days. Others
+are only
+the width of a hand and are filled, emptied and filled again before anyone has looked at them twice.
+A child with a bucket asks how much water there is on the beach. It depends, says her mother, on where
+you stand
+and on when you ask. The sea does not own the pools and the pools do not own the sea; the water moves to
+where
+there is room for it, and no wall has ever been built that could make it do otherwise.
+In the morning we walked along the harbour to the place where the boats are repaired. There was one with
+its name
+painted over, another without a mast, and a third that had been bought, sold and bought again, they said,
+by the
+same two brothers. What do you do with a boat that is too large for one person and too small for three?
+You wait.
+How many people live in the village? About four hundred in winter, two thousand in summer, 1,250 on a
+good day.
+Question: which of these numbers is the largest? Answer: the second one. Question: what is 12 + 30?
+Answer: 42.
+Write a short story about a lighthouse. Explain why the sky is blue. List three things that you can see
+at night.
+"""
+
+
+def make_checkpoint(family: Family, path: Path, *, seed: int = 0) -> Path:
+    """Write a checkpoint of random weights that vLLM and transformers load from disk.
+
+    The same seed gives the same files, byte for byte. The weights never emit the end-of-text token, nor any
+    byte outside ASCII.
+
+    Args:
+        family: whose architecture to copy; ``qwen3.5`` has 6 Gated DeltaNet and 2 attention layers,
+            ``nemotron-h`` has 7 Mamba2, 2 attention and 6 MLP layers.
+        path: directory to write, made if it is not there.
+        seed: of the random weights.
+
+    Returns:
+        ``path``.
+    """
+    config, make_weights = _FAMILIES[family]
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _make_tokenizer()
+    tokenizer.save(str(path / "tokenizer.json"))
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": _SPECIAL_TOKENS[_END],
+        "pad_token": _SPECIAL_TOKENS[_END],
+        "model_max_length": MAX_POSITIONS,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    _write_json(path / "tokenizer_config.json", tokenizer_config)
+    _write_json(path / "config.json", config)
+    _write_json(path / "generation_config.json", {"eos_token_id": _END, "pad_token_id": _END})
+
+    weights = make_weights(_Init(seed), config)
+    weights["lm_head.weight"][_silent_tokens(tokenizer)] = 0.0
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+# Tokenizer --------------------------------------------------------------------------------------------------
+
+
+def _make_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[AddedToken(token, special=True) for token in _SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([_TEXT], trainer)
+    return tokenizer
+
+
+def _silent_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Ids that the model must not emit, so that its text can be read: all but printable ASCII."""
+    silent = []
+    for token in range(VOCAB_SIZE):
+        text = tokenizer.decode([token])  # special tokens decode to nothing
+        if not text or not all(char.isascii() and (char.isprintable() or char == "\n") for char in text):
+            silent.append(token)
+    return silent
+
+
+# Weights ----------------------------------------------------------------------------------------------------
+
+
+class _Init:
+    """Draws weights, in a fixed order, from one seeded generator."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, std: float) -> torch.Tensor:
+        return (torch.randn(*shape, generator=self._generator) * std).bfloat16()
+
+    def uniform(self, *shape: int, low: float, high: float) -> torch.Tensor:
+        return torch.rand(*shape, generator=self._generator) * (high - low) + low
+
+    def linear(self, outputs: int, inputs: int, *, gain: float = 1.0) -> torch.Tensor:
+        """A weight that keeps the variance of its input, times ``gain`` squared."""
+        return self.normal(outputs, inputs, std=gain / math.sqrt(inputs))
+
+    def decay(self, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """``A_log`` and ``dt_bias`` for states that forget within some 10 to 1,000 tokens, head by head."""
+        rate = torch.exp(self.uniform(heads, low=math.log(1e-3), high=math.log(1e-1)))
+        a = self.uniform(heads, low=1.0, high=4.0)
+        step = rate / a
+        inverse_softplus = step + torch.log(-torch.expm1(-step))
+        return torch.log(a), inverse_softplus.bfloat16()
+
+
+def _qwen_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    head_dim = config["head_dim"]
+    q_dim = config["num_attention_heads"] * head_dim
+    kv_dim = config["num_key_value_heads"] * head_dim
+    v_heads = config["linear_num_value_heads"]
+    key_dim = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    value_dim = v_heads * config["linear_value_head_dim"]
+    mlp = config["intermediate_size"]
+    ones, zeros = torch.ones, torch.zeros  # most norms of this family multiply by one plus their weight
+
+    weights = _embeddings(init, "model.embed_tokens.weight", "model.norm.weight", zeros)
+    for index, kind in enumerate(config["layer_types"]):
+        layer = f"model.layers.{index}."
+        weights[layer + "input_layernorm.weight"] = zeros(_HIDDEN).bfloat16()
+        weights[layer + "post_attention_layernorm.weight"] = zeros(_HIDDEN).bfloat16()
+        if kind == "linear_attention":
+            mixer = layer + "linear_attn."
+            weights[mixer + "in_proj_qkv.weight"] = init.linear(2 * key_dim + value_dim, _HIDDEN)
+            weights[mixer + "in_proj_z.weight"] = init.linear(value_dim, _HIDDEN)
+            weights[mixer + "in_proj_b.weight"] = init.linear(v_heads, _HIDDEN)
+            weights[mixer + "in_proj_a.weight"] = init.linear(v_heads, _HIDDEN, gain=0.5)
+            weights[mixer + "conv1d.weight"] = init.normal(2 * key_dim + value_dim, 1, _CONV_WIDTH, std=0.5)
+            weights[mixer + "A_log"], weights[mixer + "dt_bias"] = init.decay(v_heads)
+            weights[mixer + "norm.weight"] = ones(config["linear_value_head_dim"]).bfloat16()
+            weights[mixer + "out_proj.weight"] = init.linear(_HIDDEN, value_dim, gain=2.0)
+        else:
+            mixer = layer + "self_attn."
+            weights[mixer + "q_proj.weight"] = init.linear(2 * q_dim, _HIDDEN)  # queries and output gates
+            weights[mixer + "k_proj.weight"] = init.linear(kv_dim, _HIDDEN)
+            weights[mixer + "v_proj.weight"] = init.linear(kv_dim, _HIDDEN)
+            weights[mixer + "q_norm.weight"] = ones(head_dim).bfloat16()
+            weights[mixer + "k_norm.weight"] = zeros(head_dim).bfloat16()
+            weights[mixer + "o_proj.weight"] = init.linear(_HIDDEN, q_dim, gain=4.0)
+        weights[layer + "mlp.gate_proj.weight"] = init.linear(mlp, _HIDDEN)
+        weights[layer + "mlp.up_proj.weight"] = init.linear(mlp, _HIDDEN)
+        weights[layer + "mlp.down_proj.weight"] = init.linear(_HIDDEN, mlp)
+    return weights
+
+
+def _nemotron_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    head_dim = config["head_dim"]
+    q_dim = config["num_attention_heads"] * head_dim
+    kv_dim = config["num_key_value_heads"] * head_dim
+    heads = config["mamba_num_heads"]
+    inner = heads * config["mamba_head_dim"]
+    conv = inner + 2 * config["n_groups"] * config["ssm_state_size"]
+    mlp = config["intermediate_size"]
+    ones = torch.ones
+
+    weights = _embeddings(init, "backbone.embeddings.weight", "backbone.norm_f.weight", ones)
+    for index, kind in enumerate(config["hybrid_override_pattern"]):
+        layer = f"backbone.layers.{index}."
+        mixer = layer + "mixer."
+        weights[layer + "norm.weight"] = ones(_HIDDEN).bfloat16()
+        if kind == "M":
+            weights[mixer + "in_proj.weight"] = init.linear(inner + conv + heads, _HIDDEN)
+            weights[mixer + "conv1d.weight"] = init.normal(conv, 1, _CONV_WIDTH, std=0.5)
+            weights[mixer + "conv1d.bias"] = init.normal(conv, std=0.1)
+            weights[mixer + "A_log"], weights[mixer + "dt_bias"] = init.decay(heads)
+            weights[mixer + "D"] = ones(heads).bfloat16()
+            weights[mixer + "norm.weight"] = ones(inner).bfloat16()
+            weights[mixer + "out_proj.weight"] = init.linear(_HIDDEN, inner)
+        elif kind == "*":
+            weights[mixer + "q_proj.weight"] = init.linear(q_dim, _HIDDEN, gain=2.0)
+            weights[mixer + "k_proj.weight"] = init.linear(kv_dim, _HIDDEN)
+            weights[mixer + "v_proj.weight"] = init.linear(kv_dim, _HIDDEN)
+            weights[mixer + "o_proj.weight"] = init.linear(_HIDDEN, q_dim, gain=2.0)
+        else:
+            weights[mixer + "up_proj.weight"] = init.linear(mlp, _HIDDEN)
+            weights[mixer + "down_proj.weight"] = init.linear(_HIDDEN, mlp)
+    return weights
+
+
+def _embeddings(
+    init: _Init, embedding: str, final_norm: str, norm: Callable[[int], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What surrounds the layers. The head is not tied to the embedding: a tied one repeats its input."""
+    return {
+        embedding: init.normal(VOCAB_SIZE, _HIDDEN, std=1.0),
+        final_norm: norm(_HIDDEN).bfloat16(),
+        "lm_head.weight": init.linear(VOCAB_SIZE, _HIDDEN, gain=_LOGIT_SCALE),
+    }
+
+
+# Configurations ---------------------------------------------------------------------------------------------
+
+
+_COMMON_CONFIG: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": _HIDDEN,
+    "max_position_embeddings": MAX_POSITIONS,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": _END,
+    "pad_token_id": _END,
+    # 512 bytes per token and attention layer.
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+
+_QWEN_CONFIG: dict[str, Any] = _COMMON_CONFIG | {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 8,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+    "full_attention_interval": 4,
+    "intermediate_size": 256,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attn_output_gate": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+    # A state of 268,288 bytes: 256 KiB in float32 and the convolution's 3 x 1,024 in bfloat16.
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": _CONV_WIDTH,
+    "mamba_ssm_dtype": "float32",
+}
+
+_NEMOTRON_CONFIG: dict[str, Any] = _COMMON_CONFIG | {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    "hybrid_override_pattern": "M-M*-MM-M*-M-M-",
+    "num_hidden_layers": 15,
+    "intermediate_size": 384,
+    "mlp_hidden_act": "relu2",
+    "layer_norm_epsilon": 1e-5,
+    # A state of 334,592 bytes: 320 KiB in float32 and the convolution's 3 x 1,152 in bfloat16.
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 80,
+    "ssm_state_size": 128,
+    "n_groups": 2,
+    "expand": 5,
+    "conv_kernel": _CONV_WIDTH,
+    "use_conv_bias": True,
+    "chunk_size": 128,
+    "mamba_hidden_act": "silu",
+    "mamba_ssm_cache_dtype": "float32",
+}
+
+_FAMILIES: dict[Family, tuple[dict[str, Any], Callable[[_Init, dict[str, Any]], dict[str, torch.Tensor]]]] = {
+    "qwen3.5": (_QWEN_CONFIG, _qwen_weights),
+    "nemotron-h": (_NEMOTRON_CONFIG, _nemotron_weights),
+}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

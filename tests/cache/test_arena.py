@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import pytest
+
+from tidepool.cache import Arena, Cut, Geometry, OutOfBlocksError, Share, choose_geometry, group_layers
+from tidepool.cache.spec import FullAttention, State
+
+MB = 1 << 20
+
+
+def arena(slots: list[int], extents: int, **callbacks: object) -> Arena:
+    cuts = tuple(Cut(120 // n, 120 // n, n) for n in slots)
+    return Arena.elastic(Geometry(120, cuts), extents, **callbacks)  # type: ignore[arg-type]
+
+
+def test_evicting_block_5_of_one_group_leaves_block_5_of_every_other_alone() -> None:
+    evicted: list[tuple[int, int]] = []
+    a = arena([4, 4, 4], 10, on_evict=lambda g, blocks: evicted.extend((g, b) for b in blocks))
+    blocks = [a.allocate(group, 4) for group in range(3)]  # one extent each
+    for group in range(3):
+        a.release(group, blocks[group], keep=[True] * 4)
+    everything = {(g, b) for g in range(3) for b in blocks[g]}
+    # The same ids exist in several groups only if they share an extent number, which they can't; so name them by group.
+    assert len({b for _, b in everything}) == 12
+    five = next(g for g, b in everything if b == 5)
+    a.forget(five, [5])
+    assert not a.pools[five].is_cached(5)
+    for group in range(3):
+        assert sorted(a.pools[group].lru) == [b for b in blocks[group] if (group, b) != (five, 5)]
+
+
+def test_same_id_in_two_fixed_shares_is_two_blocks() -> None:
+    a = Arena.fixed([Share(10, 10, 3, 8), Share(20, 20, 6, 5)], 220)
+    ids = [a.allocate(0, 8), a.allocate(1, 5)]
+    assert set(ids[0]) & set(ids[1]), "the shares are meant to have ids in common"
+    for group in (0, 1):
+        a.release(group, ids[group], keep=[True] * len(ids[group]))
+    shared = (set(ids[0]) & set(ids[1])).pop()
+    a.forget(0, [shared])
+    assert not a.pools[0].is_cached(shared)
+    assert a.pools[1].is_cached(shared)
+
+
+def test_no_side_starves_beside_the_others_idle_cache() -> None:
+    """SGLang issue 34441: 21 MB left in the gap, 54 MB needed, and the other side holds idle cache.
+
+    Two regions that grow toward each other can't use what the other has cached; extents change hands.
+    """
+    groups = group_layers(
+        {"attention": FullAttention(bytes_per_token=32 * 1024), "state": State(54 * MB)}, 16
+    )
+    geometry = choose_geometry(groups)
+    attention, state = 0, 1
+    moved: list[tuple[int, int]] = []
+    a = Arena.elastic(geometry, 11, on_move=lambda extent, old, new: moved.append((old, new)))
+    per_extent = geometry.cuts[attention].slots
+    cache = a.allocate(attention, 10 * per_extent - 40)
+    a.release(attention, cache, keep=[True] * len(cache))
+    left = a.usage().unowned + a.usage().clean
+    assert left <= 21 * MB
+    assert a.admit([0, 3])
+    assert len(a.allocate(state, 3)) == 3
+    assert moved == [(attention, state)] * 3
+    # And back: the state's idle memory serves attention.
+    held = list(a.pools[state].live())
+    a.release(state, held, keep=[True] * 3)
+    assert a.admit([10 * per_extent, 0])
+    a.allocate(attention, 10 * per_extent)
+    assert moved[3:] == [(state, attention)] * 3
+
+
+def test_one_groups_allocation_leaves_what_was_promised_to_another() -> None:
+    a = arena([4, 1], 3)
+    blocks = a.allocate(0, 4)
+    a.release(0, blocks[1:], keep=[True] * 3)
+    assert a.admit([3, 1])
+    # The one unowned extent is promised to group 1, so group 0 evicts its own three cached blocks.
+    assert sorted(a.allocate(0, 3)) == sorted(blocks[1:])
+    assert len(a.allocate(1, 1)) == 1
+
+
+def test_without_a_promise_cached_blocks_are_kept_while_there_is_unowned_memory() -> None:
+    a = arena([4, 1], 3)
+    blocks = a.allocate(0, 4)
+    a.release(0, blocks[1:], keep=[True] * 3)
+    assert a.admit([3, 0])
+    assert not set(a.allocate(0, 3)) & set(blocks)
+    assert a.pools[0].cached == 3
+
+
+def test_touching_many_blocks_of_one_idle_extent_counts_it_once() -> None:
+    a = arena([4, 1], 4)
+    blocks = a.allocate(0, 4)
+    a.release(0, blocks, keep=[True] * 4)
+    assert a.available == 3
+    assert a.extents_needed([0, 2], [blocks, []]) == ([0, 2], 1)
+    assert a.admit([0, 2], [blocks, []])
+    assert not a.admit([0, 3], [blocks, []])
+    assert a.admit([2, 2], [blocks[:2], []]), "the touched extent's other blocks are usable"
+    assert not a.admit([3, 2], [blocks[:2], []])
+
+
+def test_the_colder_of_own_block_and_other_idle_extent_goes() -> None:
+    order: list[tuple[int, list[int]]] = []
+    a = arena([2, 2], 3, on_evict=lambda g, blocks: order.append((g, blocks)))
+    old, new = a.allocate(0, 2), a.allocate(1, 2)
+    a.release(0, old, keep=[True, True])
+    a.release(1, new, keep=[True, True])
+    a.allocate(1, 1)
+    assert order == [(0, old)], "group 0's extent was used longer ago than group 1's own block"
+    a.release(1, a.allocate(1, 1), keep=[True])
+    a.allocate(0, 1)
+    assert order[-1][0] == 1
+
+
+def test_extents_fill_up_so_that_others_come_free_whole() -> None:
+    a = arena([4], 5)
+    first, second = a.allocate(0, 4), a.allocate(0, 4)
+    a.release(0, first[:3], keep=())
+    a.release(0, second[:1], keep=())
+    assert a.allocate(0, 1) == second[:1], "the fuller extent is filled first"
+    a.release(0, first[3:], keep=())
+    assert a.available == 3, "the other one came free whole"
+
+
+def test_refusal_leaves_nothing_allocated() -> None:
+    a = arena([2, 1], 3)
+    with pytest.raises(OutOfBlocksError, match="can't get 5 blocks"):
+        a.allocate(0, 5)
+    assert a.usage().in_use == 0
+    assert a.available == 2
+
+
+def test_fixed_partition_never_lends() -> None:
+    a = Arena.fixed([Share(10, 10, 3, 4), Share(30, 30, 3, 2)], 150)
+    assert not a.admit([5, 0])
+    assert a.admit([4, 2])
+    blocks = a.allocate(0, 4)
+    with pytest.raises(OutOfBlocksError):
+        a.allocate(0, 1)
+    a.release(0, blocks, keep=[True] * 4)
+    assert a.allocate(0, 1) == blocks[:1], "the coldest cached block is reused"

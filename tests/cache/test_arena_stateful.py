@@ -1,0 +1,180 @@
+"""The arena under random use, against the properties that everything else rests on."""
+
+from __future__ import annotations
+
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tidepool.cache import Arena, Cut, Geometry, OutOfBlocksError, Share
+
+
+class ArenaMachine(RuleBasedStateMachine):
+    """Keeps its own account of every block and compares."""
+
+    partition = "elastic"
+
+    @initialize(
+        extents=st.integers(2, 12),
+        slots=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=4),
+    )
+    def build(self, extents: int, slots: list[int]) -> None:
+        size = 96
+        if self.partition == "elastic":
+            cuts = tuple(Cut(size // n - (n % 3), size // n, n) for n in slots)
+            self.arena = Arena.elastic(
+                Geometry(size, cuts), extents, on_evict=self.on_evict, on_move=self.on_move
+            )
+            self.strides = [cut.stride for cut in cuts]
+        else:
+            shares, end = [], size
+            for n in slots:
+                stride = size // n
+                share = Share(stride, stride, -(-end // stride), n + extents)
+                end = (share.first + share.blocks) * stride
+                shares.append(share)
+            self.arena = Arena.fixed(shares, end, on_evict=self.on_evict)
+            self.strides = [share.stride for share in shares]
+        self.groups = len(slots)
+        self.live: list[dict[int, int]] = [{} for _ in slots]
+        self.cached: list[set[int]] = [set() for _ in slots]
+
+    def on_evict(self, group: int, blocks: list[int]) -> None:
+        assert set(blocks) <= self.cached[group], "evicted a block that wasn't cached"
+        self.cached[group] -= set(blocks)
+
+    def on_move(self, extent: int, old: int, new: int) -> None:
+        slots = self.arena.pools[old].slots
+        owned = range(extent * slots, (extent + 1) * slots)
+        assert not set(owned) & (self.live[old].keys() | self.cached[old]), (
+            "an extent moved with blocks in it"
+        )
+
+    def receive(self, group: int, blocks: list[int]) -> None:
+        for block in blocks:
+            assert block not in self.live[group]
+            assert block not in self.cached[group], "handed out a block whose contents are still cached"
+            self.live[group][block] = 1
+
+    @rule(data=st.data())
+    def admit_touch_allocate(self, data: st.DataObject) -> None:
+        """Admission said yes implies that every group gets its blocks."""
+        needs = [data.draw(st.integers(0, 2 * pool.slots + 1)) for pool in self.arena.pools]
+        touched = [
+            data.draw(st.lists(st.sampled_from(sorted(cached)), unique=True, max_size=4)) if cached else []
+            for cached in self.cached
+        ]
+        if not self.arena.admit(needs, touched):
+            return
+        for group, blocks in enumerate(touched):
+            self.arena.touch(group, blocks)
+            for block in blocks:
+                self.cached[group].discard(block)
+                self.live[group][block] = 1
+        for group in data.draw(st.permutations(range(self.groups))):
+            self.receive(group, self.arena.allocate(group, needs[group]))
+        self.arena.settle()
+
+    @rule(data=st.data())
+    def allocate_unasked(self, data: st.DataObject) -> None:
+        group = data.draw(st.integers(0, self.groups - 1))
+        count = data.draw(st.integers(1, 4))
+        try:
+            self.receive(group, self.arena.allocate(group, count))
+        except OutOfBlocksError:
+            # Nobody starves: a refusal means that nothing reclaimable is left for this group.
+            pool = self.arena.pools[group]
+            assert pool.usable < count
+            assert self.arena.available * pool.slots + pool.usable < count
+
+    @precondition(lambda self: any(self.live))
+    @rule(data=st.data())
+    def touch_live(self, data: st.DataObject) -> None:
+        group = data.draw(st.sampled_from([g for g in range(self.groups) if self.live[g]]))
+        block = data.draw(st.sampled_from(sorted(self.live[group])))
+        self.arena.touch(group, [block])
+        self.live[group][block] += 1
+
+    @precondition(lambda self: any(self.live))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        group = data.draw(st.sampled_from([g for g in range(self.groups) if self.live[g]]))
+        blocks = data.draw(
+            st.lists(st.sampled_from(sorted(self.live[group])), unique=True, min_size=1, max_size=8)
+        )
+        keep = data.draw(st.lists(st.booleans(), min_size=len(blocks), max_size=len(blocks)))
+        for block, kept in zip(blocks, keep, strict=True):
+            self.live[group][block] -= 1
+            if self.live[group][block] == 0:
+                del self.live[group][block]
+                if kept:
+                    self.cached[group].add(block)
+        self.arena.release(group, blocks, keep)
+
+    @precondition(lambda self: any(self.cached))
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        group = data.draw(st.sampled_from([g for g in range(self.groups) if self.cached[g]]))
+        blocks = data.draw(st.lists(st.sampled_from(sorted(self.cached[group])), unique=True, min_size=1))
+        self.cached[group] -= set(blocks)
+        self.arena.forget(group, blocks)
+
+    @invariant()
+    def accounts_agree(self) -> None:
+        for group, pool in enumerate(self.arena.pools):
+            assert pool.lru.keys() == self.cached[group]
+            assert set(pool.live()) == self.live[group].keys()
+            assert pool.in_use == len(self.live[group])
+            assert {b: n for b, n in enumerate(pool.refs) if n} == self.live[group]
+            assert 0 not in self.live[group], "the null block was handed out"
+
+    @invariant()
+    def no_two_live_or_cached_blocks_overlap(self) -> None:
+        spans = sorted(
+            (self.arena.address(group, block), self.arena.address(group, block) + self.strides[group])
+            for group in range(self.groups)
+            for block in (*self.live[group], *self.cached[group])
+        )
+        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+            assert end <= start
+
+    @invariant()
+    def bytes_add_up(self) -> None:
+        u = self.arena.usage()
+        assert u.clean + u.cached + u.in_use + u.unowned + u.padding + u.null == u.total
+        assert min(u.clean, u.cached, u.in_use, u.unowned, u.padding, u.null) >= 0
+
+    @invariant()
+    def standing_of_extents_is_true(self) -> None:
+        for group, pool in enumerate(self.arena.pools):
+            held = 1 if self.partition == "fixed" else 0
+            for number, extent in pool.extents.items():
+                span = range(extent.first, extent.first + extent.slots)
+                live = sum(block in self.live[group] for block in span)
+                cached = [block for block in span if block in self.cached[group]]
+                assert extent.pins == live + held
+                assert sorted(extent.cached) == cached
+                assert extent.clean == extent.slots - live - len(cached)
+                assert (number in pool.idle) == (extent.pins == 0)
+                assert extent.pins or cached, "a wholly clean extent wasn't given back"
+                assert (number in pool.pinned_cached) == bool(extent.pins and cached)
+            assert pool.pinned == sum(extent.pins > 0 for extent in pool.extents.values())
+            assert list(pool.lru.values()) == sorted(pool.lru.values())
+            assert list(pool.idle.values()) == sorted(pool.idle.values())
+
+    @invariant()
+    def extents_have_one_owner(self) -> None:
+        if self.partition == "elastic":
+            owned = [number for pool in self.arena.pools for number in pool.extents]
+            assert len(owned) == len(set(owned))
+            assert 0 not in owned
+
+
+class FixedArenaMachine(ArenaMachine):
+    partition = "fixed"
+
+
+ArenaMachine.TestCase.settings = FixedArenaMachine.TestCase.settings = settings(
+    max_examples=200, stateful_step_count=40, deadline=None
+)
+TestElastic = ArenaMachine.TestCase
+TestFixed = FixedArenaMachine.TestCase

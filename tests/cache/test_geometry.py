@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from tidepool.cache import (
+    CacheConfigError,
+    FullAttention,
+    Group,
+    SlidingWindow,
+    State,
+    choose_geometry,
+    fixed_shares,
+)
+from tidepool.cache.geometry import MAX_PADDING_MANY, MAX_PADDING_TWO
+
+ODD = 2 * (4 * (128 * 3 // 8 + 4))  # packed 3-bit codes and an fp32 norm per head and token
+
+
+def attention(bytes_per_token: int, layers: int = 1, tokens: int = 16, align: int = 16) -> Group:
+    names = tuple(f"attention.{bytes_per_token}.{i}" for i in range(layers))
+    return Group(FullAttention(bytes_per_token), names, tokens, align)
+
+
+def state(size: int, layers: int = 1, align: int = 16) -> Group:
+    return Group(State(size), tuple(f"state.{size}.{i}" for i in range(layers)), 512, align)
+
+
+def check(groups: list[Group], limit: float) -> None:
+    geometry = choose_geometry(groups)
+    for group, cut in zip(groups, geometry.cuts, strict=True):
+        assert cut.slots * cut.stride == geometry.extent_bytes
+        assert cut.stride >= group.block_bytes == cut.block_bytes
+        assert cut.stride % group.align == 0
+        assert cut.padding < limit
+
+
+@pytest.mark.parametrize(
+    ("groups", "slots", "padding"),
+    [
+        # Published shapes: Qwen3.5-4B, Qwen3.5-0.8B (fp32 states), Nemotron-3-Nano-4B (bf16 states).
+        ([attention(4096, 8), state(2_146_304, 24)], (99, 1), 0.0076),
+        ([attention(2048, 6), state(1_085_440, 18)], (100, 1), 0.0063),
+        ([attention(4096, 4), state(2_024_448, 21)], (163, 1), 0.0051),
+    ],
+)
+def test_published_models(groups: list[Group], slots: tuple[int, ...], padding: float) -> None:
+    geometry = choose_geometry(groups)
+    assert tuple(cut.slots for cut in geometry.cuts) == slots
+    assert geometry.padding == pytest.approx(padding, abs=1e-4)
+    assert geometry.cuts[0].padding == 0, "the group with the most blocks isn't padded"
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    st.integers(1_000, 45_000_000),
+    st.integers(1, 4096),
+    st.integers(1, 48),
+    st.sampled_from([16, 32]),
+    st.sampled_from([1, 4, 16, 64]),
+)
+def test_two_groups_stay_under_one_percent(
+    size: int, per_token: int, layers: int, tokens: int, align: int
+) -> None:
+    size = -(-size // 256) * 256
+    per_token = -(-per_token // 4) * 4
+    check([attention(per_token, layers, tokens, align), state(size, align=align)], MAX_PADDING_TWO)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_up_to_thirty_groups_stay_under_two_percent(data: st.DataObject) -> None:
+    """A 40 MB state beside pages down to a 9 KB drafter page, packed caches of odd sizes among them."""
+    heads = st.sampled_from([1, 2, 4, 8])
+    packed = st.builds(
+        lambda heads, dim, bits, layers: attention(2 * heads * (dim * bits // 8 + 4), layers),
+        heads,
+        st.sampled_from([64, 80, 128, 256]),
+        st.sampled_from([2, 3, 4, 8]),
+        st.integers(1, 12),
+    )
+    plain = st.builds(
+        lambda heads, dim, layers: attention(4 * heads * dim, layers), heads, st.just(128), st.just(2)
+    )
+    groups = [
+        state(data.draw(st.integers(9_000_000, 11_000_000)) * 4, align=16),
+        attention(576),
+        attention(ODD),
+    ]
+    groups += data.draw(st.lists(packed | plain, max_size=27))
+    check(groups, MAX_PADDING_MANY)
+
+
+def test_what_cannot_be_met_is_said() -> None:
+    primes = [1_000_003, 999_983, 999_979, 999_961]
+    with pytest.raises(
+        CacheConfigError, match=r"4 block sizes from 999,961 to 1,000,003 bytes.*allow more padding"
+    ):
+        choose_geometry([state(p, align=1 << 18) for p in primes], max_padding=0.001)
+    with pytest.raises(CacheConfigError, match="at least one group"):
+        choose_geometry([])
+
+
+def test_equal_groups_cut_alike() -> None:
+    geometry = choose_geometry([state(4096), state(4096), attention(256)])
+    assert geometry.cuts[0] == geometry.cuts[1]
+
+
+class TestSafetyOfSizes:
+    def test_a_forced_up_block_never_exceeds_its_page(self) -> None:
+        page = Group(FullAttention(ODD), ("l",), 12, page_bytes=12 * ODD)
+        assert page.with_kernel_block(4).block_tokens == 12
+        natural = Group(FullAttention(ODD), ("l",), 12)
+        assert natural.with_kernel_block(16).page_bytes == 16 * ODD, "a natural page grows with its block"
+        roomy = Group(FullAttention(ODD), ("l",), 12, page_bytes=16 * ODD + 8)
+        assert roomy.with_kernel_block(16).page_bytes == 16 * ODD + 8
+        with pytest.raises(CacheConfigError, match=r"block of 16 tokens needs 6,656 bytes.*has 6,000"):
+            Group(FullAttention(ODD), ("l",), 12, page_bytes=6_000).with_kernel_block(16)
+
+    @given(st.integers(1, 10_000), st.integers(1, 64), st.integers(0, 700_000), st.sampled_from([16, 32]))
+    def test_whatever_the_sizes(self, per_token: int, tokens: int, page: int, kernel: int) -> None:
+        try:
+            group = Group(FullAttention(per_token), ("l",), tokens, page_bytes=page).with_kernel_block(kernel)
+        except CacheConfigError:
+            assert 0 < page < math.ceil(tokens / kernel) * kernel * per_token
+        else:
+            assert group.block_tokens % kernel == 0
+            assert group.block_tokens * per_token <= group.page_bytes
+
+
+def test_specs_refuse_nonsense() -> None:
+    for make in (
+        lambda: FullAttention(0),
+        lambda: State(-1),
+        lambda: SlidingWindow(4, 0),
+        lambda: attention(4, 0),
+    ):
+        with pytest.raises(CacheConfigError):
+            make()
+
+
+def test_blocks_for_a_request() -> None:
+    assert Group(SlidingWindow(64, 100), ("l",), 16).blocks_for(10_000) == 8
+    assert Group(SlidingWindow(64, 100), ("l",), 16).blocks_for(33) == 3
+    assert attention(64).blocks_for(33) == 3
+    assert Group(State(64, copies=2), ("l",), 16).blocks_for(10_000) == 2
+
+
+class TestFixedShares:
+    def test_states_get_max_requests_blocks_and_attention_the_rest(self) -> None:
+        groups = [attention(2048, 6), state(1_085_440, 18)]
+        total = 1_094_912 * 12_288 + 256 * 18 * 1_085_440
+        attn, states = fixed_shares(groups, total, 256, 32_768)
+        assert states.blocks == 256
+        assert states.first == 1, "the null block takes the first"
+        assert attn.first * attn.stride >= (states.first + states.blocks) * states.stride
+        assert (attn.first + attn.blocks) * attn.stride <= total
+
+    def test_impossible_budgets_say_what_to_do(self) -> None:
+        with pytest.raises(CacheConfigError, match=r"lower max_num_seqs, or use the elastic partition"):
+            fixed_shares([attention(64), state(4096)], 4096 * 9, 8, 100)
+        with pytest.raises(CacheConfigError, match=r"nothing is left for attention|more than the"):
+            fixed_shares([attention(64), state(4096)], 4096, 8, 100)
+
+    @given(st.integers(1, 64), st.integers(1, 40), st.integers(20_000, 10_000_000))
+    def test_shares_never_overlap(self, requests: int, layers: int, total: int) -> None:
+        groups = [attention(ODD, layers), state(4096, 3), state(1040), attention(64)]
+        try:
+            shares = fixed_shares(groups, total, requests, 4096)
+        except CacheConfigError:
+            return
+        spans = sorted((s.first * s.stride, (s.first + s.blocks) * s.stride) for s in shares)
+        assert spans[0][0] >= max(s.stride for s in shares), "block 0 is everyone's null block"
+        assert spans[-1][1] <= total
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
