@@ -51,8 +51,8 @@ def test_no_side_starves_beside_the_others_idle_cache() -> None:
     )
     geometry = choose_geometry(groups)
     attention, state = 0, 1
-    moved: list[tuple[int, int]] = []
-    a = Arena.elastic(geometry, 11, on_move=lambda extent, old, new: moved.append((old, new)))
+    moved: list[tuple[int | None, int]] = []
+    a = Arena.elastic(geometry, 11, on_move=lambda extent, old, new: old is None or moved.append((old, new)))
     per_extent = geometry.cuts[attention].slots
     cache = a.allocate(attention, 10 * per_extent - 40)
     a.release(attention, cache, keep=[True] * len(cache))

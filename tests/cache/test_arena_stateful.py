@@ -42,12 +42,11 @@ class ArenaMachine(RuleBasedStateMachine):
         assert set(blocks) <= self.cached[group], "evicted a block that wasn't cached"
         self.cached[group] -= set(blocks)
 
-    def on_move(self, extent: int, old: int, new: int) -> None:
-        slots = self.arena.pools[old].slots
-        owned = range(extent * slots, (extent + 1) * slots)
-        assert not set(owned) & (self.live[old].keys() | self.cached[old]), (
-            "an extent moved with blocks in it"
-        )
+    def on_move(self, extent: int, old: int | None, new: int) -> None:
+        for group in range(self.groups) if old is None else (old,):
+            slots = self.arena.pools[group].slots
+            owned = set(range(extent * slots, (extent + 1) * slots))
+            assert not owned & (self.live[group].keys() | self.cached[group]), "moved with blocks in it"
 
     def receive(self, group: int, blocks: list[int]) -> None:
         for block in blocks:

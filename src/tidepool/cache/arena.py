@@ -50,7 +50,7 @@ class Arena:
 
     Two callbacks tell the owner of the blocks' contents what is lost:
     ``on_evict(group, blocks)`` before cached blocks turn clean or leave with their extent, and
-    ``on_move(extent, old_group, new_group)`` when an extent changes hands.
+    ``on_move(extent, old_group, new_group)`` when an extent gets an owner; ``old_group`` is None if it had none.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Arena:
         total_bytes: int,
         null_bytes: int,
         on_evict: Callable[[int, list[int]], None] | None = None,
-        on_move: Callable[[int, int, int], None] | None = None,
+        on_move: Callable[[int, int | None, int], None] | None = None,
     ) -> None:
         self.pools = tuple(pools)
         self._unowned = list(unowned)
@@ -88,7 +88,7 @@ class Arena:
         extents: int,
         *,
         on_evict: Callable[[int, list[int]], None] | None = None,
-        on_move: Callable[[int, int, int], None] | None = None,
+        on_move: Callable[[int, int | None, int], None] | None = None,
     ) -> Arena:
         """An arena of ``extents`` extents, all but extent 0 unowned; extent 0 holds every group's null block."""
         return cls(
@@ -261,7 +261,9 @@ class Arena:
             if extent := pool.partial(pinned=False):
                 return self._spend(group, extent)
             if self._unowned:
-                return self._spend(group, pool.add(self._unowned.pop()))
+                number = self._unowned.pop()
+                self._on_move(number, None, group)
+                return self._spend(group, pool.add(number))
             own = pool.coldest()
             idle = coldest_idle_extent(self.pools, asking=group)
             if own is not None and prefers_own(pool.lru[own], idle):

@@ -1,0 +1,285 @@
+"""What mixes tokens in a layer: its cache, and its weights.
+
+Every mixer gives, for one device, the layer cache of `tidepool.cache` and its number of parameters. State
+shapes follow vLLM 0.32's state shape calculator; a test compares them with vLLM's own model classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from tidepool.cache.spec import FullAttention, LayerCache, SlidingWindow, State
+from tidepool.models.config import ModelConfigError
+from tidepool.models.dtypes import head_bytes, latent_bytes, state_bytes
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a deployment keeps its caches."""
+
+    kv_dtype: str = "auto"
+    """Of attention; ``auto`` is the model's own type."""
+    state_dtype: str = "auto"
+    """Of the recurrent part of a state; ``auto`` is what vLLM 0.32 chooses for the model."""
+    tp: int = 1
+    """Tensor parallel size."""
+    copies: int = 1
+    """States that a running request holds in every state layer."""
+    speculative_tokens: int = 0
+    """Draft tokens of a step: convolution states get as many columns more."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Number types of a model."""
+
+    model_bytes: int
+    """Bytes of one number of weights and activations."""
+    state_dtype: str
+    """What ``state_dtype="auto"`` means."""
+
+
+class Mixer(Protocol):
+    """A token mixer of one layer."""
+
+    @property
+    def parameters(self) -> int:
+        """Its weights, on all devices together."""
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """What it keeps on one device."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention that keeps a key and a value for every token, or for those in ``window``."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    window: int | None = None
+    gated: bool = False
+    """Whether queries come with an output gate of their size."""
+
+    @property
+    def parameters(self) -> int:
+        """Projections of queries (and gates), keys, values and output."""
+        queries = self.heads * self.head_size
+        return self.hidden * (
+            (2 if self.gated else 1) * queries + 2 * self.kv_heads * self.head_size + queries
+        )
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """Bytes per token: KV heads of the device (one at least, then replicated) times bytes per head."""
+        kv_heads = max(1, self.kv_heads // options.tp)
+        per_token = kv_heads * head_bytes(
+            options.kv_dtype, self.head_size, self.head_size, numerics.model_bytes
+        )
+        return FullAttention(per_token) if self.window is None else SlidingWindow(per_token, self.window)
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Latent attention (MLA): one compressed vector for every token, whole on every device."""
+
+    hidden: int
+    heads: int
+    latent: int
+    rope: int
+    nope: int
+    value: int
+    query_latent: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Down and up projections of the latent, queries (directly or over a latent) and output."""
+        queries = self.heads * (self.nope + self.rope)
+        down = self.query_latent
+        query = self.hidden * queries if down is None else self.hidden * down + down * queries
+        return (
+            query
+            + self.hidden * (self.latent + self.rope)
+            + self.latent * self.heads * (self.nope + self.value)
+            + self.heads * self.value * self.hidden
+        )
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """Bytes per token: the latent and the rotary part."""
+        return FullAttention(latent_bytes(options.kv_dtype, self.latent + self.rope, numerics.model_bytes))
+
+
+@dataclass(frozen=True)
+class PooledIndexer:
+    """The index of a sparse attention layer: one fp8 key and its fp32 scale for every ``pool`` tokens."""
+
+    hidden: int
+    heads: int
+    head_size: int
+    query_latent: int
+    pool: int
+
+    @property
+    def parameters(self) -> int:
+        """Projections of queries, keys, head weights and the pool's gate."""
+        return self.query_latent * self.heads * self.head_size + self.hidden * (
+            2 * self.head_size + self.heads
+        )
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """Bytes per token, rounded up to whole bytes."""
+        return FullAttention(-(-(self.head_size + 4) // self.pool))
+
+
+@dataclass(frozen=True)
+class IndexerTail:
+    """Keys and gates of the pool that is still filling, in bfloat16: one ring for every request."""
+
+    head_size: int
+    pool: int
+    parameters: int = 0
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """A ring of one pool, or as many (a power of two) as the draft tokens of a step may touch."""
+        pools = -(-(self.pool + options.speculative_tokens) // self.pool)
+        ring = self.pool * (1 << (pools - 1).bit_length())
+        return State(ring * 2 * self.head_size * 2)
+
+
+@dataclass(frozen=True)
+class GatedDelta:
+    """Gated DeltaNet: a convolution over keys, queries and values, and a matrix for every value head."""
+
+    hidden: int
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    kernel: int
+
+    @property
+    def parameters(self) -> int:
+        """Input projections (queries, keys, values, gate, two numbers a head), convolution, output."""
+        keys, values = self.key_heads * self.key_size, self.value_heads * self.value_size
+        projections = self.hidden * (2 * keys + 2 * values + 2 * self.value_heads) + values * self.hidden
+        return projections + (2 * keys + values) * self.kernel
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """``(kernel - 1) x channels`` in the model's type, ``value heads x value x key`` in the state's."""
+        channels = 2 * self.key_heads * self.key_size + self.value_heads * self.value_size
+        matrices = _share(self.value_heads, options.tp, "value heads") * self.value_size * self.key_size
+        return _state(options, numerics, channels, self.kernel, matrices)
+
+
+@dataclass(frozen=True)
+class KimiDelta:
+    """Kimi Delta Attention: Gated DeltaNet with a gate for every channel; as many key as value heads."""
+
+    hidden: int
+    heads: int
+    head_size: int
+    kernel: int
+
+    @property
+    def parameters(self) -> int:
+        """Queries, keys, values, output, two low-rank gates, one number a head, convolution."""
+        inner = self.heads * self.head_size
+        gates = 2 * (self.hidden * self.head_size + self.head_size * inner)
+        return 4 * self.hidden * inner + gates + self.hidden * self.heads + 3 * inner * self.kernel
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """``(kernel - 1) x channels`` in the model's type and ``heads x size x size`` in the state's."""
+        matrices = _share(self.heads, options.tp, "heads") * self.head_size**2
+        return _state(options, numerics, 3 * self.heads * self.head_size, self.kernel, matrices)
+
+
+@dataclass(frozen=True)
+class Mamba2:
+    """Mamba2: a convolution over inputs, B and C, and a matrix for every head."""
+
+    hidden: int
+    heads: int
+    head_size: int
+    groups: int
+    state_size: int
+    kernel: int
+
+    @property
+    def parameters(self) -> int:
+        """Input projection (gate, inputs, B, C, one number a head), convolution with bias, output, norm."""
+        inner = self.heads * self.head_size
+        channels = inner + 2 * self.groups * self.state_size
+        return (
+            self.hidden * (inner + channels + self.heads)
+            + channels * (self.kernel + 1)
+            + inner * self.hidden
+            + inner
+            + 3 * self.heads
+        )
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """``(kernel - 1) x channels`` in the model's type and ``heads x size x state`` in the state's.
+
+        Groups that don't divide among the devices are replicated until they do.
+        """
+        groups = self.groups if self.groups % options.tp == 0 else options.tp
+        channels = self.heads * self.head_size + 2 * groups * self.state_size
+        matrices = _share(self.heads, options.tp, "heads") * self.head_size * self.state_size
+        return _state(options, numerics, channels, self.kernel, matrices)
+
+
+@dataclass(frozen=True)
+class Mamba1:
+    """Mamba: a convolution over the inputs, and ``state_size`` numbers for every channel."""
+
+    hidden: int
+    inner: int
+    state_size: int
+    kernel: int
+    step_rank: int
+
+    @property
+    def parameters(self) -> int:
+        """Input and gate, convolution with bias, step sizes, B and C, A, D, output."""
+        selection = self.inner * (self.step_rank + 2 * self.state_size) + self.inner * (self.step_rank + 1)
+        return 3 * self.hidden * self.inner + self.inner * (self.kernel + 1 + self.state_size + 1) + selection
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """``(kernel - 1) x channels`` in the model's type and ``channels x state`` in the state's."""
+        numbers = _share(self.inner, options.tp, "channels") * self.state_size
+        plain = CacheOptions(state_dtype=options.state_dtype, tp=options.tp, copies=options.copies)
+        return _state(plain, numerics, self.inner, self.kernel, numbers)
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """A gated short convolution: its state is the last ``kernel - 1`` inputs, in the model's type."""
+
+    hidden: int
+    channels: int
+    kernel: int
+
+    @property
+    def parameters(self) -> int:
+        """Two gates and the input, convolution, output."""
+        return 4 * self.hidden * self.channels + self.channels * self.kernel
+
+    def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
+        """``(kernel - 1) x channels``."""
+        plain = CacheOptions(tp=options.tp, copies=options.copies)
+        return _state(plain, numerics, self.channels, self.kernel, 0)
+
+
+def _state(options: CacheOptions, numerics: Numerics, channels: int, kernel: int, numbers: int) -> State:
+    """A convolution of ``channels`` on all devices, and ``numbers`` of recurrent state on this one."""
+    columns = kernel - 1 + options.speculative_tokens
+    convolution = columns * _share(channels, options.tp, "convolution channels") * numerics.model_bytes
+    recurrent = numbers * state_bytes(options.state_dtype, numerics.state_dtype)
+    return State(convolution + recurrent, options.copies)
+
+
+def _share(count: int, tp: int, what: str) -> int:
+    if count % tp:
+        raise ModelConfigError(f"{count} {what} don't divide among {tp} devices: choose another --tp.")
+    return count // tp

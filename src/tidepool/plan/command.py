@@ -1,0 +1,136 @@
+"""The command ``tidepool plan``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidepool.cache import CacheConfigError
+from tidepool.models import KV_DTYPES, STATE_DTYPES, Model, ModelConfigError, find_model, names
+from tidepool.plan.inputs import GPU_MIB, Card, PlanError, find_card, parse_lengths, parse_mix, parse_size
+from tidepool.plan.planner import Plan, PlanOptions, make_plan
+from tidepool.plan.words import size
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="A name of the catalogue, a model directory or a config.json.")
+    ] = None,
+    list_models: Annotated[bool, typer.Option("--list", help="List the catalogue and stop.")] = False,
+    memory: Annotated[str | None, typer.Option(help="KV memory of one device, like 18GiB.")] = None,
+    gpu: Annotated[str | None, typer.Option(help=f"A card instead: {', '.join(GPU_MIB)}.")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the card that is used.")] = 0.92,
+    reserve: Annotated[str, typer.Option(help="With --gpu: for activations and graphs.")] = "2GiB",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="With --gpu: weights on one device; by default estimated from the shapes."),
+    ] = None,
+    kv_cache_dtype: Annotated[str, typer.Option(help=f"Of attention: {', '.join(KV_DTYPES)}.")] = "auto",
+    state_dtype: Annotated[str, typer.Option(help=f"Of states: {', '.join(STATE_DTYPES)}.")] = "auto",
+    block_size: Annotated[int, typer.Option(help="Tokens of an attention block; CPU kernels need 32.")] = 16,
+    prefix_caching: Annotated[
+        bool, typer.Option("--prefix-caching", help="A running request holds one state more.")
+    ] = False,
+    speculative_tokens: Annotated[int, typer.Option(help="Draft tokens of a step.")] = 0,
+    tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest request; the model's own by default.")
+    ] = None,
+    context: Annotated[str, typer.Option(help="Request lengths to count, in tokens.")] = "1k,8k,32k,128k",
+    mix: Annotated[
+        str, typer.Option(help="Requests for the memory map: how many x how long.")
+    ] = "32x2100,2x33k",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
+) -> None:
+    """Say what fits on a device, for stock vLLM and for both partitions of tidepool. Loads nothing."""
+    try:
+        if list_models:
+            typer.echo("\n".join(names()))
+            return
+        if model is None:
+            raise PlanError("Name a model, or list the catalogue with --list.")
+        name, source, shapes = find_model(model)
+        card = _card(shapes, gpu, gpu_memory_utilization, reserve, weights, tp, pp)
+        options = PlanOptions(
+            kv_bytes=_kv_bytes(memory, card),
+            block_tokens=block_size,
+            prefix_caching=prefix_caching,
+            kv_dtype=kv_cache_dtype,
+            state_dtype=state_dtype,
+            tp=tp,
+            pp=pp,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            speculative_tokens=speculative_tokens,
+            contexts=tuple(parse_lengths(context)),
+            mix=tuple(parse_mix(mix)),
+        )
+        made = make_plan(name, source, shapes, options, card)
+        if html is not None:
+            from tidepool.plan.page import render_page
+
+            html.write_text(render_page(made), encoding="utf-8")
+    except (PlanError, ModelConfigError, CacheConfigError) as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"Can't write {html}: {error.strerror}.")
+    if as_json:
+        typer.echo(json.dumps(plan_to_dict(made), indent=2))
+        return
+    from rich.console import Console
+
+    from tidepool.plan.table import WIDTH, print_plan
+
+    print_plan(made, Console(width=WIDTH if not sys.stdout.isatty() else None))
+
+
+def plan_to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as plain numbers, strings, lists and dicts."""
+    content = asdict(plan)
+    for kind, column in plan.columns.items():
+        memory = content["columns"][kind]["memory"]
+        memory["unit_bytes"], memory["units"] = column.memory.unit_bytes, column.memory.units
+        for group, planned in zip(memory["groups"], column.memory.groups, strict=True):
+            group["stride"], group["padding"] = planned.stride, planned.padding
+        content["columns"][kind]["account"]["waste"] = column.account.waste
+    return content
+
+
+def _card(
+    model: Model, gpu: str | None, utilization: float, reserve: str, weights: str | None, tp: int, pp: int
+) -> Card | None:
+    if gpu is None:
+        return None
+    if not 0 < utilization <= 1:
+        raise PlanError(f"gpu-memory-utilization must be above 0 and at most 1, not {utilization:g}.")
+    if tp <= 0 or pp <= 0:
+        raise PlanError("tp and pp must be positive.")
+    weight_bytes = model.weight_bytes(tp, pp) if weights is None else parse_size(weights)
+    return Card(gpu, find_card(gpu), utilization, weight_bytes, parse_size(reserve))
+
+
+def _kv_bytes(memory: str | None, card: Card | None) -> int:
+    if (memory is None) == (card is None):
+        raise PlanError("Give the KV memory of one device with --memory, or a card with --gpu, and not both.")
+    if card is None:
+        return parse_size(memory or "")
+    if card.kv_bytes <= 0:
+        raise PlanError(
+            f"{size(card.weight_bytes)} of weights and {size(card.reserve_bytes)} of reserve leave nothing "
+            f"for the KV cache on {size(card.total_bytes)} x {card.utilization:g}: use more devices (--tp, "
+            "--pp) or a larger card."
+        )
+    return card.kv_bytes
+
+
+def _fail(message: str) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,166 @@
+"""The plan as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from tidepool.plan import words
+from tidepool.plan.chart import curve_chart
+from tidepool.plan.memory import Kind
+from tidepool.plan.planner import SHORT_REQUEST, Column, Plan
+from tidepool.plan.rows import sections
+
+
+def render_page(plan: Plan) -> str:
+    """The whole page."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    name = escape(plan.model_name)
+    notes = [f"{words.TITLES[kind]}: {reason}" for kind, reason in plan.missing.items()]
+    if not plan.hybrid:
+        notes.insert(0, words.STEPS_ASIDE)
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{name}: what fits</title><style>{style}</style></head><body><main>",
+            f"<header><h1>{name}: what fits</h1>",
+            f"<p>{escape(plan.family)}, {plan.parameters / 1e9:.2f} B weights.",
+            f"{escape(words.budget(plan))}.</p>",
+            f'<p class="quiet">{escape(words.setting(plan))}.</p></header>',
+            *(f"<p>{escape(note)}</p>" for note in notes),
+            '<div class="facts">',
+            *(_fact(kind, column) for kind, column in plan.columns.items()),
+            "</div>",
+            _map(plan),
+            '<div class="two">',
+            _curve(plan),
+            _dtypes(plan),
+            "</div>",
+            _table(plan),
+            f'<p class="quiet">Shapes: {escape(plan.source)}. Made by tidepool plan.</p>',
+            "</main></body></html>\n",
+        ]
+    )
+
+
+def _fact(kind: Kind, column: Column) -> str:
+    beside = next((count for count in column.tokens if count >= 8), next(iter(column.tokens)))
+    short = min(column.concurrency, default=None)
+    facts = [(f"tokens beside {words.requests(beside)}", words.tokens(column.tokens[beside]))]
+    if short is not None:
+        facts.append((f"requests of {short:,} tokens at once", f"{column.concurrency[short]:,}"))
+    facts.append((f"bytes that {SHORT_REQUEST} tokens pin", words.size(column.pinned_by_short)))
+    facts.append(("wasted in the mix below", words.percent(column.account.waste / column.account.total)))
+    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in facts)
+    title = words.TITLES[kind]
+    return f'<div class="fact" style="border-top-color:var(--{kind})"><b>{title}</b><dl>{rows}</dl></div>'
+
+
+def _map(plan: Plan) -> str:
+    """Bars as wide as the card, or as the KV memory where no card was named."""
+    around = _around(plan)
+    total = plan.options.kv_bytes + sum(count for _, _, _, count in around)
+    shown = {
+        name for column in plan.columns.values() for name, count in column.account.parts().items() if count
+    }
+    bars = []
+    for kind, column in plan.columns.items():
+        parts = [(name, title, count) for name, title, _, count in around]
+        parts += [(name, words.PARTS[name][0], count) for name, count in column.account.parts().items()]
+        running = sum(item.count for item in column.admitted)
+        pieces = "".join(
+            f'<i style="flex:{count / total:.6f} 0 0;background:var(--{name})" '
+            f'title="{escape(title)}: {words.size(count)}, {words.percent(count / total)}"></i>'
+            for name, title, count in parts
+            if count > 0
+        )
+        waste = f"{words.size(column.account.waste)} wasted"
+        bars.append(
+            f"<h3>{words.TITLES[kind]}<span>{running:,} of {sum(m.count for m in plan.options.mix):,} run, "
+            f'{waste}</span></h3><div class="bar">{pieces}</div>'
+        )
+    legend = [(name, title, meaning) for name, title, meaning, _ in around]
+    legend += [(name, *words.PARTS[name]) for name in words.PARTS if name in shown]
+    keys = "".join(
+        f'<li><i style="background:var(--{name})"></i><b>{escape(title)}</b>: {escape(meaning)}</li>'
+        for name, title, meaning in legend
+    )
+    what = "card" if plan.card else "KV memory"
+    return (
+        f"<section><h2>What each byte of the {what} holds</h2>"
+        f'<p class="quiet">While these run: {escape(words.mix(plan))}. A bar is {words.size(total)} wide.</p>'
+        f'<div class="map">{"".join(bars)}</div><ul class="legend">{keys}</ul></section>'
+    )
+
+
+def _around(plan: Plan) -> list[tuple[str, str, str, int]]:
+    """What else is on the card: name, title, meaning, bytes."""
+    card = plan.card
+    if card is None:
+        return []
+    unused = card.total_bytes - card.kv_bytes - card.weight_bytes - card.reserve_bytes
+    return [
+        ("unused", "not used", f"above {card.utilization:g} of the card", unused),
+        ("weights", "weights", "on one device", card.weight_bytes),
+        ("reserve", "reserve", "for activations and graphs", card.reserve_bytes),
+    ]
+
+
+def _keys(plan: Plan) -> str:
+    keys = "".join(
+        f'<span><i style="background:var(--{kind})"></i>{words.TITLES[kind]}</span>' for kind in plan.columns
+    )
+    return f'<div class="keys">{keys}</div>'
+
+
+def _curve(plan: Plan) -> str:
+    if all(count is None for column in plan.columns.values() for count in column.tokens.values()):
+        return ""
+    chart = curve_chart({kind: column.curve for kind, column in plan.columns.items()})
+    return (
+        "<section><h2>Tokens against running requests</h2>"
+        '<p class="quiet">The most tokens that so many requests hold together. '
+        "A line ends where they no longer fit.</p>"
+        f"{_keys(plan)}{chart}</section>"
+    )
+
+
+def _dtypes(plan: Plan) -> str:
+    if not plan.dtypes:
+        return ""
+    most = max((count for row in plan.dtypes for count in row.tokens.values()), default=0) or 1
+    blocks = []
+    for row in plan.dtypes:
+        lines = "".join(
+            f'<div class="line"><b style="background:var(--{kind});width:{100 * count / most:.2f}%"></b>'
+            f"<span>{words.tokens(count)}</span></div>"
+            for kind, count in row.tokens.items()
+        )
+        chosen = plan.options.kv_dtype in (row.kv_dtype, *row.also)
+        name = " = ".join((row.kv_dtype, *row.also))
+        title = f"<strong>{escape(name)}</strong>" if chosen else escape(name)
+        blocks.append(
+            f'<div class="dtype"><div>{title}<span class="quiet">{row.token_bytes:,} B/token</span></div>'
+            f"{lines}</div>"
+        )
+    return (
+        f"<section><h2>What each KV cache dtype buys</h2>"
+        f'<p class="quiet">Tokens beside {words.requests(plan.dtype_requests)}. '
+        f"Bytes per token count all attention layers.</p>{_keys(plan)}{''.join(blocks)}</section>"
+    )
+
+
+def _table(plan: Plan) -> str:
+    head = "".join(f"<th>{title}</th>" for title in words.TITLES.values())
+    body = []
+    for section in sections(plan):
+        body.append(f'<tr><th colspan="4">{escape(section.title)}</th></tr>')
+        for label, cells in section.rows:
+            values = "".join(f"<td>{escape(cell)}</td>" for cell in cells.values())
+            inner = ' class="inner"' if label.startswith(" ") else ""
+            body.append(f"<tr><td{inner}>{escape(label)}</td>{values}</tr>")
+    return (
+        '<section><h2>All figures</h2><div class="scroll"><table>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div></section>"
+    )

@@ -1,0 +1,249 @@
+"""The plan: one model on one kind of device, its memory divided in three ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tidepool.cache import CacheConfigError, LayerCache, group_layers
+from tidepool.models import KV_DTYPES, CacheOptions, Model, ModelConfigError
+from tidepool.plan.account import Account, Requests, account, admit
+from tidepool.plan.inputs import Card, PlanError
+from tidepool.plan.memory import Kind, Memory
+from tidepool.plan.predict import predict_stages
+from tidepool.plan.stock import stock_memory
+
+SHORT_REQUEST = 12
+"""Tokens of the request whose cost a plan names."""
+BLOCK_ALIGN = 16
+"""Bytes that the distance of blocks is a multiple of: kernels load so many at a time."""
+REQUEST_COUNTS = (1, 8, 64)
+"""Running requests beside which a plan counts tokens, besides the most that may run."""
+DTYPE_REQUESTS = 8
+"""Running requests beside which KV cache types are compared."""
+KINDS: tuple[Kind, ...] = ("stock", "fixed", "elastic")
+CURVE_POINTS = 24
+"""Points of capacity against number of requests."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How the model is served."""
+
+    kv_bytes: int
+    """KV memory of one device."""
+    block_tokens: int = 16
+    prefix_caching: bool = False
+    kv_dtype: str = "auto"
+    state_dtype: str = "auto"
+    tp: int = 1
+    pp: int = 1
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    speculative_tokens: int = 0
+    contexts: tuple[int, ...] = (1_000, 8_000, 32_000, 128_000)
+    mix: tuple[Requests, ...] = (Requests(32, 2_100), Requests(2, 33_000))
+
+    def __post_init__(self) -> None:
+        for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs"):
+            if getattr(self, name) <= 0:
+                raise PlanError(f"{name.replace('_', '-')} must be positive, not {getattr(self, name):,}.")
+        if self.max_model_len is not None and self.max_model_len <= 0:
+            raise PlanError(f"max-model-len must be positive, not {self.max_model_len:,}.")
+        if self.speculative_tokens < 0:
+            raise PlanError(
+                f"The number of speculative tokens can't be negative ({self.speculative_tokens})."
+            )
+
+    def cache_options(self, kv_dtype: str | None = None) -> CacheOptions:
+        """What the layers need to know; states: one, one more with prefix caching, one per draft token."""
+        return CacheOptions(
+            kv_dtype=kv_dtype or self.kv_dtype,
+            state_dtype=self.state_dtype,
+            tp=self.tp,
+            copies=1 + int(self.prefix_caching) + self.speculative_tokens,
+            speculative_tokens=self.speculative_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Column:
+    """Answers for one way of dividing the memory."""
+
+    memory: Memory
+    tokens: dict[int, int | None]
+    """Running requests to the most tokens that they hold; 0: they don't fit; None: tokens take no memory."""
+    concurrency: dict[int, int]
+    """Tokens of a request to how many run at once."""
+    max_requests: int
+    """How many of the shortest requests run at once."""
+    pinned_by_short: int
+    """Bytes of the blocks that a request of `SHORT_REQUEST` tokens holds."""
+    longest: int
+    """Tokens of the longest request that fits, at most the longest that the model was made for."""
+    admitted: list[Requests]
+    """Requests of the mix that run at once."""
+    account: Account
+    """Where the bytes go while they do."""
+    curve: list[tuple[int, int]]
+    """Running requests and tokens that they hold."""
+
+
+@dataclass(frozen=True)
+class DtypeRow:
+    """Tokens beside the same number of requests for one KV cache type."""
+
+    kv_dtype: str
+    also: tuple[str, ...]
+    """Types of the same size."""
+    token_bytes: int
+    """Bytes of one token in all attention layers."""
+    tokens: dict[Kind, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All answers about one model."""
+
+    model_name: str
+    source: str
+    family: str
+    parameters: int
+    options: PlanOptions
+    max_model_len: int
+    card: Card | None
+    columns: dict[Kind, Column] = field(default_factory=dict)
+    missing: dict[Kind, str] = field(default_factory=dict)
+    """Why a way of dividing the memory has no column."""
+    dtypes: list[DtypeRow] = field(default_factory=list)
+    dtype_requests: int = DTYPE_REQUESTS
+    """Running requests beside which `dtypes` counts tokens."""
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether states lie beside attention; the plugin leaves every other model to vLLM."""
+        labels = {group.label for column in self.columns.values() for group in column.memory.groups}
+        return "state" in labels and len(labels) > 1
+
+
+def make_plan(
+    model_name: str, source: str, model: Model, options: PlanOptions, card: Card | None = None
+) -> Plan:
+    """Answer everything about one model.
+
+    Raises:
+        PlanError: not one request fits the memory.
+        ModelConfigError: the model can't be cut or its cache not be typed as asked.
+        CacheConfigError: the cache can't be laid out.
+    """
+    max_model_len = options.max_model_len or model.max_tokens
+    beside = min(DTYPE_REQUESTS, options.max_num_seqs)
+    stages = model.stages(options.pp, options.cache_options())
+    columns: dict[Kind, Column] = {}
+    missing: dict[Kind, str] = {}
+    for kind in KINDS:
+        try:
+            memory = divide(kind, model, stages, options, max_model_len)
+        except CacheConfigError as error:
+            if kind == "elastic":
+                raise PlanError(str(error)) from error
+            missing[kind] = str(error)
+            continue
+        columns[kind] = _column(memory, options)
+    return Plan(
+        model_name=model_name,
+        source=source,
+        family=model.family,
+        parameters=model.parameters,
+        options=options,
+        max_model_len=max_model_len,
+        card=card,
+        columns=columns,
+        missing=missing,
+        dtypes=_dtypes(model, options, max_model_len, beside),
+        dtype_requests=beside,
+    )
+
+
+def divide(
+    kind: Kind,
+    model: Model,
+    stages: Sequence[Mapping[str, LayerCache]],
+    options: PlanOptions,
+    max_model_len: int,
+) -> Memory:
+    """Divide the memory one way.
+
+    Raises:
+        CacheConfigError: not one request fits.
+    """
+    if kind == "stock":
+        memory = stock_memory(
+            stages,
+            options.kv_bytes,
+            options.max_num_seqs,
+            max_model_len,
+            block_tokens=options.block_tokens,
+            latent=model.latent,
+        )
+        if not memory.holds([(1, 1)]):
+            need = (1 + sum(memory.needs([(1, 1)]))) * memory.block_bytes
+            raise CacheConfigError(
+                f"One request needs {need:,} bytes: a block for every group and the null block."
+            )
+        return memory
+    groups = [group_layers(stage, options.block_tokens, align=BLOCK_ALIGN) for stage in stages]
+    return predict_stages(groups, options.kv_bytes, kind, options.max_num_seqs, max_model_len)
+
+
+def _column(memory: Memory, options: PlanOptions) -> Column:
+    most = memory.requests_of(1)
+    counts = [count for count in REQUEST_COUNTS if count < options.max_num_seqs] + [options.max_num_seqs]
+    admitted = admit(memory, options.mix)
+    longest = memory.tokens_with(1)
+    return Column(
+        memory=memory,
+        tokens={count: memory.tokens_with(count) for count in counts},
+        concurrency={
+            tokens: memory.requests_of(tokens)
+            for tokens in options.contexts
+            if tokens <= memory.max_model_len
+        },
+        max_requests=most,
+        pinned_by_short=memory.pinned_by(SHORT_REQUEST),
+        longest=memory.max_model_len if longest is None else min(longest, memory.max_model_len),
+        admitted=admitted,
+        account=account(memory, admitted, options.block_tokens),
+        curve=[(count, memory.tokens_with(count) or 0) for count in _curve_counts(options.max_num_seqs)],
+    )
+
+
+def _curve_counts(last: int) -> list[int]:
+    """Numbers of requests from 1 to ``last``, evenly spaced by ratio."""
+    steps = min(CURVE_POINTS, last) - 1
+    return sorted({round(last ** (step / steps)) for step in range(steps + 1)}) if steps else [1]
+
+
+def _dtypes(model: Model, options: PlanOptions, max_model_len: int, requests: int) -> list[DtypeRow]:
+    """The same question for every KV cache type that the attention can have; one row for each size."""
+    rows: dict[int, DtypeRow] = {}
+    for kv_dtype in KV_DTYPES:
+        try:
+            stages = model.stages(options.pp, options.cache_options(kv_dtype))
+        except ModelConfigError:
+            continue
+        memories: dict[Kind, Memory] = {}
+        for kind in KINDS:
+            try:
+                memories[kind] = divide(kind, model, stages, options, max_model_len)
+            except CacheConfigError:
+                continue
+        token_bytes = (
+            sum(group.token_bytes for group in memories["elastic"].groups) if "elastic" in memories else 0
+        )
+        if token_bytes in rows:
+            rows[token_bytes] = replace(rows[token_bytes], also=(*rows[token_bytes].also, kv_dtype))
+        elif token_bytes:
+            tokens = {kind: memory.tokens_with(requests) or 0 for kind, memory in memories.items()}
+            rows[token_bytes] = DtypeRow(kv_dtype, (), token_bytes, tokens)
+    return list(rows.values())

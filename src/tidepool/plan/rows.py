@@ -1,0 +1,110 @@
+"""The plan as rows of text, the same for the terminal and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tidepool.plan import words
+from tidepool.plan.memory import Kind
+from tidepool.plan.planner import SHORT_REQUEST, Column, Plan
+
+NONE = "-"
+"""A cell without an answer."""
+_CUT: dict[Kind, str] = {"stock": "equal blocks", "fixed": "one share a group", "elastic": "extents"}
+_BLOCKS = {"attention": "an attention block", "window": "a window block", "state": "a state block"}
+
+
+@dataclass
+class Section:
+    """Rows under one title."""
+
+    title: str
+    rows: list[tuple[str, dict[Kind, str]]] = field(default_factory=list)
+
+    def add(self, plan: Plan, name: str, answer: Callable[..., str], *about: Any) -> None:
+        """Add a row of ``answer(column, *about)``, unless there is no answer in any column."""
+        cells = {
+            kind: answer(plan.columns[kind], *about) if kind in plan.columns else NONE
+            for kind in words.TITLES
+        }
+        if set(cells.values()) - {NONE}:
+            self.rows.append((name, cells))
+
+
+def sections(plan: Plan) -> list[Section]:
+    """All rows."""
+    cut = Section("How the memory is cut")
+    cut.add(plan, "into", lambda column: _CUT[column.memory.kind])
+    cut.add(plan, "size of one", _unit_size)
+    cut.add(plan, "how many, one of them null", _units)
+    cut.add(plan, "groups of layers", lambda column: f"{len(column.memory.groups):,}")
+    cut.add(plan, "tokens in an attention block", _block_tokens)
+    for label, name in _BLOCKS.items():
+        cut.add(plan, f"bytes of {name}", _block_size, label)
+        cut.add(plan, "  of it padding", _block_padding, label)
+
+    held = Section("Tokens that fit in all, prefix cache included, beside")
+    first = next(iter(plan.columns.values()))
+    for count in first.tokens:
+        held.add(plan, f"{words.requests(count)} running", _tokens, count)
+
+    running = Section("Requests that run at once (* as many as --max-num-seqs allows)")
+    running.add(plan, "of 1 token", lambda column: _limited(column, column.max_requests))
+    for length in first.concurrency:
+        running.add(plan, f"of {length:,} tokens", _concurrency, length)
+    running.add(plan, "longest request, tokens", lambda column: f"{column.longest:,}")
+    running.add(
+        plan, f"bytes that {SHORT_REQUEST} tokens pin", lambda column: words.size(column.pinned_by_short)
+    )
+
+    bytes_ = Section(f"Where the bytes go while {words.mix(plan)} run")
+    bytes_.add(plan, "requests of these that fit", _admitted)
+    for part, (title, _) in words.PARTS.items():
+        bytes_.add(plan, title, _part, part)
+    return [cut, held, running, bytes_]
+
+
+def _unit_size(column: Column) -> str:
+    return words.size(column.memory.unit_bytes) if column.memory.unit_bytes else NONE
+
+
+def _units(column: Column) -> str:
+    return f"{column.memory.units:,}" if column.memory.units else NONE
+
+
+def _block_tokens(column: Column) -> str:
+    step = column.memory.token_step
+    return NONE if step is None else f"{step:,}"
+
+
+def _block_size(column: Column, label: str) -> str:
+    largest = max((group.stride for group in column.memory.groups if group.label == label), default=0)
+    return words.size(largest) if largest else NONE
+
+
+def _block_padding(column: Column, label: str) -> str:
+    groups = [group for group in column.memory.groups if group.label == label]
+    return words.percent(max(groups, key=lambda g: g.padding).padding) if groups else NONE
+
+
+def _tokens(column: Column, count: int) -> str:
+    return words.tokens(column.tokens[count])
+
+
+def _concurrency(column: Column, length: int) -> str:
+    return _limited(column, column.concurrency[length])
+
+
+def _limited(column: Column, count: int) -> str:
+    return f"{count:,}*" if count == column.memory.max_num_seqs else f"{count:,}"
+
+
+def _admitted(column: Column) -> str:
+    return f"{sum(item.count for item in column.admitted):,}"
+
+
+def _part(column: Column, part: str) -> str:
+    count = column.account.parts()[part]
+    return f"{words.size(count)} {words.percent(count / column.account.total):>6}" if count else NONE

@@ -1,0 +1,210 @@
+"""What vLLM 0.32 makes of the same layers: its planning in closed form, without vLLM.
+
+A test holds this together with vLLM's own functions for the whole catalogue. vLLM
+
+1. inflates the attention block of a model with states, in steps of what the kernels take, until one layer's
+   page is at least as large as the largest state (`attention_block`);
+2. pads every state to that page;
+3. puts layers of one kind into groups of equal size, so that all blocks of the one pool are equal: group
+   padding is the room for layers that the last groups of a kind don't have.
+
+Pages that still differ (a small index beside latent attention) are packed side by side in a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from tidepool.cache import FullAttention, LayerCache, SlidingWindow, State
+from tidepool.plan.memory import PlannedGroup, StockMemory
+from tidepool.plan.predict import label
+
+LATENT_STEP = 128
+"""Tokens in steps of which vLLM inflates the block of latent attention."""
+
+
+@dataclass(frozen=True)
+class StockGroup:
+    """Layers that share a block table."""
+
+    layers: tuple[str, ...]
+    block_tokens: int
+
+
+@dataclass(frozen=True)
+class StockLayout:
+    """Groups, and the bytes of one layer's page in each layer."""
+
+    groups: tuple[StockGroup, ...]
+    pages: Mapping[str, int]
+
+    def block_bytes(self, layers: Mapping[str, LayerCache]) -> int:
+        """Bytes of a block of the pool on a device that has ``layers``: those of the largest group there."""
+        return max(sum(self.pages[name] for name in group.layers if name in layers) for group in self.groups)
+
+
+def attention_block(layers: Mapping[str, LayerCache], block_tokens: int, latent: bool) -> int:
+    """Tokens of a block of attention after inflation.
+
+    Args:
+        layers: all layers of the model.
+        block_tokens: what was asked for, also the step of inflation.
+        latent: whether attention is latent, whose step is 128 tokens at least.
+    """
+    state = max((cache.bytes for cache in layers.values() if isinstance(cache, State)), default=0)
+    token = max(
+        (cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0
+    )
+    if not state or not token:
+        return block_tokens
+    step = max(block_tokens, LATENT_STEP) if latent else block_tokens
+    return max(block_tokens, step * ceil(state / (step * token)))
+
+
+def stock_layout(layers: Mapping[str, LayerCache], block_tokens: int, latent: bool) -> StockLayout:
+    """Group all layers of the model as vLLM does."""
+    inflated = attention_block(layers, block_tokens, latent)
+    hybrid = inflated != block_tokens or any(isinstance(cache, FullAttention) for cache in layers.values())
+    token = max(
+        (cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0
+    )
+    largest = max((cache.bytes for cache in layers.values() if isinstance(cache, State)), default=0)
+    pages = {}
+    for name, cache in layers.items():
+        natural = cache.page_bytes(inflated)
+        # Only the states that set the page are padded to it; a small ring keeps its own size.
+        pages[name] = (
+            inflated * token if hybrid and natural == largest and isinstance(cache, State) else natural
+        )
+    groups = _packed(layers, pages) if len(set(pages.values())) > 1 else _equal(layers)
+    return StockLayout(tuple(StockGroup(tuple(names), inflated) for names in groups), pages)
+
+
+def stock_memory(
+    stages: Sequence[Mapping[str, LayerCache]],
+    budget_bytes: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    *,
+    block_tokens: int,
+    latent: bool,
+) -> StockMemory:
+    """Divide ``budget_bytes`` on every pipeline stage as vLLM does; the fewest blocks decide."""
+    everything = {name: cache for stage in stages for name, cache in stage.items()}
+    layout = stock_layout(everything, block_tokens, latent)
+    stage = max(stages, key=layout.block_bytes)
+    block_bytes = layout.block_bytes(stage)
+    blocks = budget_bytes // block_bytes
+    return StockMemory(
+        budget_bytes=budget_bytes,
+        groups=tuple(
+            _planned(group, layout, everything, stage, block_bytes, blocks - 1) for group in layout.groups
+        ),
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        block_bytes=block_bytes,
+        pool_blocks=blocks,
+    )
+
+
+def _planned(
+    group: StockGroup,
+    layout: StockLayout,
+    everything: Mapping[str, LayerCache],
+    stage: Mapping[str, LayerCache],
+    block_bytes: int,
+    blocks: int,
+) -> PlannedGroup:
+    here = [name for name in group.layers if name in stage]
+    caches = [stage[name] for name in here]
+    natural = sum(cache.page_bytes(group.block_tokens) for cache in caches)
+    pages = sum(layout.pages[name] for name in here)
+    first = everything[group.layers[0]]
+    return PlannedGroup(
+        label=label(first),
+        cache=first,
+        layers=len(here),
+        block_tokens=group.block_tokens,
+        token_bytes=sum(cache.bytes_per_token for cache in caches if not isinstance(cache, State)),
+        natural_bytes=natural,
+        page_padding=pages - natural,
+        group_padding=block_bytes - pages,
+        blocks=max(0, blocks),
+    )
+
+
+def _equal(layers: Mapping[str, LayerCache]) -> list[list[str]]:
+    """Groups of equal size, of layers with equal pages.
+
+    The size is that of the smallest kind, or of the largest where that is less than one and a half times as
+    many. A kind that is cut into n groups gives every n-th layer to each.
+    """
+    kinds: dict[LayerCache, list[str]] = {}
+    for name, cache in layers.items():
+        kinds.setdefault(cache, []).append(name)
+    counts = [len(names) for names in kinds.values()]
+    size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
+    return [
+        names[first :: ceil(len(names) / size)]
+        for names in kinds.values()
+        for first in range(ceil(len(names) / size))
+    ]
+
+
+def _packed(layers: Mapping[str, LayerCache], pages: Mapping[str, int]) -> list[list[str]]:
+    """Groups of layers whose pages differ and lie side by side in a block.
+
+    A kind with one layer of each of several page sizes per repeat keeps all its repeats in one group where
+    it can. Kinds of states are cut until a group fits in the block that the others need anyway.
+    """
+    kinds: dict[object, list[str]] = {}
+    for name, cache in layers.items():
+        kinds.setdefault(_uniform(cache), []).append(name)
+    by_page: list[tuple[bool, dict[int, list[str]]]] = []
+    for kind, names in kinds.items():
+        sizes: dict[int, list[str]] = {}
+        for name in names:
+            sizes.setdefault(pages[name], []).append(name)
+        by_page.append((isinstance(kind, int), sizes))
+    balanced = [len({len(names) for names in sizes.values()}) == 1 for _, sizes in by_page]
+    repeats = [max(len(names) for names in sizes.values()) for _, sizes in by_page]
+    mixed = [
+        count
+        for (_, sizes), even, count in zip(by_page, balanced, repeats, strict=True)
+        if even and len(sizes) > 1
+    ]
+    per_group = None
+    if mixed:
+        counts = [count for even, count in zip(balanced, repeats, strict=True) if even]
+        per_group = min(
+            range(max(mixed), max(*counts, max(mixed)) + 1),
+            key=lambda size: (sum(-c % size for c in counts), -size),
+        )
+    cuts = [
+        ceil(count / per_group) if even and per_group else 1
+        for even, count in zip(balanced, repeats, strict=True)
+    ]
+    anchor = max(
+        sum(ceil(len(names) / (count if state else cut)) * page for page, names in sizes.items())
+        for (state, sizes), cut, count in zip(by_page, cuts, repeats, strict=True)
+    )
+    groups = []
+    for (state, sizes), cut, count in zip(by_page, cuts, repeats, strict=True):
+        pieces = max(cut, ceil(count / max(anchor // next(iter(sizes)), 1))) if state else cut
+        if pieces == 1:
+            groups.append([name for names in sizes.values() for name in names])
+            continue
+        pattern = list(zip(*sizes.values(), strict=True))
+        groups.extend(
+            [name for repeat in pattern[first::pieces] for name in repeat] for first in range(pieces)
+        )
+    return groups
+
+
+def _uniform(cache: LayerCache) -> object:
+    """What layers of one kind share: the size of a state, the length of a window, or being attention."""
+    if isinstance(cache, State):
+        return cache.bytes
+    return ("window", cache.window) if isinstance(cache, SlidingWindow) else "attention"

@@ -1,0 +1,99 @@
+"""How a plan speaks: numbers with units, and one name and one sentence for everything it reports."""
+
+from __future__ import annotations
+
+from tidepool.plan.memory import Kind
+from tidepool.plan.planner import Plan
+
+TITLES: dict[Kind, str] = {"stock": "stock vLLM", "fixed": "tidepool fixed", "elastic": "tidepool elastic"}
+"""Ways of dividing the memory."""
+
+PARTS = {
+    "states": ("states", "what state layers keep for the running requests"),
+    "attention": ("attention", "keys and values of their tokens"),
+    "block_tail": ("block tails", "the unfilled end of each request's last block"),
+    "inflation": ("inflated blocks", "more such room, because blocks hold more tokens than asked for"),
+    "page_padding": ("page padding", "bytes that only make pages or blocks equal"),
+    "group_padding": ("group padding", "room for layers that a group doesn't have"),
+    "held_idle": ("reserved, idle", "held for one group, not in use, closed to the others"),
+    "overhead": (
+        "null block",
+        "the block or extent that belongs to nobody, and what is too little for another",
+    ),
+    "free": ("free", "ready for more requests or for the prefix cache"),
+}
+"""Parts of an account: a name, and what it means."""
+
+
+def size(count: int) -> str:
+    """Bytes with a binary unit and three or four digits."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1000:
+            return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:,.2f} GiB"
+
+
+def percent(share: float) -> str:
+    """A share of 1 in percent."""
+    return (
+        "0%"
+        if share == 0
+        else "<0.01%"
+        if share < 0.0001
+        else f"{share:.2%}"
+        if share < 0.1
+        else f"{share:.0%}"
+    )
+
+
+def requests(count: int) -> str:
+    """A number of requests."""
+    return f"{count:,} request" + ("" if count == 1 else "s")
+
+
+def tokens(count: int | None) -> str:
+    """A number of tokens held: none where it doesn't fit."""
+    return "any number" if count is None else f"{count:,}" if count else "don't fit"
+
+
+def setting(plan: Plan) -> str:
+    """One line on how the model is served."""
+    options = plan.options
+    parts = [
+        f"KV dtype {options.kv_dtype}",
+        f"state dtype {options.state_dtype}",
+        f"blocks of {options.block_tokens} tokens",
+        f"prefix caching {'on' if options.prefix_caching else 'off'}",
+        f"at most {requests(options.max_num_seqs)}",
+    ]
+    if options.tp > 1 or options.pp > 1:
+        parts.append(f"tp {options.tp}, pp {options.pp}, figures for one device")
+    if options.speculative_tokens:
+        parts.append(f"{options.speculative_tokens} draft tokens")
+    return ", ".join(parts)
+
+
+def budget(plan: Plan) -> str:
+    """One line on where the KV memory comes from."""
+    card = plan.card
+    total = size(plan.options.kv_bytes)
+    if card is None:
+        return f"{total} of KV memory"
+    return (
+        f"{total} of KV memory: {card.name} {size(card.total_bytes)} x {card.utilization:g}, "
+        f"less {size(card.weight_bytes)} of weights and {size(card.reserve_bytes)} of reserve"
+    )
+
+
+def mix(plan: Plan) -> str:
+    """The mix of requests in words."""
+    return " and ".join(f"{item.count:,} x {item.tokens:,} tokens" for item in plan.options.mix)
+
+
+STEPS_ASIDE = (
+    "No state lies beside attention in this model, so the plugin leaves it to vLLM; tidepool's columns say "
+    "what its partitions would make of it."
+)
+"""Said of models that are not hybrid."""

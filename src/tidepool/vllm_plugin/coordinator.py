@@ -1,0 +1,165 @@
+"""Seam 2: the scheduler's bookkeeping of blocks.
+
+vLLM's coordinator gives every single-type manager the same pool and adds their needs up in blocks. Here each manager
+holds its own group's pool, and needs are added up in extents, which is also what `ArenaBlockPool` counts as free: the
+comparison in `KVCacheManager.allocate_slots` stays vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_coordinator import (
+    HybridKVCacheCoordinator,
+    KVCacheCoordinator,
+    KVCacheCoordinatorNoPrefixCache,
+)
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
+
+from tidepool.vllm_plugin.pools import ArenaBlockPool
+from tidepool.vllm_plugin.settings import poison_requested
+from tidepool.vllm_plugin.worker import encode
+
+_Base = KVCacheCoordinator if TYPE_CHECKING else object
+
+
+class ArenaCoordinator(_Base):
+    """Mixed into vLLM's coordinators: own pools, needs in extents."""
+
+    block_pool: ArenaBlockPool
+
+    def install_pools(self, hash_block_size: int) -> None:
+        """Give every manager its group's pool in place of the shared one."""
+        shared = self.block_pool
+        self.block_pool = ArenaBlockPool(
+            self.kv_cache_config,
+            enable_caching=shared.enable_caching,
+            hash_block_size=hash_block_size,
+            enable_kv_cache_events=shared.enable_kv_cache_events,
+            poison=poison_requested(),
+        )
+        for manager, pool in zip(self.single_type_managers, self.block_pool.pools, strict=True):
+            manager.block_pool = pool
+            manager._null_block = pool.null_block
+        self._no_charges = [0] * len(self.single_type_managers)
+        self._charges = self._no_charges
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
+        num_encoder_tokens: int,
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Extents that this allocation takes from those free, all groups together."""
+        if self.retention_interval != 0:
+            prefill_end = 0
+        needs: list[int] = []
+        touched: list[list[int]] = []
+        anything = False
+        for manager, computed in zip(self.single_type_managers, new_computed_blocks, strict=True):
+            need = manager.get_num_blocks_to_allocate(
+                request_id,
+                num_tokens,
+                computed,
+                total_computed_tokens,
+                num_local_computed_tokens,
+                num_tokens_main_model,
+                apply_admission_cap=apply_admission_cap,
+                prefill_end=prefill_end,
+            )
+            if need > manager.block_pool.num_gpu_blocks:
+                # More than the pool has: a manager's way to say "not in this step".
+                self._charges = self._no_charges
+                return self.block_pool.num_gpu_blocks + 1
+            # Managers count the cached blocks that a hit will touch among the needed; the arena wants them by name.
+            idle = [block.block_id for block in computed if block.ref_cnt == 0 and not block.is_null]
+            needs.append(need - len(idle))
+            touched.append(idle)
+            anything |= need > 0
+        if not anything:
+            self._charges = self._no_charges
+            return 0
+        self._charges, pinned = self.block_pool.arena.extents_needed(needs, touched)
+        return sum(self._charges) + pinned
+
+    def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
+        """Allocate for every group what `get_num_blocks_to_allocate` last counted."""
+        if self._charges is self._no_charges:
+            return super().allocate_new_blocks(*args, **kwargs)
+        arena = self.block_pool.arena
+        arena.promise(self._charges)
+        try:
+            return super().allocate_new_blocks(*args, **kwargs)
+        finally:
+            arena.settle()
+            self._charges = self._no_charges
+
+    def reset_prefix_cache(self) -> bool:
+        """Reset all groups or none."""
+        return self.block_pool.reset_prefix_cache()
+
+
+class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
+    """With prefix caching."""
+
+    def __init__(self, *args: Any, hash_block_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, hash_block_size=hash_block_size, **kwargs)
+        self.install_pools(hash_block_size)
+
+
+class TidepoolNoCacheCoordinator(ArenaCoordinator, KVCacheCoordinatorNoPrefixCache):
+    """Without prefix caching."""
+
+    def __init__(self, *args: Any, hash_block_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, hash_block_size=hash_block_size, **kwargs)
+        self.install_pools(hash_block_size)
+
+
+def make_coordinator(
+    *, enable_caching: bool, allow_partial_hash_hits: bool = True, **kwargs: Any
+) -> KVCacheCoordinator:
+    """A coordinator with a pool for each group; arguments as vLLM's ``get_kv_cache_coordinator``."""
+    if enable_caching:
+        return TidepoolHybridCoordinator(
+            enable_caching=True, allow_partial_hash_hits=allow_partial_hash_hits, **kwargs
+        )
+    return TidepoolNoCacheCoordinator(**kwargs)
+
+
+class TidepoolKVCacheManager(KVCacheManager):
+    """vLLM's manager, with the group in every block id that goes to the workers."""
+
+    def take_new_block_ids(self) -> list[int]:
+        """What workers do to blocks before the next step: poisoning first, then zeroing of new attention blocks."""
+        pool: ArenaBlockPool = self.block_pool
+        operations = pool.take_operations()
+        for group, manager in enumerate(self.coordinator.single_type_managers):
+            operations += pool.encode_zeroing(group, manager.take_new_block_ids())
+        return operations
+
+    def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
+        """Pending copies, and the blocks that stay referenced until they are done."""
+        copies: list[KVCacheBlockCopy] = []
+        retained: list[KVCacheBlock] = []
+        groups = len(self.coordinator.single_type_managers)
+        for group, manager in enumerate(self.coordinator.single_type_managers):
+            for source, target in manager.take_pending_cow_copies():
+                copies.append(
+                    KVCacheBlockCopy(
+                        encode(group, source.block_id, groups), encode(group, target.block_id, groups)
+                    )
+                )
+                retained += (source, target)
+        return copies, retained
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Refused, see `ArenaBlockPool.evict_blocks`."""
+        self.block_pool.evict_blocks(block_ids)

@@ -1,0 +1,98 @@
+"""When the plugin steps aside.
+
+Everything that hasn't been proven with tidepool's memory is a gate: a name, a test on vLLM's configuration, and one
+reason in words. A closed gate leaves the whole engine to vLLM; nothing is half-applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+SUPPORTED_VLLM = ("0.32.0",)
+"""Versions whose seams were read and tested."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """``closed(vllm_config)`` tells whether the feature is in use."""
+
+    name: str
+    reason: str
+    closed: Callable[[Any], bool]
+
+
+def _parallel(field: str) -> Callable[[Any], bool]:
+    return lambda config: getattr(config.parallel_config, field) > 1
+
+
+GATES: tuple[Gate, ...] = (
+    Gate("kv-connector", "a KV connector addresses blocks by ids of one pool", lambda c: c.kv_transfer_config is not None),
+    Gate("ec-connector", "encoder cache connectors are untested", lambda c: c.ec_transfer_config is not None),
+    Gate("kv-offload", "KV offloading addresses blocks by ids of one pool", lambda c: c.cache_config.kv_offloading_size is not None),
+    Gate("tensor-parallel", "tensor parallelism is untested", _parallel("tensor_parallel_size")),
+    Gate("pipeline-parallel", "pipeline parallelism is untested", _parallel("pipeline_parallel_size")),
+    Gate("data-parallel", "data parallelism is untested", _parallel("data_parallel_size")),
+    Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
+    Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
+    Gate("executor", "only the in-process executor is tested", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni")),
+    Gate("speculative-decoding", "speculative decoding is untested", lambda c: c.speculative_config is not None),
+    Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
+    Gate("kv-cache-dtype", "quantized KV caches are untested", lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16")),
+    Gate("skip-layers", "KV caches of mixed dtypes are untested", lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers)),
+    Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
+    Gate("replayssm", "ReplaySSM keeps rings in place of states", lambda c: bool(c.cache_config.use_replayssm)),
+    Gate("retention-interval", "only vLLM's default retention of states is tested", lambda c: c.cache_config.prefix_cache_retention_interval != 0),
+    Gate("prefix-match-unit", "a match unit of one's own is untested", lambda c: c.cache_config.prefix_match_unit is not None),
+    Gate("hisparse", "HiSparse has pools of its own", lambda c: c.attention_config.hisparse_config is not None),
+    Gate("hybrid-manager-off", "without vLLM's hybrid KV cache manager all layers are one group", lambda c: bool(c.scheduler_config.disable_hybrid_kv_cache_manager)),
+    Gate("scheduler-class", "a scheduler class of one's own is untested", lambda c: c.scheduler_config.scheduler_cls is not None),
+    Gate("watermark", "a watermark counts blocks of one pool", lambda c: c.scheduler_config.watermark > 0),
+    Gate("kv-cache-metrics", "block residency metrics tell blocks apart by an id of one pool", lambda c: bool(c.observability_config.kv_cache_metrics)),
+    Gate("encoder-decoder", "encoder-decoder models are untested", lambda c: bool(c.model_config.is_encoder_decoder)),
+    Gate("model-runner-v2", "vLLM's second model runner is untested", lambda c: bool(c.use_v2_model_runner)),
+    Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] opens this gate)", lambda c: c.device_config.device_type != "cpu"),
+)  # fmt: skip
+
+
+def version_gate(version: str) -> str | None:
+    """Why this version of vLLM isn't served, or None."""
+    if version in SUPPORTED_VLLM:
+        return None
+    return f"vllm-version: vLLM {version} hasn't been tested (tested: {', '.join(SUPPORTED_VLLM)})"
+
+
+def closed_gates(vllm_config: Any, allow: Sequence[str] = ()) -> Iterator[str]:
+    """The reasons, each as ``name: reason``, why this configuration is left to vLLM."""
+    for gate in GATES:
+        if gate.name not in allow and gate.closed(vllm_config):
+            yield f"{gate.name}: {gate.reason}"
+
+
+def unservable_specs(specs: Mapping[str, Any]) -> str | None:
+    """Why these layers aren't served, or None.
+
+    Served are models whose layers keep states (``MambaSpec``) beside plain full attention with one layer cache.
+
+    Args:
+        specs: layer name to vLLM's KVCacheSpec.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+    attention = {spec for spec in specs.values() if not isinstance(spec, MambaSpec)}
+    states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
+    if not attention or not states:
+        return "layers: the model doesn't keep states beside attention"
+    for spec in attention:
+        if (
+            type(spec) is not FullAttentionSpec
+            or spec.tokens_per_state != 1
+            or spec.page_size_padded is not None
+        ):
+            return f"layers: {type(spec).__name__} layers beside states are untested"
+        if spec.sliding_window is not None or spec.attention_chunk_size is not None or spec.non_causal:
+            return "layers: windowed, chunked or non-causal attention beside states is untested"
+    if len(attention) > 1:
+        return "layers: attention layers of several sizes beside states are untested"
+    return None

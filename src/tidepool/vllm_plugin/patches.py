@@ -1,0 +1,208 @@
+"""The patches: where vLLM offers no other way in. Each dispatches on one engine's configuration, so that engines which
+tidepool doesn't serve go vLLM's way in the same process. Every name patched is listed in docs/upstream.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.tidepool")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def install(version: str) -> None:
+    """Patch vLLM in this process, once.
+
+    Args:
+        version: vLLM's version, which a gate is asked about when an engine starts.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    if getattr(kv_cache_utils, "_tidepool_installed", False):
+        return
+    kv_cache_utils._tidepool_installed = True
+    _patch_settings()
+    _patch_planning(version)
+    _patch_scheduler()
+    _patch_workers()
+
+
+def _wrap(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace ``owner.name`` by ``make(original)``."""
+    original = getattr(owner, name)
+    setattr(owner, name, functools.wraps(original)(make(original)))
+
+
+def _patch_settings() -> None:
+    """Refuse wrong settings where the user's arguments are read, before any process starts."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tidepool.vllm_plugin.settings import read_settings
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+            read_settings(self.additional_config)
+            return original(self, *args, **kwargs)
+
+        return create_engine_config
+
+    _wrap(EngineArgs, "create_engine_config", make)
+
+
+def _patch_planning(version: str) -> None:
+    from vllm.platforms.interface import Platform
+    from vllm.v1.core import kv_cache_utils as utils
+
+    from tidepool.vllm_plugin import planning
+    from tidepool.vllm_plugin.startup import log_start
+
+    inflate = Platform.__dict__["_align_hybrid_block_size"].__func__
+
+    def align_hybrid_block_size(cls: Any, vllm_config: Any, backend_cls: Any) -> None:
+        stock = functools.partial(inflate, cls, backend_cls=backend_cls)
+        if not planning.keep_pages_natural(vllm_config, backend_cls, stock, version):
+            inflate(cls, vllm_config, backend_cls)
+
+    Platform._align_hybrid_block_size = classmethod(align_hybrid_block_size)
+
+    stock_grouping, stock_configure = utils.get_kv_cache_groups, utils.get_kv_cache_config_from_groups
+
+    def groups(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
+            if planning.plan_of(vllm_config) is None:
+                return original(vllm_config, kv_cache_spec)
+            return planning.group_by_layer_cache(kv_cache_spec)
+
+        return get_kv_cache_groups
+
+    def bytes_per_block(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _pool_bytes_per_block(vllm_config: Any, kv_cache_groups: Any) -> int:
+            if planning.plan_of(vllm_config) is None:
+                return int(original(vllm_config, kv_cache_groups))
+            return planning.choose_geometry(planning.core_groups(vllm_config, kv_cache_groups)).extent_bytes
+
+        return _pool_bytes_per_block
+
+    def longest_request(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _max_memory_usage_bytes_from_groups(vllm_config: Any, kv_cache_groups: Any) -> int:
+            if planning.plan_of(vllm_config) is None:
+                return int(original(vllm_config, kv_cache_groups))
+            extents = planning.extents_of_longest_request(vllm_config, kv_cache_groups)
+            return extents * int(utils._pool_bytes_per_block(vllm_config, kv_cache_groups))
+
+        return _max_memory_usage_bytes_from_groups
+
+    def configure(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_kv_cache_config_from_groups(
+            vllm_config: Any, kv_cache_groups: Any, available_memory: int
+        ) -> Any:
+            plan = planning.plan_of(vllm_config)
+            if plan is None:
+                return original(vllm_config, kv_cache_groups, available_memory)
+            return planning.make_kv_cache_config(vllm_config, plan, kv_cache_groups, available_memory)
+
+        return get_kv_cache_config_from_groups
+
+    def concurrency(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_max_concurrency_for_kv_cache_config(vllm_config: Any, kv_cache_config: Any) -> float:
+            if not isinstance(kv_cache_config, planning.TidepoolKVCacheConfig):
+                return float(original(vllm_config, kv_cache_config))
+            return planning.max_concurrency(vllm_config, kv_cache_config)
+
+        return get_max_concurrency_for_kv_cache_config
+
+    def capacity(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update_kv_cache_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
+            original(vllm_config, kv_cache_config)
+            if isinstance(kv_cache_config, planning.TidepoolKVCacheConfig):
+                log_start(vllm_config, kv_cache_config, stock_grouping, stock_configure)
+
+        return update_kv_cache_capacity
+
+    from vllm.v1.engine import core
+
+    _wrap(utils, "get_kv_cache_groups", groups)
+    _wrap(utils, "_pool_bytes_per_block", bytes_per_block)
+    _wrap(utils, "_max_memory_usage_bytes_from_groups", longest_request)
+    _wrap(utils, "get_kv_cache_config_from_groups", configure)
+    _wrap(utils, "get_max_concurrency_for_kv_cache_config", concurrency)
+    _wrap(core, "update_kv_cache_capacity", capacity)
+
+
+def _patch_scheduler() -> None:
+    from vllm.v1.core import kv_cache_manager
+    from vllm.v1.core.sched import scheduler
+
+    from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager, make_coordinator
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, plan_of
+
+    def coordinator(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_kv_cache_coordinator(*, kv_cache_config: Any, **kwargs: Any) -> Any:
+            served = isinstance(kv_cache_config, TidepoolKVCacheConfig)
+            return (make_coordinator if served else original)(kv_cache_config=kv_cache_config, **kwargs)
+
+        return get_kv_cache_coordinator
+
+    def manager(original: type) -> Callable[..., Any]:
+        def make_kv_cache_manager(*, kv_cache_config: Any, **kwargs: Any) -> Any:
+            served = isinstance(kv_cache_config, TidepoolKVCacheConfig)
+            return (TidepoolKVCacheManager if served else original)(kv_cache_config=kv_cache_config, **kwargs)
+
+        return make_kv_cache_manager
+
+    def scheduler_init(original: Callable[..., Any]) -> Callable[..., Any]:
+        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, vllm_config, *args, **kwargs)
+            if plan_of(vllm_config) is not None and self.need_mamba_block_aligned_split:
+                # The scheduler ends prefill chunks at multiples of cache_config.block_size, meaning the distance of
+                # checkpoints; with natural pages the attention block is smaller. Only its own copy says so.
+                self.cache_config = copy.copy(self.cache_config)
+                self.cache_config.block_size = self.cache_config.mamba_block_size
+
+        return __init__
+
+    _wrap(kv_cache_manager, "get_kv_cache_coordinator", coordinator)
+    scheduler.KVCacheManager = manager(scheduler.KVCacheManager)
+    _wrap(scheduler.Scheduler, "__init__", scheduler_init)
+
+
+def _patch_workers() -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    from tidepool.vllm_plugin.worker import arena_bytes_of
+
+    def zero_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _zero_block_ids(self: Any, block_ids: list[int]) -> None:
+            arena = arena_bytes_of(self)
+            if arena is None:
+                original(self, block_ids)
+            else:
+                arena.apply(block_ids)
+
+        return _zero_block_ids
+
+    def update_states(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _update_states(self: Any, scheduler_output: Any) -> Any:
+            copies = scheduler_output.kv_cache_block_copies
+            if copies and (arena := arena_bytes_of(self)) is not None:
+                # Before the copies come the zeroing and poisoning that vLLM does inside.
+                scheduler_output.kv_cache_block_copies = None
+                result = original(self, scheduler_output)
+                arena.copy(copies)
+                return result
+            return original(self, scheduler_output)
+
+        return _update_states
+
+    _wrap(GPUModelRunner, "_zero_block_ids", zero_blocks)
+    _wrap(GPUModelRunner, "_update_states", update_states)
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        _wrap(CPUModelRunner, "_zero_block_ids", zero_blocks)

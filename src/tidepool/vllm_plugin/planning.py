@@ -1,0 +1,312 @@
+"""Seam 1: how vLLM plans the KV cache.
+
+vLLM inflates the attention block of a hybrid model until all pages are equally large, and does so right after the
+model is loaded. There tidepool decides, once for an engine, whether it serves it; if so it leaves the pages natural
+and hangs a `Plan` on the engine's CacheConfig. Later planning steps look for that plan and go vLLM's way without it.
+
+A served engine's ``KVCacheConfig.num_blocks`` counts *extents*: vLLM's memory check, its override and its minimum over
+ranks then work unchanged with the extent as the block that they divide memory by.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import lcm
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    KVCacheTensor,
+    MambaSpec,
+)
+
+from tidepool.cache import (
+    Arena,
+    CacheConfigError,
+    FullAttention,
+    Geometry,
+    Group,
+    Share,
+    State,
+    choose_geometry,
+    fixed_shares,
+)
+from tidepool.vllm_plugin.gates import closed_gates, unservable_specs, version_gate
+from tidepool.vllm_plugin.settings import Partition, read_settings
+
+logger = init_logger("vllm.tidepool")
+
+STRIDE_ALIGN = 64
+"""Bytes. A cache line, and a multiple of every vector load that attention kernels do."""
+_PLAN = "tidepool_plan"
+
+
+@dataclass(frozen=True)
+class StockBlocks:
+    """What vLLM alone would have set for this model."""
+
+    block_tokens: int
+    state_page_bytes: int | None
+    """The padded page of one state layer; None if it needs no padding."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tidepool serves this engine, and how."""
+
+    partition: Partition
+    stock: StockBlocks
+
+
+@dataclass
+class TidepoolKVCacheConfig(KVCacheConfig):
+    """A KVCacheConfig whose groups have pools of their own over one arena; ``num_blocks`` counts extents."""
+
+    partition: Partition = "elastic"
+    geometry: Geometry | None = None
+    """Of the elastic partition."""
+    shares: tuple[Share, ...] = ()
+    """Of the fixed partition."""
+    arena_bytes: int = 0
+    block_bytes: tuple[int, ...] = field(default=())
+    """Bytes of one block of each group, without padding."""
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Bytes from one block of each group to the next."""
+        return tuple(cut.stride for cut in (self.geometry.cuts if self.geometry else self.shares))
+
+    @property
+    def pool_blocks(self) -> tuple[int, ...]:
+        """For each group, how many block ids its pool has, the null block included."""
+        if self.geometry:
+            return tuple(self.num_blocks * cut.slots for cut in self.geometry.cuts)
+        return tuple(share.first + share.blocks for share in self.shares)
+
+    def num_blocks_of(self, tensor: KVCacheTensor) -> int:
+        """Blocks that the strided view of ``tensor``'s group has."""
+        group = next(i for i, g in enumerate(self.kv_cache_groups) if tensor.layers[0] in g.layer_names)
+        return self.pool_blocks[group]
+
+    def make_arena(self, **callbacks: Any) -> Arena:
+        """The arena that this configuration describes; callbacks as in `Arena`."""
+        if self.geometry:
+            return Arena.elastic(self.geometry, self.num_blocks, **callbacks)
+        callbacks.pop("on_move", None)
+        return Arena.fixed(self.shares, self.arena_bytes, **callbacks)
+
+
+def plan_of(vllm_config: Any) -> Plan | None:
+    """The plan of an engine that tidepool serves, else None."""
+    return getattr(vllm_config.cache_config, _PLAN, None)
+
+
+def keep_pages_natural(vllm_config: Any, backend: Any, inflate: Callable[[Any], None], version: str) -> bool:
+    """Decide whether tidepool serves this engine, and if so set its block sizes.
+
+    Called in place of the inflation, with the model loaded. Attention blocks become as small as the kernels take
+    (or as the user said), checkpoints as far apart as vLLM alone would have them, and no page is padded.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine; changed only when the answer is True.
+        backend: the attention backend.
+        inflate: vLLM's own inflation of a configuration.
+        version: vLLM's version.
+
+    Returns:
+        False if the engine is left to vLLM; one log line has said why.
+    """
+    cache_config = vllm_config.cache_config
+    if plan_of(vllm_config) is not None:
+        return True
+    settings = read_settings(vllm_config.additional_config)
+    if not settings.enabled:
+        logger.info("tidepool is switched off: vLLM's own KV cache is used.")
+        return False
+    specs = _layer_specs(vllm_config)
+    closed = (
+        version_gate(version)
+        or next(closed_gates(vllm_config, settings.allow), None)
+        or unservable_specs(specs)
+    )
+    if closed:
+        logger.warning("tidepool steps aside, vLLM's own KV cache is used. %s.", closed)
+        return False
+
+    stock_config = copy.copy(vllm_config)
+    stock_config.cache_config = copy.copy(cache_config)
+    inflate(stock_config)
+    stock = StockBlocks(
+        stock_config.cache_config.block_size, stock_config.cache_config.mamba_page_size_padded
+    )
+
+    kernel = _smallest_kernel_block(vllm_config, backend)
+    block_tokens = settings.block_tokens or (
+        cache_config.block_size if cache_config.user_specified_block_size else kernel
+    )
+    if block_tokens % kernel:
+        raise CacheConfigError(
+            f"An attention block of {block_tokens} tokens isn't a multiple of the {kernel} that the attention kernels "
+            "take: change block_tokens (or --block-size)."
+        )
+    if cache_config.mamba_cache_mode == "align":
+        spacing = settings.checkpoint_tokens or -(-stock.block_tokens // block_tokens) * block_tokens
+        if spacing % block_tokens:
+            raise CacheConfigError(
+                f"checkpoint_tokens ({spacing}) must be a multiple of the attention block ({block_tokens} tokens)."
+            )
+        cache_config.mamba_block_size = spacing
+    cache_config.block_size = block_tokens
+    object.__setattr__(cache_config, _PLAN, Plan(settings.partition, stock))
+    return True
+
+
+def group_by_layer_cache(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+    """One group for each layer cache, none padded or split, in the order in which each first appears."""
+    layers: dict[KVCacheSpec, list[str]] = {}
+    for name, spec in specs.items():
+        layers.setdefault(spec, []).append(name)
+    return [KVCacheGroupSpec(names, type(spec).merge([spec] * len(names))) for spec, names in layers.items()]
+
+
+def core_groups(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> list[Group]:
+    """vLLM's groups in the core's terms."""
+    return [_core_group(vllm_config, group) for group in groups]
+
+
+def make_kv_cache_config(
+    vllm_config: Any, plan: Plan, groups: list[KVCacheGroupSpec], memory_bytes: int
+) -> TidepoolKVCacheConfig:
+    """Plan the arena and its views for ``memory_bytes`` of KV memory.
+
+    Raises:
+        CacheConfigError: no geometry fits these sizes, or a fixed partition doesn't fit this memory.
+    """
+    layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
+    if not layout.is_block_compact:
+        raise CacheConfigError(
+            f"The KV cache layout {layout.name} spreads a page over the memory; set VLLM_KV_CACHE_LAYOUT=BLHNC, or "
+            "TIDEPOOL=off."
+        )
+    core = core_groups(vllm_config, groups)
+    geometry = choose_geometry(core)
+    override = vllm_config.cache_config.num_gpu_blocks_override
+    extents = override if override is not None else memory_bytes // geometry.extent_bytes
+    arena_bytes = extents * geometry.extent_bytes
+    shares: tuple[Share, ...] = ()
+    if plan.partition == "fixed":
+        # A fixed partition isn't cut into extents, so it needn't end with a whole one.
+        arena_bytes = arena_bytes if override is not None else memory_bytes
+        shares = fixed_shares(
+            core,
+            arena_bytes,
+            vllm_config.scheduler_config.max_num_seqs,
+            vllm_config.model_config.max_model_len,
+        )
+    cuts = shares or geometry.cuts
+    tensors = [
+        KVCacheTensor(
+            size=arena_bytes,
+            layers=list(group.layer_names),
+            layer_stride=member.page_bytes,
+            block_stride=cut.stride,
+        )
+        for group, member, cut in zip(groups, core, cuts, strict=True)
+    ]
+    return TidepoolKVCacheConfig(
+        num_blocks=extents,
+        kv_cache_tensors=tensors,
+        kv_cache_groups=groups,
+        prefix_cache_retention_interval=vllm_config.cache_config.prefix_cache_retention_interval,
+        partition=plan.partition,
+        geometry=None if shares else geometry,
+        shares=shares,
+        arena_bytes=arena_bytes,
+        block_bytes=tuple(member.block_bytes for member in core),
+    )
+
+
+def extents_of_longest_request(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> int:
+    """Extents that one request of max_model_len tokens needs."""
+    core = core_groups(vllm_config, groups)
+    longest = vllm_config.model_config.max_model_len
+    return choose_geometry(core).extents_for([group.blocks_for(longest) for group in core])
+
+
+def max_concurrency(vllm_config: Any, config: TidepoolKVCacheConfig) -> float:
+    """How many requests of max_model_len tokens fit at once."""
+    core = core_groups(vllm_config, config.kv_cache_groups)
+    needs = [group.blocks_for(vllm_config.model_config.max_model_len) for group in core]
+    if config.geometry:
+        # Requests share extents, so this counts in fractions of them.
+        each = sum(need / cut.slots for need, cut in zip(needs, config.geometry.cuts, strict=True))
+        return (config.num_blocks - 1) / each
+    return min(share.blocks / need for share, need in zip(config.shares, needs, strict=True))
+
+
+def stock_groups_and_blocks(
+    vllm_config: Any,
+    plan: Plan,
+    specs: Mapping[str, KVCacheSpec],
+    memory_bytes: int,
+    grouping: Callable[[Any, dict[str, KVCacheSpec]], list[KVCacheGroupSpec]],
+    configure: Callable[[Any, list[KVCacheGroupSpec], int], KVCacheConfig],
+) -> KVCacheConfig:
+    """What vLLM alone would have planned on the same bytes, by its own functions ``grouping`` and ``configure``."""
+    stock_config = copy.copy(vllm_config)
+    stock_config.cache_config = copy.copy(vllm_config.cache_config)
+    stock_config.cache_config.block_size = plan.stock.block_tokens
+    stock_config.cache_config.num_gpu_blocks_override = None
+    object.__setattr__(stock_config.cache_config, _PLAN, None)
+    aligned = vllm_config.cache_config.mamba_cache_mode == "align"
+    stock_specs: dict[str, KVCacheSpec] = {
+        name: replace(
+            spec,
+            block_size=plan.stock.block_tokens if aligned else spec.block_size,
+            page_size_padded=plan.stock.state_page_bytes,
+        )
+        if isinstance(spec, MambaSpec)
+        else replace(spec, block_size=plan.stock.block_tokens)
+        for name, spec in specs.items()
+    }
+    return configure(stock_config, grouping(stock_config, stock_specs), memory_bytes)
+
+
+def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
+    spec, names = group.kv_cache_spec, tuple(group.layer_names)
+    if isinstance(spec, MambaSpec):
+        copies = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
+        return Group(State(spec.page_size_bytes, copies), names, spec.block_size, STRIDE_ALIGN)
+    assert isinstance(spec, AttentionSpec)
+    per_token = spec.copy_with_new_block_size(1).page_size_bytes
+    return Group(
+        FullAttention(per_token), names, spec.block_size, STRIDE_ALIGN, page_bytes=spec.page_size_bytes
+    )
+
+
+def _layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:
+    """Layer name to KVCacheSpec, from the loaded model."""
+    from vllm.config.vllm import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
+    return {name: spec for name, spec in specs.items() if spec is not None}
+
+
+def _smallest_kernel_block(vllm_config: Any, backend: Any) -> int:
+    """The fewest tokens that a block of every attention backend in the model may have."""
+    from vllm.config.vllm import set_current_vllm_config
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backend import MultipleOf
+
+    with set_current_vllm_config(vllm_config):
+        backends = current_platform._find_non_ssm_backends(vllm_config) or [backend]
+        sizes = [each.get_supported_kernel_block_sizes() for each in backends]
+    return lcm(*(min(s.base if isinstance(s, MultipleOf) else s for s in each) for each in sizes if each))

@@ -1,0 +1,208 @@
+"""vLLM's block pool, one for each group, over the core's arena.
+
+The core knows which blocks are in use, cached or clean; vLLM's `BlockPool` knows what is in them (the prefix hashes)
+and counts references. `GroupBlockPool` keeps vLLM's half and asks the arena for the other. A block comes to the arena's
+notice only when its count leaves or reaches zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
+from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from tidepool.cache import Arena
+from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
+
+logger = init_logger("vllm.tidepool")
+
+
+class GroupBlockPool(BlockPool):
+    """The blocks of one group. Everything about hashes is vLLM's; where blocks come from and go is the arena's."""
+
+    def __init__(
+        self, group: int, memory: ArenaBlockPool, num_blocks: int, enable_caching: bool, hash_block_size: int
+    ) -> None:
+        self.group = group
+        self.memory = memory
+        self.arena: Arena = memory.arena
+        self.num_gpu_blocks = num_blocks
+        self.medium = memory.medium
+        self.enable_caching = enable_caching
+        self.hash_block_size = hash_block_size
+        self.blocks = [KVCacheBlock(index, pool=self) for index in range(num_blocks)]
+        self.null_block = self.blocks[0]
+        self.null_block.is_null = True
+        self.cached_block_hash_to_block = BlockHashToBlockMap()
+        self.cached_block_hashes_by_block = {}
+        self.enable_kv_cache_events = memory.enable_kv_cache_events
+        # One queue for all groups keeps their events in the order in which they happened.
+        self.kv_event_queue = memory.kv_event_queue
+        self.metrics_collector = None
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """Blocks with one reference each; evicts what the arena finds coldest."""
+        blocks = self.blocks
+        new = [blocks[index] for index in self.arena.allocate(self.group, num_blocks)]
+        for block in new:
+            block.ref_cnt = 1
+        return new
+
+    def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Reference blocks that a prefix hit found."""
+        waking: list[int] = []
+        for block in blocks:
+            if block.is_null:
+                continue
+            if block.ref_cnt == 0:
+                waking.append(block.block_id)
+            block.ref_cnt += 1
+        if waking:
+            self.arena.touch(self.group, waking)
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """Drop a reference to each block, the first to be evicted first. Blocks of other pools go to theirs."""
+        idle: list[int] = []
+        keep: list[bool] = []
+        elsewhere: dict[BlockPool, list[KVCacheBlock]] = {}
+        for block in ordered_blocks:
+            if block.pool is not self:
+                elsewhere.setdefault(block.pool, []).append(block)
+            elif not block.is_null:
+                block.ref_cnt -= 1
+                if block.ref_cnt == 0:
+                    idle.append(block.block_id)
+                    keep.append(block.block_hash is not None)
+        if idle:
+            self.arena.release(self.group, idle, keep)
+            if self.memory.poison:
+                self.memory.operations += [
+                    encode_poison(self.group, index, self.memory.groups)
+                    for index, kept in zip(idle, keep, strict=True)
+                    if not kept
+                ]
+        for pool, blocks in elsewhere.items():
+            pool.free_blocks(blocks)
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Drop blocks of this group from the prefix cache; those in use stay in use."""
+        for block_id in block_ids:
+            block = self.blocks[block_id]
+            self._maybe_evict_cached_block(block)
+            if block.ref_cnt == 0:
+                self.arena.forget(self.group, [block_id])
+
+    def drop_contents(self, block_ids: Iterable[int]) -> None:
+        """The arena is taking these cached blocks away: no lookup may find them any more."""
+        for block_id in block_ids:
+            self._maybe_evict_cached_block(self.blocks[block_id])
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached block of this group; the caller has made sure that none is in use."""
+        self.cached_block_hash_to_block = BlockHashToBlockMap()
+        self.cached_block_hashes_by_block.clear()
+        cached = list(self.arena.pools[self.group].lru)
+        for block_id in cached:
+            self.blocks[block_id].reset_hash()
+        self.arena.forget(self.group, cached)
+        return True
+
+    def get_num_free_blocks(self) -> int:
+        """Blocks that this group could get if no other asked."""
+        pool = self.arena.pools[self.group]
+        return pool.usable + self.arena.available * pool.slots
+
+    def get_usage(self) -> float:
+        """Share of the arena in use by all groups."""
+        return self.memory.get_usage()
+
+
+class ArenaBlockPool:
+    """What the scheduler sees as *the* block pool: all groups' memory, counted in extents."""
+
+    medium = "GPU"
+
+    def __init__(
+        self,
+        config: TidepoolKVCacheConfig,
+        *,
+        enable_caching: bool,
+        hash_block_size: int,
+        enable_kv_cache_events: bool,
+        poison: bool,
+    ) -> None:
+        self.groups = len(config.kv_cache_groups)
+        self.poison = poison
+        self.operations: list[int] = []
+        """Poisoning for the workers to do before their next step, in order; see `tidepool.vllm_plugin.worker`."""
+        self.enable_caching = enable_caching
+        self.enable_kv_cache_events = enable_kv_cache_events
+        self.kv_event_queue: list[KVCacheEvent] = []
+        self.num_gpu_blocks = config.num_blocks
+        self.arena = config.make_arena(on_evict=self._on_evict, on_move=self._on_move)
+        self.pools = tuple(
+            GroupBlockPool(group, self, blocks, enable_caching, hash_block_size)
+            for group, blocks in enumerate(config.pool_blocks)
+        )
+        self.null_block = self.pools[0].null_block
+
+    def _on_evict(self, group: int, blocks: list[int]) -> None:
+        self.pools[group].drop_contents(blocks)
+        if self.poison:
+            self.operations += [encode_poison(group, block, self.groups) for block in blocks]
+
+    def _on_move(self, extent: int, old: int | None, new: int) -> None:
+        if self.poison:
+            self.operations.append(encode_poison_extent(new, extent, self.groups))
+
+    def get_num_free_blocks(self) -> int:
+        """Extents that could go to any group."""
+        return self.arena.available
+
+    def get_usage(self) -> float:
+        """Share of the arena's bytes that are in use, 0 to 1; the null bytes count as neither."""
+        usage = self.arena.usage()
+        return usage.in_use / max(usage.total - usage.null, 1)
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """Drop a reference to each block, whichever pool it is of."""
+        self.pools[0].free_blocks(ordered_blocks)
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Refused: an id without its group names a block in every group."""
+        raise NotImplementedError(
+            "tidepool: a block id alone doesn't name a block; evict through the pool of its group "
+            "(coordinator.single_type_managers[group].block_pool)."
+        )
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks of all groups, or none if any block is in use."""
+        in_use = sum(pool.in_use for pool in self.arena.pools)
+        if in_use:
+            logger.warning("Can't reset the prefix cache: %d blocks are still in use.", in_use)
+            return False
+        for pool in self.pools:
+            pool.reset_prefix_cache()
+        if self.enable_kv_cache_events:
+            self.kv_event_queue.append(AllBlocksCleared())
+        logger.info("Reset the prefix cache of %d groups.", self.groups)
+        return True
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """The events of all groups since the last call, in order."""
+        events = self.kv_event_queue.copy()
+        self.kv_event_queue.clear()
+        return events
+
+    def take_operations(self) -> list[int]:
+        """The poisoning due before the next step."""
+        operations, self.operations = self.operations, []
+        return operations
+
+    def encode_zeroing(self, group: int, block_ids: Iterable[int]) -> list[int]:
+        """Ids that tell workers to zero blocks of a group."""
+        return [encode(group, block, self.groups) for block in block_ids]

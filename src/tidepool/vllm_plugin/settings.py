@@ -1,0 +1,75 @@
+"""The plugin's switches: ``--additional-config '{"tidepool": {...}}'`` and environment variables, which win."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Partition = Literal["elastic", "fixed"]
+ENV_SWITCH = "TIDEPOOL"
+ENV_POISON = "TIDEPOOL_POISON"
+_SWITCHES = ("elastic", "fixed", "off")
+
+
+class SettingsError(ValueError):
+    """A switch that doesn't exist or has no such value."""
+
+
+class Settings(BaseModel):
+    """What a user can set. Sizes are tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    enabled: bool = True
+    """False leaves all memory to vLLM."""
+    partition: Partition = "elastic"
+    """``fixed`` sets the states of max_num_seqs requests aside for good."""
+    block_tokens: int | None = Field(default=None, gt=0)
+    """Tokens in an attention block; by default the fewest that the attention kernels take."""
+    checkpoint_tokens: int | None = Field(default=None, gt=0)
+    """Tokens between two states kept for prefix hits; by default the block size that vLLM alone would use."""
+    allow: tuple[Literal["device"], ...] = ()
+    """Gates to open at one's own risk: ``device`` serves on devices other than the CPU, with vLLM's first model runner."""
+
+
+def read_settings(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings of one engine.
+
+    Args:
+        additional_config: vLLM's ``additional_config``; only its key ``tidepool`` is looked at.
+        environ: where the environment variable ``TIDEPOOL`` is looked up; it wins over ``additional_config``.
+
+    Raises:
+        SettingsError: an unknown key or value; one sentence that names it.
+    """
+    given = additional_config.get("tidepool", {}) if isinstance(additional_config, Mapping) else {}
+    if not isinstance(given, Mapping):
+        raise SettingsError(f'additional_config["tidepool"] must be a table of settings, not {given!r}.')
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    switch = environ.get(ENV_SWITCH)
+    if switch:
+        if switch not in _SWITCHES:
+            raise SettingsError(f"{ENV_SWITCH}={switch!r} isn't known; use one of {', '.join(_SWITCHES)}.")
+        values["enabled"] = switch != "off"
+        if switch != "off":
+            values["partition"] = switch
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise SettingsError(
+                f'additional_config["tidepool"] has no key {key!r}; it has {", ".join(Settings.model_fields)}.'
+            ) from None
+        raise SettingsError(
+            f'additional_config["tidepool"][{key!r}] can\'t be {first["input"]!r}: {first["msg"]}.'
+        ) from None
+
+
+def poison_requested(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether freed memory is to be filled with values that show up wherever they are read (a test of safety)."""
+    return environ.get(ENV_POISON, "") not in ("", "0")
