@@ -46,9 +46,7 @@ def test_no_side_starves_beside_the_others_idle_cache() -> None:
 
     Two regions that grow toward each other can't use what the other has cached; extents change hands.
     """
-    groups = group_layers(
-        {"attention": FullAttention(bytes_per_token=32 * 1024), "state": State(54 * MB)}, 16
-    )
+    groups = group_layers({"attention": FullAttention(bytes_per_token=32 * 1024), "state": State(54 * MB)}, 16)
     geometry = choose_geometry(groups)
     attention, state = 0, 1
     moved: list[tuple[int | None, int]] = []

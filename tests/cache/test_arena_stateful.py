@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -21,9 +23,7 @@ class ArenaMachine(RuleBasedStateMachine):
         size = 96
         if self.partition == "elastic":
             cuts = tuple(Cut(size // n - (n % 3), size // n, n) for n in slots)
-            self.arena = Arena.elastic(
-                Geometry(size, cuts), extents, on_evict=self.on_evict, on_move=self.on_move
-            )
+            self.arena = Arena.elastic(Geometry(size, cuts), extents, on_evict=self.on_evict, on_move=self.on_move)
             self.strides = [cut.stride for cut in cuts]
         else:
             shares, end = [], size
@@ -97,9 +97,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         group = data.draw(st.sampled_from([g for g in range(self.groups) if self.live[g]]))
-        blocks = data.draw(
-            st.lists(st.sampled_from(sorted(self.live[group])), unique=True, min_size=1, max_size=8)
-        )
+        blocks = data.draw(st.lists(st.sampled_from(sorted(self.live[group])), unique=True, min_size=1, max_size=8))
         keep = data.draw(st.lists(st.booleans(), min_size=len(blocks), max_size=len(blocks)))
         for block, kept in zip(blocks, keep, strict=True):
             self.live[group][block] -= 1
@@ -133,7 +131,7 @@ class ArenaMachine(RuleBasedStateMachine):
             for group in range(self.groups)
             for block in (*self.live[group], *self.cached[group])
         )
-        for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+        for (_, end), (start, _) in pairwise(spans):
             assert end <= start
 
     @invariant()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -61,9 +62,7 @@ def test_published_models(groups: list[Group], slots: tuple[int, ...], padding: 
     st.sampled_from([16, 32]),
     st.sampled_from([1, 4, 16, 64]),
 )
-def test_two_groups_stay_under_one_percent(
-    size: int, per_token: int, layers: int, tokens: int, align: int
-) -> None:
+def test_two_groups_stay_under_one_percent(size: int, per_token: int, layers: int, tokens: int, align: int) -> None:
     size = -(-size // 256) * 256
     per_token = -(-per_token // 4) * 4
     check([attention(per_token, layers, tokens, align), state(size, align=align)], MAX_PADDING_TWO)
@@ -81,9 +80,7 @@ def test_up_to_thirty_groups_stay_under_two_percent(data: st.DataObject) -> None
         st.sampled_from([2, 3, 4, 8]),
         st.integers(1, 12),
     )
-    plain = st.builds(
-        lambda heads, dim, layers: attention(4 * heads * dim, layers), heads, st.just(128), st.just(2)
-    )
+    plain = st.builds(lambda heads, dim, layers: attention(4 * heads * dim, layers), heads, st.just(128), st.just(2))
     groups = [
         state(data.draw(st.integers(9_000_000, 11_000_000)) * 4, align=16),
         attention(576),
@@ -95,9 +92,7 @@ def test_up_to_thirty_groups_stay_under_two_percent(data: st.DataObject) -> None
 
 def test_what_cannot_be_met_is_said() -> None:
     primes = [1_000_003, 999_983, 999_979, 999_961]
-    with pytest.raises(
-        CacheConfigError, match=r"4 block sizes from 999,961 to 1,000,003 bytes.*allow more padding"
-    ):
+    with pytest.raises(CacheConfigError, match=r"4 block sizes from 999,961 to 1,000,003 bytes.*allow more padding"):
         choose_geometry([state(p, align=1 << 18) for p in primes], max_padding=0.001)
     with pytest.raises(CacheConfigError, match="at least one group"):
         choose_geometry([])
@@ -174,4 +169,4 @@ class TestFixedShares:
         spans = sorted((s.first * s.stride, (s.first + s.blocks) * s.stride) for s in shares)
         assert spans[0][0] >= max(s.stride for s in shares), "block 0 is everyone's null block"
         assert spans[-1][1] <= total
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))

@@ -154,9 +154,7 @@ class Arena:
         for pool, need, blocks in zip(self.pools, needs, touched, strict=True):
             usable = pool.usable
             if blocks:
-                idle = {
-                    number for block in blocks if (number := (block - pool.first) // pool.slots) in pool.idle
-                }
+                idle = {number for block in blocks if (number := (block - pool.first) // pool.slots) in pool.idle}
                 pinned_by_touch += len(idle)
                 usable += len(idle) * pool.slots - len(blocks)
             charges.append(-(-(need - usable) // pool.slots) if need > usable else 0)

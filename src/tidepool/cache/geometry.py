@@ -14,7 +14,7 @@ between groups an extent at a time, so the smallest E that pads little enough is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heappop, heappush
@@ -92,9 +92,7 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
     natural = [-(-group.block_bytes // group.align) * group.align for group in groups]
     largest = max(natural)
     # Groups of equal blocks and alignment cut alike; the largest blocks reject most sizes, so they are asked first.
-    distinct = sorted(
-        set(zip((g.block_bytes for g in groups), (g.align for g in groups), strict=True)), reverse=True
-    )
+    distinct = sorted(set(zip((g.block_bytes for g in groups), (g.align for g in groups), strict=True)), reverse=True)
     for extent in _candidates(min(natural), largest, lcm(*(group.align for group in groups))):
         cuts: dict[tuple[int, int], Cut] = {}
         for block_bytes, align in distinct:
@@ -125,7 +123,7 @@ def _candidates(smallest: int, largest: int, align: int) -> Iterator[int]:
 
 
 def _cut(extent: int, block_bytes: int, align: int, max_padding: float) -> Cut | None:
-    """The least padded cut of ``extent`` by blocks of ``block_bytes``, or None if none pads less than ``max_padding``."""
+    """The least padded cut of ``extent`` by blocks of ``block_bytes``, or None if all pad too much."""
     kept = 1 - Fraction(max_padding).limit_denominator(10**6)
     widest = (kept.denominator * block_bytes - 1) // kept.numerator
     most, fewest = extent // block_bytes, -(-extent // widest)
@@ -174,9 +172,7 @@ class Share:
     blocks: int
 
 
-def fixed_shares(
-    groups: Sequence[Group], arena_bytes: int, max_requests: int, max_tokens: int
-) -> tuple[Share, ...]:
+def fixed_shares(groups: Sequence[Group], arena_bytes: int, max_requests: int, max_tokens: int) -> tuple[Share, ...]:
     """Cut the arena once and for all: O(1) groups get what ``max_requests`` requests hold, the others the rest.
 
     The rest is split in proportion to what a request of ``max_tokens`` tokens holds in each group. The null
@@ -215,8 +211,3 @@ def fixed_shares(
             f"{arena_bytes:,} there are: give it more memory, lower max_num_seqs, or use the elastic partition."
         )
     return tuple(shares[index] for index in range(len(groups)))
-
-
-def padding_bytes(cuts: Iterable[tuple[Cut, int]]) -> int:
-    """Bytes of padding in ``blocks`` blocks of each cut, from pairs (cut, blocks)."""
-    return sum((cut.stride - cut.block_bytes) * blocks for cut, blocks in cuts)

@@ -22,10 +22,8 @@ from tidepool.vllm_plugin.pools import ArenaBlockPool
 from tidepool.vllm_plugin.settings import poison_requested
 from tidepool.vllm_plugin.worker import encode
 
-_Base = KVCacheCoordinator if TYPE_CHECKING else object
 
-
-class ArenaCoordinator(_Base):
+class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type: ignore[misc]
     """Mixed into vLLM's coordinators: own pools, needs in extents."""
 
     block_pool: ArenaBlockPool
@@ -128,9 +126,7 @@ def make_coordinator(
 ) -> KVCacheCoordinator:
     """A coordinator with a pool for each group; arguments as vLLM's ``get_kv_cache_coordinator``."""
     if enable_caching:
-        return TidepoolHybridCoordinator(
-            enable_caching=True, allow_partial_hash_hits=allow_partial_hash_hits, **kwargs
-        )
+        return TidepoolHybridCoordinator(enable_caching=True, allow_partial_hash_hits=allow_partial_hash_hits, **kwargs)
     return TidepoolNoCacheCoordinator(**kwargs)
 
 
@@ -153,9 +149,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         for group, manager in enumerate(self.coordinator.single_type_managers):
             for source, target in manager.take_pending_cow_copies():
                 copies.append(
-                    KVCacheBlockCopy(
-                        encode(group, source.block_id, groups), encode(group, target.block_id, groups)
-                    )
+                    KVCacheBlockCopy(encode(group, source.block_id, groups), encode(group, target.block_id, groups))
                 )
                 retained += (source, target)
         return copies, retained

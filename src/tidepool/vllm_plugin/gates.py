@@ -85,11 +85,7 @@ def unservable_specs(specs: Mapping[str, Any]) -> str | None:
     if not attention or not states:
         return "layers: the model doesn't keep states beside attention"
     for spec in attention:
-        if (
-            type(spec) is not FullAttentionSpec
-            or spec.tokens_per_state != 1
-            or spec.page_size_padded is not None
-        ):
+        if type(spec) is not FullAttentionSpec or spec.tokens_per_state != 1 or spec.page_size_padded is not None:
             return f"layers: {type(spec).__name__} layers beside states are untested"
         if spec.sliding_window is not None or spec.attention_chunk_size is not None or spec.non_causal:
             return "layers: windowed, chunked or non-causal attention beside states is untested"

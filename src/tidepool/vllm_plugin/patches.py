@@ -7,19 +7,14 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
-
-from vllm.logger import init_logger
-
-logger = init_logger("vllm.tidepool")
-F = TypeVar("F", bound=Callable[..., Any])
+from typing import Any
 
 
 def install(version: str) -> None:
     """Patch vLLM in this process, once.
 
     Args:
-        version: vLLM's version, which a gate is asked about when an engine starts.
+        version: vLLM's version, for the gate that every engine passes when it starts.
     """
     from vllm.v1.core import kv_cache_utils
 
@@ -84,7 +79,7 @@ def _patch_planning(version: str) -> None:
         def _pool_bytes_per_block(vllm_config: Any, kv_cache_groups: Any) -> int:
             if planning.plan_of(vllm_config) is None:
                 return int(original(vllm_config, kv_cache_groups))
-            return planning.choose_geometry(planning.core_groups(vllm_config, kv_cache_groups)).extent_bytes
+            return planning.extent_bytes(vllm_config, kv_cache_groups)
 
         return _pool_bytes_per_block
 
@@ -98,9 +93,7 @@ def _patch_planning(version: str) -> None:
         return _max_memory_usage_bytes_from_groups
 
     def configure(original: Callable[..., Any]) -> Callable[..., Any]:
-        def get_kv_cache_config_from_groups(
-            vllm_config: Any, kv_cache_groups: Any, available_memory: int
-        ) -> Any:
+        def get_kv_cache_config_from_groups(vllm_config: Any, kv_cache_groups: Any, available_memory: int) -> Any:
             plan = planning.plan_of(vllm_config)
             if plan is None:
                 return original(vllm_config, kv_cache_groups, available_memory)
@@ -175,6 +168,7 @@ def _patch_workers() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
     from tidepool.vllm_plugin.worker import arena_bytes_of
 
     def zero_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,6 +194,15 @@ def _patch_workers() -> None:
 
         return _update_states
 
+    def init_zeroing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _init_kv_zero_meta(self: Any) -> None:
+            # vLLM's zeroing kernel takes all groups to have num_blocks blocks; `zero_blocks` above replaces it.
+            if not isinstance(self.kv_cache_config, TidepoolKVCacheConfig):
+                original(self)
+
+        return _init_kv_zero_meta
+
+    _wrap(GPUModelRunner, "_init_kv_zero_meta", init_zeroing)
     _wrap(GPUModelRunner, "_zero_block_ids", zero_blocks)
     _wrap(GPUModelRunner, "_update_states", update_states)
     if current_platform.is_cpu():

@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import (
 from tidepool.cache import (
     Arena,
     CacheConfigError,
+    Cut,
     FullAttention,
     Geometry,
     Group,
@@ -80,7 +81,8 @@ class TidepoolKVCacheConfig(KVCacheConfig):
     @property
     def strides(self) -> tuple[int, ...]:
         """Bytes from one block of each group to the next."""
-        return tuple(cut.stride for cut in (self.geometry.cuts if self.geometry else self.shares))
+        parts: Sequence[Cut | Share] = self.geometry.cuts if self.geometry else self.shares
+        return tuple(part.stride for part in parts)
 
     @property
     def pool_blocks(self) -> tuple[int, ...]:
@@ -130,11 +132,7 @@ def keep_pages_natural(vllm_config: Any, backend: Any, inflate: Callable[[Any], 
         logger.info("tidepool is switched off: vLLM's own KV cache is used.")
         return False
     specs = _layer_specs(vllm_config)
-    closed = (
-        version_gate(version)
-        or next(closed_gates(vllm_config, settings.allow), None)
-        or unservable_specs(specs)
-    )
+    closed = version_gate(version) or next(closed_gates(vllm_config, settings.allow), None) or unservable_specs(specs)
     if closed:
         logger.warning("tidepool steps aside, vLLM's own KV cache is used. %s.", closed)
         return False
@@ -142,9 +140,7 @@ def keep_pages_natural(vllm_config: Any, backend: Any, inflate: Callable[[Any], 
     stock_config = copy.copy(vllm_config)
     stock_config.cache_config = copy.copy(cache_config)
     inflate(stock_config)
-    stock = StockBlocks(
-        stock_config.cache_config.block_size, stock_config.cache_config.mamba_page_size_padded
-    )
+    stock = StockBlocks(stock_config.cache_config.block_size, stock_config.cache_config.mamba_page_size_padded)
 
     kernel = _smallest_kernel_block(vllm_config, backend)
     block_tokens = settings.block_tokens or (
@@ -209,7 +205,7 @@ def make_kv_cache_config(
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
         )
-    cuts = shares or geometry.cuts
+    cuts: Sequence[Cut | Share] = shares or geometry.cuts
     tensors = [
         KVCacheTensor(
             size=arena_bytes,
@@ -232,6 +228,11 @@ def make_kv_cache_config(
     )
 
 
+def extent_bytes(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> int:
+    """Bytes of an extent."""
+    return choose_geometry(core_groups(vllm_config, groups)).extent_bytes
+
+
 def extents_of_longest_request(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> int:
     """Extents that one request of max_model_len tokens needs."""
     core = core_groups(vllm_config, groups)
@@ -250,7 +251,7 @@ def max_concurrency(vllm_config: Any, config: TidepoolKVCacheConfig) -> float:
     return min(share.blocks / need for share, need in zip(config.shares, needs, strict=True))
 
 
-def stock_groups_and_blocks(
+def stock_kv_cache_config(
     vllm_config: Any,
     plan: Plan,
     specs: Mapping[str, KVCacheSpec],
@@ -285,9 +286,7 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
         return Group(State(spec.page_size_bytes, copies), names, spec.block_size, STRIDE_ALIGN)
     assert isinstance(spec, AttentionSpec)
     per_token = spec.copy_with_new_block_size(1).page_size_bytes
-    return Group(
-        FullAttention(per_token), names, spec.block_size, STRIDE_ALIGN, page_bytes=spec.page_size_bytes
-    )
+    return Group(FullAttention(per_token), names, spec.block_size, STRIDE_ALIGN, page_bytes=spec.page_size_bytes)
 
 
 def _layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:

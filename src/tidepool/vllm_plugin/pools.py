@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 from tidepool.cache import Arena
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
@@ -38,7 +38,7 @@ class GroupBlockPool(BlockPool):
         self.null_block = self.blocks[0]
         self.null_block.is_null = True
         self.cached_block_hash_to_block = BlockHashToBlockMap()
-        self.cached_block_hashes_by_block = {}
+        self.cached_block_hashes_by_block: dict[int, set[BlockHashWithGroupId]] = {}
         self.enable_kv_cache_events = memory.enable_kv_cache_events
         # One queue for all groups keeps their events in the order in which they happened.
         self.kv_event_queue = memory.kv_event_queue

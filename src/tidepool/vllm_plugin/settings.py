@@ -32,7 +32,7 @@ class Settings(BaseModel):
     checkpoint_tokens: int | None = Field(default=None, gt=0)
     """Tokens between two states kept for prefix hits; by default the block size that vLLM alone would use."""
     allow: tuple[Literal["device"], ...] = ()
-    """Gates to open at one's own risk: ``device`` serves on devices other than the CPU, with vLLM's first model runner."""
+    """Gates to open at one's own risk: ``device`` serves devices other than the CPU, by vLLM's first model runner."""
 
 
 def read_settings(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -48,7 +48,7 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] = os.enviro
     given = additional_config.get("tidepool", {}) if isinstance(additional_config, Mapping) else {}
     if not isinstance(given, Mapping):
         raise SettingsError(f'additional_config["tidepool"] must be a table of settings, not {given!r}.')
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     switch = environ.get(ENV_SWITCH)
     if switch:
         if switch not in _SWITCHES:
@@ -57,7 +57,7 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] = os.enviro
         if switch != "off":
             values["partition"] = switch
     try:
-        return Settings(**values)
+        return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

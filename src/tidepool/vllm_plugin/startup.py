@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import MambaSpec
 
 from tidepool.vllm_plugin import planning
 

@@ -58,8 +58,7 @@ class ArenaBytes:
         self.block_bytes = config.block_bytes
         self.extent_bytes = config.geometry.extent_bytes if config.geometry else 0
         self.poison = [
-            HUGE_BYTE if isinstance(group.kv_cache_spec, MambaSpec) else NAN_BYTE
-            for group in config.kv_cache_groups
+            HUGE_BYTE if isinstance(group.kv_cache_spec, MambaSpec) else NAN_BYTE for group in config.kv_cache_groups
         ]
 
     def block(self, group: int, block: int) -> torch.Tensor:
