@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tidepool.cache import FullAttention, LayerCache, SlidingWindow, State
 from tidepool.models import (
@@ -132,7 +131,7 @@ def test_bytes_of_a_head(dtype: str, expected: int) -> None:
 
 
 def test_unknown_dtype_names_those_that_exist() -> None:
-    with pytest.raises(ModelConfigError, match="no KV cache dtype 'int2'.*fp8"):
+    with pytest.raises(ModelConfigError, match=r"no KV cache dtype 'int2'.*fp8"):
         kinds("Llama-3.1-8B", CacheOptions(kv_dtype="int2"))
 
 
@@ -154,9 +153,7 @@ def test_stages_cover_all_layers_in_order(layers: int, data: st.DataObject) -> N
 def test_stages_of_a_model_hold_each_layer_once(pp: int) -> None:
     model = entry("Falcon-H1-7B").model()
     stages = model.stages(pp, CacheOptions())
-    assert {name: cache for stage in stages for name, cache in stage.items()} == model.layer_caches(
-        CacheOptions()
-    )
+    assert {name: cache for stage in stages for name, cache in stage.items()} == model.layer_caches(CacheOptions())
     assert sum(map(len, stages)) == 88
     assert model.weight_bytes(1, pp) < model.weight_bytes() / pp * 1.3
 
@@ -210,7 +207,7 @@ def test_unreadable_files_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ModelConfigError, match="must hold a JSON object"):
         find_model(str(tmp_path))
-    with pytest.raises(ModelConfigError, match="did you mean.*Qwen3.5-4B"):
+    with pytest.raises(ModelConfigError, match=r"did you mean.*Qwen3.5-4B"):
         find_model("Qwen3.5-4")
 
 

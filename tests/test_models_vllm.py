@@ -82,9 +82,7 @@ def vllm_config(name: str, tp: int, draft_tokens: int, state_dtype: str) -> Any:
 @pytest.mark.parametrize("draft_tokens", [0, 3])
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_states_are_those_of_vllms_model_class(
-    name: str, tp: int, draft_tokens: int, state_dtype: str
-) -> None:
+def test_states_are_those_of_vllms_model_class(name: str, tp: int, draft_tokens: int, state_dtype: str) -> None:
     from vllm.v1.kv_cache_interface import MambaSpec
 
     module, class_name = CLASSES[entry(name).config["model_type"]]

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, reject, settings, strategies as st
 
 from tidepool.cache import (
     Arena,
     CacheConfigError,
     FullAttention,
+    Geometry,
     Group,
     SlidingWindow,
     State,
@@ -36,7 +36,7 @@ from tidepool.plan import (
     predict,
     predict_stages,
 )
-from tidepool.plan.planner import KINDS
+from tidepool.plan.planner import BLOCK_ALIGN, KINDS
 
 # Reported for an RTX 4090, a fixed partition and 256 sequences; the tokens and states give the KV bytes.
 PUBLISHED = {
@@ -50,7 +50,7 @@ def test_fixed_partition_gives_the_published_tokens_less_the_null_block(name: st
     tokens, token_bytes, states, state_dtype, ratio = PUBLISHED[name]
     budget = tokens * token_bytes + states
     caches = entry(name).model().layer_caches(CacheOptions(state_dtype=state_dtype))
-    groups = group_layers(caches, 16)
+    groups = group_layers(caches, 16, align=BLOCK_ALIGN)
     fixed = predict(groups, budget, "fixed", 256, 262_144)
     elastic = predict(groups, budget, "elastic", 256, 262_144)
     assert isinstance(elastic, ElasticMemory)
@@ -76,7 +76,7 @@ def test_geometry_pads_less_than_promised(name: str, kv_dtype: str) -> None:
         caches = entry(name).model().layer_caches(CacheOptions(kv_dtype=kv_dtype))
     except ModelConfigError:
         pytest.skip("latent attention has no heads to pack")
-    groups = group_layers(caches, 16, align=16)
+    groups = group_layers(caches, 16, align=BLOCK_ALIGN)
     assert choose_geometry(groups).padding < (0.01 if len(groups) <= 2 else 0.02)
 
 
@@ -99,6 +99,14 @@ def group_lists(draw: st.DrawFn) -> list[Group]:
     ]
 
 
+def geometry_of(groups: Sequence[Group]) -> Geometry:
+    """Their geometry; sizes that no extent holds with so little padding are not what is tested here."""
+    try:
+        return choose_geometry(groups)
+    except CacheConfigError:
+        reject()
+
+
 def run_requests(arena: Arena, groups: Sequence[Group], lengths: Sequence[int]) -> bool:
     """Admit requests one after another; whether all were."""
     for tokens in lengths:
@@ -112,10 +120,8 @@ def run_requests(arena: Arena, groups: Sequence[Group], lengths: Sequence[int]) 
 
 @settings(deadline=None, max_examples=150)
 @given(groups=group_lists(), extents=st.integers(2, 40), lengths=st.lists(st.integers(1, 400), max_size=8))
-def test_elastic_prediction_is_what_the_arena_admits(
-    groups: list[Group], extents: int, lengths: list[int]
-) -> None:
-    geometry = choose_geometry(groups)
+def test_elastic_prediction_is_what_the_arena_admits(groups: list[Group], extents: int, lengths: list[int]) -> None:
+    geometry = geometry_of(groups)
     budget = (extents + 1) * geometry.extent_bytes - 1
     try:
         memory = predict(groups, budget, "elastic", 256, 4096)
@@ -135,9 +141,7 @@ def test_elastic_prediction_is_what_the_arena_admits(
     budget=st.integers(100_000, 4_000_000),
     lengths=st.lists(st.integers(1, 400), max_size=8),
 )
-def test_fixed_prediction_is_what_the_arena_admits(
-    groups: list[Group], budget: int, lengths: list[int]
-) -> None:
+def test_fixed_prediction_is_what_the_arena_admits(groups: list[Group], budget: int, lengths: list[int]) -> None:
     try:
         memory = predict(groups, budget, "fixed", 8, 400)
         shares = fixed_shares(groups, budget, 8, 400)
@@ -153,7 +157,7 @@ def test_fixed_prediction_is_what_the_arena_admits(
 @settings(deadline=None)
 @given(groups=group_lists(), extents=st.integers(2, 60), requests=st.integers(1, 20))
 def test_tokens_with_is_the_most(groups: list[Group], extents: int, requests: int) -> None:
-    budget = extents * choose_geometry(groups).extent_bytes
+    budget = extents * geometry_of(groups).extent_bytes
     try:
         memory = predict(groups, budget, "elastic", 256, 4096)
     except CacheConfigError:
@@ -176,10 +180,8 @@ def test_tokens_with_is_the_most(groups: list[Group], extents: int, requests: in
     partition=st.sampled_from(["elastic", "fixed"]),
     mix=st.lists(st.builds(Requests, st.integers(1, 6), st.integers(1, 600)), max_size=4),
 )
-def test_every_byte_is_accounted_for(
-    groups: list[Group], extents: int, partition: str, mix: list[Requests]
-) -> None:
-    budget = extents * choose_geometry(groups).extent_bytes + 7
+def test_every_byte_is_accounted_for(groups: list[Group], extents: int, partition: str, mix: list[Requests]) -> None:
+    budget = extents * geometry_of(groups).extent_bytes + 7
     try:
         memory = predict(groups, budget, "fixed" if partition == "fixed" else "elastic", 8, 600)
     except CacheConfigError:
@@ -209,11 +211,17 @@ def test_every_model_has_a_plan_whose_bytes_add_up(name: str, prefix_caching: bo
         assert counts == sorted(counts, reverse=True)
 
 
-@pytest.mark.parametrize("name", ["Qwen3.5-4B", "Nemotron-3-Nano-4B", "Falcon-H1-7B", "GLM-5.3-Flash"])
+# A stage of GLM has so few index layers that only blocks of 64 tokens align without much padding.
+@pytest.mark.parametrize(
+    ("name", "block_tokens"),
+    [("Qwen3.5-4B", 16), ("Nemotron-3-Nano-4B", 16), ("Falcon-H1-7B", 16), ("GLM-5.3-Flash", 64)],
+)
 @pytest.mark.parametrize("pp", [2, 3])
-def test_pipeline_stages_hold_more_than_one_device(name: str, pp: int) -> None:
+def test_pipeline_stages_hold_more_than_one_device(name: str, block_tokens: int, pp: int) -> None:
     model = entry(name).model()
-    one, many = (make_plan(name, "", model, PlanOptions(kv_bytes=20 << 30, pp=n)) for n in (1, pp))
+    one, many = (
+        make_plan(name, "", model, PlanOptions(kv_bytes=20 << 30, block_tokens=block_tokens, pp=n)) for n in (1, pp)
+    )
     for kind in ("stock", "elastic"):
         few, more = one.columns[kind].tokens[8], many.columns[kind].tokens[8]
         assert few is not None

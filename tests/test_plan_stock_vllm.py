@@ -50,9 +50,7 @@ def planner_config(layout: str) -> Any:
     )
 
 
-def align(
-    layers: dict[str, LayerCache], latent: bool, block_tokens: int, monkeypatch: Any
-) -> tuple[int, int | None]:
+def align(layers: dict[str, LayerCache], latent: bool, block_tokens: int, monkeypatch: Any) -> tuple[int, int | None]:
     """vLLM's own inflation: tokens of an attention block, and the page that states are padded to."""
     import torch
     import vllm.model_executor.models as models
@@ -107,9 +105,7 @@ def _nothing() -> Any:
     return nullcontext()
 
 
-def specs_of(
-    layers: dict[str, LayerCache], latent: bool, block_tokens: int, state_page: int | None
-) -> dict[str, Any]:
+def specs_of(layers: dict[str, LayerCache], latent: bool, block_tokens: int, state_page: int | None) -> dict[str, Any]:
     """vLLM's cache specs of the same bytes."""
     import torch
     from vllm.v1.kv_cache_interface import (
@@ -175,9 +171,7 @@ def test_closed_form_is_vllms_planning(
     planned = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, BUDGET)
     memory = stock_memory([layers], BUDGET, 256, 4096, block_tokens=block_tokens, latent=model.latent)
     assert memory.pool_blocks == planned.num_blocks
-    attention = [
-        g.kv_cache_spec.block_size for g in groups if g.layer_names[0].endswith(("attention", "window"))
-    ]
+    attention = [g.kv_cache_spec.block_size for g in groups if g.layer_names[0].endswith(("attention", "window"))]
     assert {g.block_tokens for g in memory.groups if g.label != "state"} == set(attention)
 
 

@@ -43,11 +43,7 @@ def entry(name: str) -> Entry:
     wanted = name.rsplit("/", 1)[-1].lower()
     if wanted not in known:
         near = get_close_matches(wanted, known, n=3, cutoff=0.4)
-        hint = (
-            f"did you mean {' or '.join(known[match] for match in near)}?"
-            if near
-            else "see --list for the names."
-        )
+        hint = f"did you mean {' or '.join(known[match] for match in near)}?" if near else "see --list for the names."
         raise ModelConfigError(
             f"There is no model {name!r} in the catalogue and no such directory or config.json: {hint}"
         )

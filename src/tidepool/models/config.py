@@ -34,9 +34,7 @@ class Config:
         """A whole number above zero, by the first of ``keys`` that is there."""
         value = self._need(keys, default)
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ModelConfigError(
-                f'"{keys[0]}" of the config must be a positive whole number, not {value!r}.'
-            )
+            raise ModelConfigError(f'"{keys[0]}" of the config must be a positive whole number, not {value!r}.')
         return int(value)
 
     def count(self, *keys: str, default: int = 0) -> int:

@@ -67,16 +67,12 @@ class Attention:
     def parameters(self) -> int:
         """Projections of queries (and gates), keys, values and output."""
         queries = self.heads * self.head_size
-        return self.hidden * (
-            (2 if self.gated else 1) * queries + 2 * self.kv_heads * self.head_size + queries
-        )
+        return self.hidden * ((2 if self.gated else 1) * queries + 2 * self.kv_heads * self.head_size + queries)
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """Bytes per token: KV heads of the device (one at least, then replicated) times bytes per head."""
         kv_heads = max(1, self.kv_heads // options.tp)
-        per_token = kv_heads * head_bytes(
-            options.kv_dtype, self.head_size, self.head_size, numerics.model_bytes
-        )
+        per_token = kv_heads * head_bytes(options.kv_dtype, self.head_size, self.head_size, numerics.model_bytes)
         return FullAttention(per_token) if self.window is None else SlidingWindow(per_token, self.window)
 
 
@@ -123,9 +119,7 @@ class PooledIndexer:
     @property
     def parameters(self) -> int:
         """Projections of queries, keys, head weights and the pool's gate."""
-        return self.query_latent * self.heads * self.head_size + self.hidden * (
-            2 * self.head_size + self.heads
-        )
+        return self.query_latent * self.heads * self.head_size + self.hidden * (2 * self.head_size + self.heads)
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """Bytes per token, rounded up to whole bytes."""

@@ -45,9 +45,7 @@ class Model:
     @property
     def latent(self) -> bool:
         """Whether attention is latent (MLA)."""
-        return any(
-            isinstance(mixer, LatentAttention) for layer in self.layers for mixer in layer.mixers.values()
-        )
+        return any(isinstance(mixer, LatentAttention) for layer in self.layers for mixer in layer.mixers.values())
 
     def layer_caches(self, options: CacheOptions) -> dict[str, LayerCache]:
         """What every layer keeps on one device, by layer name."""

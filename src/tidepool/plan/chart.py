@@ -8,7 +8,7 @@ from math import ceil, log2, log10
 from tidepool.plan.memory import Kind
 
 _WIDTH, _HEIGHT = 480, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 22, 14, 48
 
 
 def curve_chart(curves: Mapping[Kind, list[tuple[int, int]]]) -> str:
@@ -24,24 +24,17 @@ def curve_chart(curves: Mapping[Kind, list[tuple[int, int]]]) -> str:
     def y(tokens: int) -> float:
         return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - tokens / ceiling)
 
-    parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Tokens against running requests">'
-    ]
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="Tokens against running requests">']
     for value in range(0, ceiling + 1, step):
         parts.append(
-            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" '
-            f'y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
+            f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
         )
         parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_short(value)}</text>')
     power = 1
     while power <= last:
-        parts.append(
-            f'<text x="{x(power):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{power}</text>'
-        )
+        parts.append(f'<text x="{x(power):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{power}</text>')
         power *= 2 if last <= 16 else 4
-    parts.append(
-        f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">running requests</text>'
-    )
+    parts.append(f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">running requests</text>')
     for kind, curve in curves.items():
         points = [(x(count), y(tokens)) for count, tokens in curve if tokens]
         line = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
@@ -56,9 +49,7 @@ def curve_chart(curves: Mapping[Kind, list[tuple[int, int]]]) -> str:
 def _step(top: int) -> int:
     """A round number, four to eight of which reach ``top``."""
     unit = 10 ** int(log10(max(top, 1)))
-    return (
-        next((int(unit * share) for share in (0.2, 0.25, 0.5, 1, 2) if top / (unit * share) <= 6), unit) or 1
-    )
+    return next((int(unit * share) for share in (0.2, 0.25, 0.5, 1, 2) if top / (unit * share) <= 6), unit) or 1
 
 
 def _short(value: int) -> str:

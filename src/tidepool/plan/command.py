@@ -40,13 +40,9 @@ def plan(
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
-    max_model_len: Annotated[
-        int | None, typer.Option(help="Longest request; the model's own by default.")
-    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest request; the model's own by default.")] = None,
     context: Annotated[str, typer.Option(help="Request lengths to count, in tokens.")] = "1k,8k,32k,128k",
-    mix: Annotated[
-        str, typer.Option(help="Requests for the memory map: how many x how long.")
-    ] = "32x2100,2x33k",
+    mix: Annotated[str, typer.Option(help="Requests for the memory map: how many x how long.")] = "32x2100,2x33k",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
 ) -> None:

@@ -102,9 +102,7 @@ def find_card(name: str) -> int:
     """
     mib = next((mib for known, mib in GPU_MIB.items() if known.lower() == name.lower()), None)
     if mib is None:
-        raise PlanError(
-            f"There is no GPU {name!r} in the list: choose from {', '.join(GPU_MIB)}, or give --memory."
-        )
+        raise PlanError(f"There is no GPU {name!r} in the list: choose from {', '.join(GPU_MIB)}, or give --memory.")
     return mib << 20
 
 
@@ -113,7 +111,5 @@ def _count(text: str, what: str) -> int:
     scale = 1000 if cleaned.endswith("k") else 1
     digits = cleaned.removesuffix("k")
     if not digits.isdecimal() or int(digits) == 0:
-        raise PlanError(
-            f"{text.strip()!r} is no {what}: write a positive whole number, or one with k for thousands."
-        )
+        raise PlanError(f"{text.strip()!r} is no {what}: write a positive whole number, or one with k for thousands.")
     return int(digits) * scale

@@ -171,8 +171,7 @@ class ElasticMemory(Memory):
     def held_idle_bytes(self, blocks: Sequence[int]) -> int:
         """Slots without a block in extents that a group owns."""
         return sum(
-            (-need % slots) * group.stride
-            for need, slots, group in zip(blocks, self.slots, self.groups, strict=True)
+            (-need % slots) * group.stride for need, slots, group in zip(blocks, self.slots, self.groups, strict=True)
         )
 
 

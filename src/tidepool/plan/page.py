@@ -61,9 +61,7 @@ def _map(plan: Plan) -> str:
     """Bars as wide as the card, or as the KV memory where no card was named."""
     around = _around(plan)
     total = plan.options.kv_bytes + sum(count for _, _, _, count in around)
-    shown = {
-        name for column in plan.columns.values() for name, count in column.account.parts().items() if count
-    }
+    shown = {name for column in plan.columns.values() for name, count in column.account.parts().items() if count}
     bars = []
     for kind, column in plan.columns.items():
         parts = [(name, title, count) for name, title, _, count in around]
@@ -141,8 +139,7 @@ def _dtypes(plan: Plan) -> str:
         name = " = ".join((row.kv_dtype, *row.also))
         title = f"<strong>{escape(name)}</strong>" if chosen else escape(name)
         blocks.append(
-            f'<div class="dtype"><div>{title}<span class="quiet">{row.token_bytes:,} B/token</span></div>'
-            f"{lines}</div>"
+            f'<div class="dtype"><div>{title}<span class="quiet">{row.token_bytes:,} B/token</span></div>{lines}</div>'
         )
     return (
         f"<section><h2>What each KV cache dtype buys</h2>"

@@ -15,8 +15,8 @@ from tidepool.plan.stock import stock_memory
 
 SHORT_REQUEST = 12
 """Tokens of the request whose cost a plan names."""
-BLOCK_ALIGN = 16
-"""Bytes that the distance of blocks is a multiple of: kernels load so many at a time."""
+BLOCK_ALIGN = 64
+"""Bytes that the distance of blocks is a multiple of, as in the plugin: a cache line, and any kernel's load."""
 REQUEST_COUNTS = (1, 8, 64)
 """Running requests beside which a plan counts tokens, besides the most that may run."""
 DTYPE_REQUESTS = 8
@@ -51,9 +51,7 @@ class PlanOptions:
         if self.max_model_len is not None and self.max_model_len <= 0:
             raise PlanError(f"max-model-len must be positive, not {self.max_model_len:,}.")
         if self.speculative_tokens < 0:
-            raise PlanError(
-                f"The number of speculative tokens can't be negative ({self.speculative_tokens})."
-            )
+            raise PlanError(f"The number of speculative tokens can't be negative ({self.speculative_tokens}).")
 
     def cache_options(self, kv_dtype: str | None = None) -> CacheOptions:
         """What the layers need to know; states: one, one more with prefix caching, one per draft token."""
@@ -126,9 +124,7 @@ class Plan:
         return "state" in labels and len(labels) > 1
 
 
-def make_plan(
-    model_name: str, source: str, model: Model, options: PlanOptions, card: Card | None = None
-) -> Plan:
+def make_plan(model_name: str, source: str, model: Model, options: PlanOptions, card: Card | None = None) -> Plan:
     """Answer everything about one model.
 
     Raises:
@@ -188,9 +184,7 @@ def divide(
         )
         if not memory.holds([(1, 1)]):
             need = (1 + sum(memory.needs([(1, 1)]))) * memory.block_bytes
-            raise CacheConfigError(
-                f"One request needs {need:,} bytes: a block for every group and the null block."
-            )
+            raise CacheConfigError(f"One request needs {need:,} bytes: a block for every group and the null block.")
         return memory
     groups = [group_layers(stage, options.block_tokens, align=BLOCK_ALIGN) for stage in stages]
     return predict_stages(groups, options.kv_bytes, kind, options.max_num_seqs, max_model_len)
@@ -205,9 +199,7 @@ def _column(memory: Memory, options: PlanOptions) -> Column:
         memory=memory,
         tokens={count: memory.tokens_with(count) for count in counts},
         concurrency={
-            tokens: memory.requests_of(tokens)
-            for tokens in options.contexts
-            if tokens <= memory.max_model_len
+            tokens: memory.requests_of(tokens) for tokens in options.contexts if tokens <= memory.max_model_len
         },
         max_requests=most,
         pinned_by_short=memory.pinned_by(SHORT_REQUEST),
@@ -238,9 +230,7 @@ def _dtypes(model: Model, options: PlanOptions, max_model_len: int, requests: in
                 memories[kind] = divide(kind, model, stages, options, max_model_len)
             except CacheConfigError:
                 continue
-        token_bytes = (
-            sum(group.token_bytes for group in memories["elastic"].groups) if "elastic" in memories else 0
-        )
+        token_bytes = sum(group.token_bytes for group in memories["elastic"].groups) if "elastic" in memories else 0
         if token_bytes in rows:
             rows[token_bytes] = replace(rows[token_bytes], also=(*rows[token_bytes].also, kv_dtype))
         elif token_bytes:

@@ -70,9 +70,7 @@ def predict_stages(
     return memory
 
 
-def _elastic(
-    stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, max_model_len: int
-) -> ElasticMemory:
+def _elastic(stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, max_model_len: int) -> ElasticMemory:
     caches = list(dict.fromkeys(group.cache for stage in stages for group in stage))
     by_stage = [{group.cache: group for group in stage} for stage in stages]
     best: tuple[int, int, dict[LayerCache, int], int] | None = None  # extents, extent bytes, slots, stage
@@ -106,9 +104,7 @@ def _elastic(
     )
 
 
-def _extent_bytes(
-    stage: dict[LayerCache, Group], slots: dict[LayerCache, int], geometry: Geometry, own: bool
-) -> int:
+def _extent_bytes(stage: dict[LayerCache, Group], slots: dict[LayerCache, int], geometry: Geometry, own: bool) -> int:
     """Bytes of an extent on a stage: its own geometry's, or the least that every group's slots tile."""
     if own:
         return geometry.extent_bytes
@@ -117,15 +113,11 @@ def _extent_bytes(
     return -(-need // step) * step
 
 
-def _fixed(
-    stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, max_model_len: int
-) -> FixedMemory:
+def _fixed(stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, max_model_len: int) -> FixedMemory:
     plans = []
     for stage in stages:
         shares = fixed_shares(stage, budget, max_num_seqs, max_model_len)
-        planned = tuple(
-            _planned(group, share.stride, share.blocks) for group, share in zip(stage, shares, strict=True)
-        )
+        planned = tuple(_planned(group, share.stride, share.blocks) for group, share in zip(stage, shares, strict=True))
         plans.append(
             FixedMemory(
                 budget_bytes=budget,

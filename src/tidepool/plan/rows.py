@@ -25,10 +25,7 @@ class Section:
 
     def add(self, plan: Plan, name: str, answer: Callable[..., str], *about: Any) -> None:
         """Add a row of ``answer(column, *about)``, unless there is no answer in any column."""
-        cells = {
-            kind: answer(plan.columns[kind], *about) if kind in plan.columns else NONE
-            for kind in words.TITLES
-        }
+        cells = {kind: answer(plan.columns[kind], *about) if kind in plan.columns else NONE for kind in words.TITLES}
         if set(cells.values()) - {NONE}:
             self.rows.append((name, cells))
 
@@ -55,9 +52,7 @@ def sections(plan: Plan) -> list[Section]:
     for length in first.concurrency:
         running.add(plan, f"of {length:,} tokens", _concurrency, length)
     running.add(plan, "longest request, tokens", lambda column: f"{column.longest:,}")
-    running.add(
-        plan, f"bytes that {SHORT_REQUEST} tokens pin", lambda column: words.size(column.pinned_by_short)
-    )
+    running.add(plan, f"bytes that {SHORT_REQUEST} tokens pin", lambda column: words.size(column.pinned_by_short))
 
     bytes_ = Section(f"Where the bytes go while {words.mix(plan)} run")
     bytes_.add(plan, "requests of these that fit", _admitted)

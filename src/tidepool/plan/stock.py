@@ -54,9 +54,7 @@ def attention_block(layers: Mapping[str, LayerCache], block_tokens: int, latent:
         latent: whether attention is latent, whose step is 128 tokens at least.
     """
     state = max((cache.bytes for cache in layers.values() if isinstance(cache, State)), default=0)
-    token = max(
-        (cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0
-    )
+    token = max((cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0)
     if not state or not token:
         return block_tokens
     step = max(block_tokens, LATENT_STEP) if latent else block_tokens
@@ -67,17 +65,13 @@ def stock_layout(layers: Mapping[str, LayerCache], block_tokens: int, latent: bo
     """Group all layers of the model as vLLM does."""
     inflated = attention_block(layers, block_tokens, latent)
     hybrid = inflated != block_tokens or any(isinstance(cache, FullAttention) for cache in layers.values())
-    token = max(
-        (cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0
-    )
+    token = max((cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0)
     largest = max((cache.bytes for cache in layers.values() if isinstance(cache, State)), default=0)
     pages = {}
     for name, cache in layers.items():
         natural = cache.page_bytes(inflated)
         # Only the states that set the page are padded to it; a small ring keeps its own size.
-        pages[name] = (
-            inflated * token if hybrid and natural == largest and isinstance(cache, State) else natural
-        )
+        pages[name] = inflated * token if hybrid and natural == largest and isinstance(cache, State) else natural
     groups = _packed(layers, pages) if len(set(pages.values())) > 1 else _equal(layers)
     return StockLayout(tuple(StockGroup(tuple(names), inflated) for names in groups), pages)
 
@@ -99,9 +93,7 @@ def stock_memory(
     blocks = budget_bytes // block_bytes
     return StockMemory(
         budget_bytes=budget_bytes,
-        groups=tuple(
-            _planned(group, layout, everything, stage, block_bytes, blocks - 1) for group in layout.groups
-        ),
+        groups=tuple(_planned(group, layout, everything, stage, block_bytes, blocks - 1) for group in layout.groups),
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         block_bytes=block_bytes,
@@ -147,9 +139,7 @@ def _equal(layers: Mapping[str, LayerCache]) -> list[list[str]]:
     counts = [len(names) for names in kinds.values()]
     size = max(counts) if max(counts) < 1.5 * min(counts) else min(counts)
     return [
-        names[first :: ceil(len(names) / size)]
-        for names in kinds.values()
-        for first in range(ceil(len(names) / size))
+        names[first :: ceil(len(names) / size)] for names in kinds.values() for first in range(ceil(len(names) / size))
     ]
 
 
@@ -171,9 +161,7 @@ def _packed(layers: Mapping[str, LayerCache], pages: Mapping[str, int]) -> list[
     balanced = [len({len(names) for names in sizes.values()}) == 1 for _, sizes in by_page]
     repeats = [max(len(names) for names in sizes.values()) for _, sizes in by_page]
     mixed = [
-        count
-        for (_, sizes), even, count in zip(by_page, balanced, repeats, strict=True)
-        if even and len(sizes) > 1
+        count for (_, sizes), even, count in zip(by_page, balanced, repeats, strict=True) if even and len(sizes) > 1
     ]
     per_group = None
     if mixed:
@@ -182,10 +170,7 @@ def _packed(layers: Mapping[str, LayerCache], pages: Mapping[str, int]) -> list[
             range(max(mixed), max(*counts, max(mixed)) + 1),
             key=lambda size: (sum(-c % size for c in counts), -size),
         )
-    cuts = [
-        ceil(count / per_group) if even and per_group else 1
-        for even, count in zip(balanced, repeats, strict=True)
-    ]
+    cuts = [ceil(count / per_group) if even and per_group else 1 for even, count in zip(balanced, repeats, strict=True)]
     anchor = max(
         sum(ceil(len(names) / (count if state else cut)) * page for page, names in sizes.items())
         for (state, sizes), cut, count in zip(by_page, cuts, repeats, strict=True)
@@ -197,9 +182,7 @@ def _packed(layers: Mapping[str, LayerCache], pages: Mapping[str, int]) -> list[
             groups.append([name for names in sizes.values() for name in names])
             continue
         pattern = list(zip(*sizes.values(), strict=True))
-        groups.extend(
-            [name for repeat in pattern[first::pieces] for name in repeat] for first in range(pieces)
-        )
+        groups.extend([name for repeat in pattern[first::pieces] for name in repeat] for first in range(pieces))
     return groups
 
 

@@ -39,9 +39,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print()
     console.print(_legend(plan))
     if plan.dtypes:
-        console.print(
-            Text(f"Tokens beside {words.requests(plan.dtype_requests)}, by KV cache dtype", style="bold")
-        )
+        console.print(Text(f"Tokens beside {words.requests(plan.dtype_requests)}, by KV cache dtype", style="bold"))
         console.print(_dtypes(plan))
     if not plan.hybrid:
         console.print(Text(f"\n{words.STEPS_ASIDE}", style="yellow"))

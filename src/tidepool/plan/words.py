@@ -37,15 +37,9 @@ def size(count: int) -> str:
 
 def percent(share: float) -> str:
     """A share of 1 in percent."""
-    return (
-        "0%"
-        if share == 0
-        else "<0.01%"
-        if share < 0.0001
-        else f"{share:.2%}"
-        if share < 0.1
-        else f"{share:.0%}"
-    )
+    if 0 < share < 0.0001:
+        return "<0.01%"
+    return f"{share:.2%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
 def requests(count: int) -> str:

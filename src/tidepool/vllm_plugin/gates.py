@@ -36,7 +36,7 @@ GATES: tuple[Gate, ...] = (
     Gate("data-parallel", "data parallelism is untested", _parallel("data_parallel_size")),
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
-    Gate("executor", "only the in-process executor is tested", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni")),
+    Gate("executor", "only vLLM's own single-node executors are tested", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp")),
     Gate("speculative-decoding", "speculative decoding is untested", lambda c: c.speculative_config is not None),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "quantized KV caches are untested", lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16")),

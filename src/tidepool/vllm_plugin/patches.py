@@ -60,7 +60,7 @@ def _patch_planning(version: str) -> None:
 
     def align_hybrid_block_size(cls: Any, vllm_config: Any, backend_cls: Any) -> None:
         stock = functools.partial(inflate, cls, backend_cls=backend_cls)
-        if not planning.keep_pages_natural(vllm_config, backend_cls, stock, version):
+        if not planning.keep_pages_natural(cls, vllm_config, stock, version):
             inflate(cls, vllm_config, backend_cls)
 
     Platform._align_hybrid_block_size = classmethod(align_hybrid_block_size)
@@ -69,7 +69,7 @@ def _patch_planning(version: str) -> None:
 
     def groups(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: Any) -> Any:
-            if planning.plan_of(vllm_config) is None:
+            if planning.receive_plan(vllm_config, kv_cache_spec) is None:
                 return original(vllm_config, kv_cache_spec)
             return planning.group_by_layer_cache(kv_cache_spec)
 
@@ -168,8 +168,16 @@ def _patch_workers() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, send_plan
     from tidepool.vllm_plugin.worker import arena_bytes_of
+
+    def specs(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_kv_cache_spec(self: Any) -> Any:
+            layers = original(self)
+            send_plan(self.vllm_config, layers)
+            return layers
+
+        return get_kv_cache_spec
 
     def zero_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
         def _zero_block_ids(self: Any, block_ids: list[int]) -> None:
@@ -202,6 +210,7 @@ def _patch_workers() -> None:
 
         return _init_kv_zero_meta
 
+    _wrap(GPUModelRunner, "get_kv_cache_spec", specs)
     _wrap(GPUModelRunner, "_init_kv_zero_meta", init_zeroing)
     _wrap(GPUModelRunner, "_zero_block_ids", zero_blocks)
     _wrap(GPUModelRunner, "_update_states", update_states)

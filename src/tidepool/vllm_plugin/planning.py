@@ -1,8 +1,8 @@
 """Seam 1: how vLLM plans the KV cache.
 
-vLLM inflates the attention block of a hybrid model until all pages are equally large, and does so right after the
-model is loaded. There tidepool decides, once for an engine, whether it serves it; if so it leaves the pages natural
-and hangs a `Plan` on the engine's CacheConfig. Later planning steps look for that plan and go vLLM's way without it.
+vLLM inflates the attention block of a hybrid model until all pages are equally large, in each worker, right after the
+model is loaded. There tidepool decides whether it serves the engine; if so it leaves the pages natural and hangs a
+`Plan` on the CacheConfig. Later steps look for that plan and go vLLM's way without it.
 
 A served engine's ``KVCacheConfig.num_blocks`` counts *extents*: vLLM's memory check, its override and its minimum over
 ranks then work unchanged with the extent as the block that they divide memory by.
@@ -109,15 +109,34 @@ def plan_of(vllm_config: Any) -> Plan | None:
     return getattr(vllm_config.cache_config, _PLAN, None)
 
 
-def keep_pages_natural(vllm_config: Any, backend: Any, inflate: Callable[[Any], None], version: str) -> bool:
+def send_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> None:
+    """In a worker: let the plan travel to the engine core, which may be another process, with the layers' specs."""
+    plan = plan_of(vllm_config)
+    if plan is not None:
+        for spec in specs.values():
+            object.__setattr__(spec, _PLAN, plan)
+
+
+def receive_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> Plan | None:
+    """In the engine core: take over the plan that came with the specs. Returns `plan_of`."""
+    plan = next((plan for spec in specs.values() if (plan := getattr(spec, _PLAN, None))), None)
+    if plan is not None and plan_of(vllm_config) is None:
+        object.__setattr__(vllm_config.cache_config, _PLAN, plan)
+        if vllm_config.cache_config.mamba_cache_mode == "align":
+            spacing = next(spec.block_size for spec in specs.values() if isinstance(spec, MambaSpec))
+            vllm_config.cache_config.mamba_block_size = spacing
+    return plan_of(vllm_config)
+
+
+def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any], None], version: str) -> bool:
     """Decide whether tidepool serves this engine, and if so set its block sizes.
 
     Called in place of the inflation, with the model loaded. Attention blocks become as small as the kernels take
     (or as the user said), checkpoints as far apart as vLLM alone would have them, and no page is padded.
 
     Args:
+        platform: vLLM's platform class.
         vllm_config: vLLM's configuration of the engine; changed only when the answer is True.
-        backend: the attention backend.
         inflate: vLLM's own inflation of a configuration.
         version: vLLM's version.
 
@@ -131,7 +150,7 @@ def keep_pages_natural(vllm_config: Any, backend: Any, inflate: Callable[[Any], 
     if not settings.enabled:
         logger.info("tidepool is switched off: vLLM's own KV cache is used.")
         return False
-    specs = _layer_specs(vllm_config)
+    specs = layer_specs_of(vllm_config)
     closed = version_gate(version) or next(closed_gates(vllm_config, settings.allow), None) or unservable_specs(specs)
     if closed:
         logger.warning("tidepool steps aside, vLLM's own KV cache is used. %s.", closed)
@@ -142,7 +161,7 @@ def keep_pages_natural(vllm_config: Any, backend: Any, inflate: Callable[[Any], 
     inflate(stock_config)
     stock = StockBlocks(stock_config.cache_config.block_size, stock_config.cache_config.mamba_page_size_padded)
 
-    kernel = _smallest_kernel_block(vllm_config, backend)
+    kernel = _smallest_kernel_block(platform, vllm_config)
     block_tokens = settings.block_tokens or (
         cache_config.block_size if cache_config.user_specified_block_size else kernel
     )
@@ -289,7 +308,7 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
     return Group(FullAttention(per_token), names, spec.block_size, STRIDE_ALIGN, page_bytes=spec.page_size_bytes)
 
 
-def _layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:
+def layer_specs_of(vllm_config: Any) -> dict[str, KVCacheSpec]:
     """Layer name to KVCacheSpec, from the loaded model."""
     from vllm.config.vllm import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -299,13 +318,11 @@ def _layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:
     return {name: spec for name, spec in specs.items() if spec is not None}
 
 
-def _smallest_kernel_block(vllm_config: Any, backend: Any) -> int:
+def _smallest_kernel_block(platform: Any, vllm_config: Any) -> int:
     """The fewest tokens that a block of every attention backend in the model may have."""
     from vllm.config.vllm import set_current_vllm_config
-    from vllm.platforms import current_platform
     from vllm.v1.attention.backend import MultipleOf
 
     with set_current_vllm_config(vllm_config):
-        backends = current_platform._find_non_ssm_backends(vllm_config) or [backend]
-        sizes = [each.get_supported_kernel_block_sizes() for each in backends]
+        sizes = [b.get_supported_kernel_block_sizes() for b in platform._find_non_ssm_backends(vllm_config)]
     return lcm(*(min(s.base if isinstance(s, MultipleOf) else s for s in each) for each in sizes if each))

@@ -15,9 +15,7 @@ def model_of(config: Config, family: str, layers: list[Layer], state_dtype: str 
     """Put layers and what surrounds them together."""
     dtype = config.text("dtype", "torch_dtype", default="bfloat16").removeprefix("torch.")
     if dtype not in FLOAT_BYTES:
-        raise ModelConfigError(
-            f'"dtype" of the config must be one of {", ".join(FLOAT_BYTES)}, not {dtype!r}.'
-        )
+        raise ModelConfigError(f'"dtype" of the config must be one of {", ".join(FLOAT_BYTES)}, not {dtype!r}.')
     tied = config.flag("tie_word_embeddings", "tie_embedding")
     weight_bytes, expert_bytes = _weight_bytes(config, FLOAT_BYTES[dtype])
     return Model(

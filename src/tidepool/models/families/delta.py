@@ -87,9 +87,7 @@ def glm5_next(config: Config) -> Model:
     size, pool = config.positive("index_head_dim"), config.positive("index_kpool")
     sparse: dict[str, Mixer] = {
         "attention": _latent(config),
-        "index": PooledIndexer(
-            hidden, config.positive("index_n_heads"), size, config.positive("q_lora_rank"), pool
-        ),
+        "index": PooledIndexer(hidden, config.positive("index_n_heads"), size, config.positive("q_lora_rank"), pool),
         "tail": IndexerTail(size, pool),
     }
     inner = config.positive("moe_intermediate_size")

@@ -56,8 +56,7 @@ def nemotron_h(config: Config) -> Model:
                 hidden,
                 config.positive("moe_intermediate_size"),
                 config.positive("n_routed_experts"),
-                config.count("moe_shared_expert_intermediate_size")
-                * config.count("n_shared_experts", default=1),
+                config.count("moe_shared_expert_intermediate_size") * config.count("n_shared_experts", default=1),
                 gated=False,
             )
             layers.append(Layer({}, *weights))
@@ -85,9 +84,7 @@ def granite_hybrid(config: Config) -> Model:
     )
     mamba = _mamba2(config, config.positive("mamba_expand", default=2) * hidden)
     layers = [
-        Layer(
-            {"state": mamba} if kind == "state" else {"attention": attention(config)}, feed_forward, experts
-        )
+        Layer({"state": mamba} if kind == "state" else {"attention": attention(config)}, feed_forward, experts)
         for kind in layer_kinds(config, _KINDS, "layer_types", "layers_block_type")
     ]
     return model_of(config, "Mamba2 and attention", layers)
@@ -159,13 +156,10 @@ def lfm2(config: Config) -> Model:
     else:
         full = set(config.indices("full_attn_idxs"))
         kinds = ["attention" if index in full else "state" for index in range(count)]
-    convolution = ShortConvolution(
-        hidden, config.positive("conv_dim", default=hidden), config.positive("conv_L_cache")
-    )
+    convolution = ShortConvolution(hidden, config.positive("conv_dim", default=hidden), config.positive("conv_L_cache"))
     width = dense(hidden, _lfm2_width(config))
     layers = [
-        Layer({"state": convolution} if kind == "state" else {"attention": attention(config)}, width)
-        for kind in kinds
+        Layer({"state": convolution} if kind == "state" else {"attention": attention(config)}, width) for kind in kinds
     ]
     return model_of(config, "short convolution and attention", layers)
 

@@ -54,6 +54,5 @@ def _windowed(config: Config, feed_forward: int, experts: int, interval: int) ->
         kinds = ["window" if (index + 1) % interval else "full" for index in range(count)]
     full, window = attention(config), attention(config, window=config.positive("sliding_window"))
     return [
-        Layer({"window": window} if kind == "window" else {"attention": full}, feed_forward, experts)
-        for kind in kinds
+        Layer({"window": window} if kind == "window" else {"attention": full}, feed_forward, experts) for kind in kinds
     ]

@@ -1,0 +1,226 @@
+"""An engine core without a model.
+
+Everything of vLLM's that decides about memory is real: configuration, planning, scheduler, KV cache manager, and the
+plugin. Layer specs come from the model's own class, built on the meta device. Only `NoModelExecutor` is ours: it answers
+every step at once with made-up tokens and leaves it to the caller what time a step would have taken.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.config.vllm import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.outputs import ModelRunnerOutput
+
+GPU_KERNEL_BLOCK = 16
+"""Tokens; the smallest block of vLLM's GPU attention kernels."""
+ARCHITECTURES = {
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+"""vLLM's model class for a configuration that names none."""
+TOKEN = 17
+"""The token that is always sampled."""
+
+
+@dataclass(frozen=True)
+class EngineShape:
+    """What an engine without a model is made of. Sizes are tokens and bytes."""
+
+    hf_config: dict[str, Any]
+    """An HF-style model configuration."""
+    kv_bytes: int
+    side: str
+    """``stock``, ``elastic`` or ``fixed``."""
+    max_num_seqs: int = 256
+    max_model_len: int = 131_072
+    max_num_batched_tokens: int = 8_192
+    prefix_caching: bool = True
+
+
+class GpuBlocks:
+    """Stands in for a GPU attention backend where block sizes are asked for."""
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(spec: Any = None) -> list[MultipleOf]:
+        """Multiples of 16 tokens, as on GPUs."""
+        return [MultipleOf(GPU_KERNEL_BLOCK)]
+
+    @staticmethod
+    def customize_spec(spec: Any) -> Any:
+        """Plain keys and values."""
+        return AttentionBackend.customize_spec(spec)
+
+
+class NoModelExecutor(Executor):  # type: ignore[misc]
+    """Builds the model on the meta device for its specs, and samples `TOKEN` for every request."""
+
+    kv_bytes = 0
+    prepare_blocks: Callable[[Any], None] = staticmethod(lambda config: None)
+
+    def _init_executor(self) -> None:
+        self.specs = meta_specs(self.vllm_config)
+        type(self).prepare_blocks(self.vllm_config)
+        # The block sizes may have changed, so the specs are asked for again.
+        self.specs = layer_specs(self.vllm_config)
+
+    def determine_available_memory(self) -> list[int]:
+        return [self.kv_bytes]
+
+    def get_kv_cache_specs(self) -> list[dict[str, Any]]:
+        return [self.specs]
+
+    def get_supported_kv_cache_layouts(self) -> list[list[str]]:
+        return [[KVCacheLayout.BLHNC.name]]
+
+    def set_kv_cache_layout(self, layout_name: str) -> None:
+        self.cache_config.kv_cache_layout = layout_name
+
+    def initialize_from_config(self, kv_cache_configs: Any) -> None:
+        pass
+
+    def compile_or_warm_up_model(self) -> None:
+        pass
+
+    def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
+        return [None]
+
+    def check_health(self) -> None:
+        pass
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        scheduled = list(scheduler_output.num_scheduled_tokens)
+        output = ModelRunnerOutput(
+            req_ids=scheduled,
+            req_id_to_index={req_id: index for index, req_id in enumerate(scheduled)},
+            sampled_token_ids=self.sample(scheduler_output, scheduled),
+        )
+        return _Done(output) if non_block else output
+
+    def sample(self, scheduler_output: Any, scheduled: Sequence[str]) -> list[list[int]]:
+        """A token for every request whose prompt this step completes, none for the others."""
+        scheduler = self.scheduler
+        tokens: list[list[int]] = []
+        for req_id in scheduled:
+            request = scheduler.requests[req_id]
+            # num_computed_tokens has been advanced past this step's tokens already.
+            tokens.append([TOKEN] if request.num_computed_tokens >= request.num_tokens else [])
+        return tokens
+
+    scheduler: Any = None
+    """Set once the engine core has one."""
+
+
+class _Done:
+    """A future that is done."""
+
+    def __init__(self, output: Any) -> None:
+        self._output = output
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._output
+
+
+def make_engine(shape: EngineShape) -> EngineCore:
+    """An engine core of this shape, in this process.
+
+    The side is chosen by the environment variable ``TIDEPOOL``, which this sets.
+    """
+    os.environ["TIDEPOOL"] = {"stock": "off"}.get(shape.side, shape.side)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with tempfile.TemporaryDirectory(prefix="tidepool-") as folder:
+        hf_config = {"architectures": [ARCHITECTURES[shape.hf_config["model_type"]]], "dtype": "bfloat16"}
+        Path(folder, "config.json").write_text(json.dumps(hf_config | shape.hf_config), encoding="utf-8")
+        vllm_config = EngineArgs(
+            model=folder,
+            skip_tokenizer_init=True,
+            max_model_len=shape.max_model_len,
+            max_num_seqs=shape.max_num_seqs,
+            max_num_batched_tokens=shape.max_num_batched_tokens,
+            enable_prefix_caching=shape.prefix_caching,
+            enable_chunked_prefill=True,
+            enforce_eager=True,
+            async_scheduling=False,
+            block_size=GPU_KERNEL_BLOCK,
+            language_model_only=True,
+        ).create_engine_config()
+        executor = type(
+            "SizedExecutor",
+            (NoModelExecutor,),
+            {"kv_bytes": shape.kv_bytes, "prepare_blocks": staticmethod(prepare_gpu_blocks)},
+        )
+        engine = EngineCore(vllm_config, executor, log_stats=True)
+    engine.model_executor.scheduler = engine.scheduler
+    return engine
+
+
+def add_request(engine: EngineCore, req_id: str, prompt: list[int], output_tokens: int) -> None:
+    """Queue a request that will generate ``output_tokens`` tokens."""
+    request = EngineCoreRequest(
+        request_id=req_id,
+        prompt_token_ids=prompt,
+        mm_features=None,
+        sampling_params=SamplingParams(max_tokens=output_tokens, ignore_eos=True),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    engine.add_request(*engine.preprocess_add_request(request))
+
+
+def prepare_gpu_blocks(vllm_config: Any) -> None:
+    """Set block sizes as after loading a model on a GPU: through vLLM's inflation, or the plugin in its place."""
+    if not vllm_config.model_config.is_hybrid:
+        return
+
+    class GpuPlatform(type(current_platform)):  # type: ignore[misc]
+        @classmethod
+        def _find_non_ssm_backends(cls, config: Any) -> list[Any]:
+            return [GpuBlocks]
+
+    GpuPlatform._align_hybrid_block_size(vllm_config, GpuBlocks)
+
+
+def meta_specs(vllm_config: Any) -> dict[str, Any]:
+    """Build the model on the meta device, which registers its layers, and return their specs."""
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    with set_current_vllm_config(vllm_config):
+        if not model_parallel_is_initialized():
+            store = tempfile.mktemp(prefix="tidepool-")
+            init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+            initialize_model_parallel()
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(vllm_config.model_config.dtype)
+        try:
+            with torch.device("meta"):
+                initialize_model(vllm_config)
+        finally:
+            torch.set_default_dtype(default)
+    return layer_specs(vllm_config)
+
+
+def layer_specs(vllm_config: Any) -> dict[str, Any]:
+    """Layer name to KVCacheSpec."""
+    from tidepool.vllm_plugin.planning import layer_specs_of
+
+    return layer_specs_of(vllm_config)
