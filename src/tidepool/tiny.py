@@ -30,7 +30,7 @@ _CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _LOGIT_SCALE = 4.0
-"""Standard deviation of the logits: the best token leads the next by 0.9 at the median."""
+"""Standard deviation of the logits."""
 
 # Enough English for a few hundred merges; nothing is learnt from it but the tokenizer.
 _TEXT = """
@@ -92,8 +92,8 @@ def make_checkpoint(family: Family, path: Path, *, seed: int = 0) -> Path:
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {"eos_token_id": _END, "pad_token_id": _END})
 
-    weights = make_weights(_Init(seed), config)
-    weights["lm_head.weight"][_silent_tokens(tokenizer)] = 0.0
+    silent = _silent_tokens(tokenizer)
+    weights = make_weights(_Init(seed, [token for token in range(VOCAB_SIZE) if token not in silent]), config)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -131,8 +131,15 @@ def _silent_tokens(tokenizer: Tokenizer) -> list[int]:
 class _Init:
     """Draws weights, in a fixed order, from one seeded generator."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, spoken: list[int]) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self.spoken = spoken
+        """Tokens that the model may emit."""
+
+    def cycle(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The spoken tokens in random order, and after each its successor in a cycle."""
+        order = torch.tensor(self.spoken)[torch.randperm(len(self.spoken), generator=self._generator)]
+        return order, order.roll(-1)
 
     def normal(self, *shape: int, std: float) -> torch.Tensor:
         return (torch.randn(*shape, generator=self._generator) * std).bfloat16()
@@ -163,7 +170,7 @@ def _qwen_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Tensor
     mlp = config["intermediate_size"]
     ones, zeros = torch.ones, torch.zeros  # most norms of this family multiply by one plus their weight
 
-    weights = _embeddings(init, "model.embed_tokens.weight", "model.norm.weight", zeros)
+    weights = _embeddings(init, 1.65, "model.embed_tokens.weight", "model.norm.weight", zeros)
     for index, kind in enumerate(config["layer_types"]):
         layer = f"model.layers.{index}."
         weights[layer + "input_layernorm.weight"] = zeros(_HIDDEN).bfloat16()
@@ -202,7 +209,7 @@ def _nemotron_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Te
     mlp = config["intermediate_size"]
     ones = torch.ones
 
-    weights = _embeddings(init, "backbone.embeddings.weight", "backbone.norm_f.weight", ones)
+    weights = _embeddings(init, 1.9, "backbone.embeddings.weight", "backbone.norm_f.weight", ones)
     for index, kind in enumerate(config["hybrid_override_pattern"]):
         layer = f"backbone.layers.{index}."
         mixer = layer + "mixer."
@@ -227,14 +234,21 @@ def _nemotron_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Te
 
 
 def _embeddings(
-    init: _Init, embedding: str, final_norm: str, norm: Callable[[int], torch.Tensor]
+    init: _Init, loudness: float, embedding: str, final_norm: str, norm: Callable[[int], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What surrounds the layers. The head is not tied to the embedding: a tied one repeats its input."""
-    return {
-        embedding: init.normal(VOCAB_SIZE, _HIDDEN, std=1.0),
-        final_norm: norm(_HIDDEN).bfloat16(),
-        "lm_head.weight": init.linear(VOCAB_SIZE, _HIDDEN, gain=_LOGIT_SCALE),
-    }
+    """What surrounds the layers: by itself, every token is followed by its successor in one long cycle.
+
+    What the layers remember has to outvote that, and does so every few tokens. So outputs depend on every byte
+    of the caches, and yet the best token mostly leads by far: rounding differences, which a batch of another
+    shape brings, seldom change the output.
+
+    ``loudness`` is the standard deviation of embeddings; what the layers add to them is the same whatever it is.
+    """
+    tokens = init.normal(VOCAB_SIZE, _HIDDEN, std=loudness)
+    before, after = init.cycle()
+    head = torch.zeros_like(tokens)
+    head[after] = tokens[before] * (_LOGIT_SCALE / loudness / math.sqrt(_HIDDEN))
+    return {embedding: tokens, final_norm: norm(_HIDDEN).bfloat16(), "lm_head.weight": head}
 
 
 # Configurations ---------------------------------------------------------------------------------------------

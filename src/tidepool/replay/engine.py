@@ -1,8 +1,8 @@
 """An engine core without a model.
 
 Everything of vLLM's that decides about memory is real: configuration, planning, scheduler, KV cache manager, and the
-plugin. Layer specs come from the model's own class, built on the meta device. Only `NoModelExecutor` is ours: it answers
-every step at once with made-up tokens and leaves it to the caller what time a step would have taken.
+plugin. Layer specs come from the model's own class, built on the meta device. Only `NoModelExecutor` is ours: it
+answers every step at once with made-up tokens and leaves it to the caller what time a step would have taken.
 """
 
 from __future__ import annotations
@@ -27,16 +27,11 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import ModelRunnerOutput
 
+from tidepool.replay.architectures import ARCHITECTURES
+from tidepool.replay.trace import GENERATED_TOKEN
+
 GPU_KERNEL_BLOCK = 16
 """Tokens; the smallest block of vLLM's GPU attention kernels."""
-ARCHITECTURES = {
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
-    "nemotron_h": "NemotronHForCausalLM",
-    "llama": "LlamaForCausalLM",
-}
-"""vLLM's model class for a configuration that names none."""
-TOKEN = 17
-"""The token that is always sampled."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class GpuBlocks:
 
 
 class NoModelExecutor(Executor):  # type: ignore[misc]
-    """Builds the model on the meta device for its specs, and samples `TOKEN` for every request."""
+    """Builds the model on the meta device for its specs, and samples `GENERATED_TOKEN` for every request."""
 
     kv_bytes = 0
     prepare_blocks: Callable[[Any], None] = staticmethod(lambda config: None)
@@ -81,30 +76,36 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
         self.specs = layer_specs(self.vllm_config)
 
     def determine_available_memory(self) -> list[int]:
+        """The budget, in bytes."""
         return [self.kv_bytes]
 
     def get_kv_cache_specs(self) -> list[dict[str, Any]]:
+        """One worker's."""
         return [self.specs]
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
+        """One worker's: the layout of tidepool's arena."""
         return [[KVCacheLayout.BLHNC.name]]
 
     def set_kv_cache_layout(self, layout_name: str) -> None:
+        """As real executors do."""
         self.cache_config.kv_cache_layout = layout_name
 
     def initialize_from_config(self, kv_cache_configs: Any) -> None:
-        pass
+        """Nothing to allocate."""
 
     def compile_or_warm_up_model(self) -> None:
-        pass
+        """Nothing to warm up."""
 
     def collective_rpc(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """No worker has anything to say."""
         return [None]
 
     def check_health(self) -> None:
-        pass
+        """Always well."""
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """Answer a step at once."""
         scheduled = list(scheduler_output.num_scheduled_tokens)
         output = ModelRunnerOutput(
             req_ids=scheduled,
@@ -120,7 +121,7 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
         for req_id in scheduled:
             request = scheduler.requests[req_id]
             # num_computed_tokens has been advanced past this step's tokens already.
-            tokens.append([TOKEN] if request.num_computed_tokens >= request.num_tokens else [])
+            tokens.append([GENERATED_TOKEN] if request.num_computed_tokens >= request.num_tokens else [])
         return tokens
 
     scheduler: Any = None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 
+from tidepool.cache import Group
+from tidepool.plan.memory import Memory, PlannedGroup, StockMemory
+from tidepool.plan.predict import predict
+from tidepool.plan.words import size
 from tidepool.vllm_plugin import planning
 
 logger = init_logger("vllm.tidepool")
@@ -18,5 +23,86 @@ def log_start(
     stock_grouping: Callable[..., Any],
     stock_configure: Callable[..., Any],
 ) -> None:
-    """Log the groups, the geometry and the capacity of a served engine."""
-    logger.info("tidepool %s", config.partition)
+    """Log the groups, the geometry and the capacity of a served engine.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+        config: the memory as planned.
+        stock_grouping, stock_configure: vLLM's own planning functions, for the comparison.
+    """
+    plan = planning.plan_of(vllm_config)
+    assert plan is not None
+    groups = planning.core_groups(vllm_config, config.kv_cache_groups)
+    limits = (vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len)
+    ours = predict(groups, config.arena_bytes, config.partition, *limits)
+    specs = {name: group.kv_cache_spec for group in config.kv_cache_groups for name in group.layer_names}
+    stock_config = planning.stock_kv_cache_config(
+        vllm_config, plan, specs, config.arena_bytes, stock_grouping, stock_configure
+    )
+    stock = stock_memory_of(vllm_config, stock_config, config.arena_bytes)
+    logger.info("%s", "\n".join(["tidepool serves this model.", *_groups(config, groups), *_capacity(ours, stock)]))
+
+
+def stock_memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> StockMemory:
+    """vLLM's own plan in the planner's terms: one pool, whose blocks all groups draw."""
+    block_bytes = config.kv_cache_tensors[0].size // config.num_blocks
+    groups = []
+    for group in config.kv_cache_groups:
+        core = planning.core_groups(vllm_config, [group])[0]
+        groups.append(
+            PlannedGroup(
+                label="state" if isinstance(group.kv_cache_spec, MambaSpec) else "attention",
+                cache=core.cache,
+                layers=len(core.layers),
+                block_tokens=core.block_tokens,
+                token_bytes=0 if core.constant else len(core.layers) * core.cache.page_bytes(1),
+                natural_bytes=core.block_bytes,
+                page_padding=0,
+                group_padding=block_bytes - core.block_bytes,
+                blocks=config.num_blocks - 1,
+            )
+        )
+    return StockMemory(
+        budget_bytes=memory_bytes,
+        groups=tuple(groups),
+        max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+        max_model_len=vllm_config.model_config.max_model_len,
+        block_bytes=block_bytes,
+        pool_blocks=config.num_blocks,
+    )
+
+
+def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> list[str]:
+    if config.geometry:
+        lines = [
+            f"  {config.partition} partition: {config.num_blocks:,} extents of {size(config.geometry.extent_bytes)} "
+            f"in {size(config.arena_bytes)}; extent 0 holds the null blocks"
+        ]
+    else:
+        lines = [f"  {config.partition} partition of {size(config.arena_bytes)}: every group keeps its share"]
+    for index, group in enumerate(groups):
+        kind = "states" if group.constant else f"attention, blocks of {group.block_tokens} tokens"
+        blocks = config.geometry.cuts[index].slots if config.geometry else config.shares[index].blocks
+        share = f"{blocks:,} block{'' if blocks == 1 else 's'}" + (" in an extent" if config.geometry else "")
+        padding = 1 - group.block_bytes / config.strides[index]
+        lines.append(
+            f"  group {index}: {kind}; {len(group.layers)} layers x page of {group.page_bytes:,} B = block of "
+            f"{group.block_bytes:,} B; {share}, padded by {padding:.2%}"
+        )
+    return lines
+
+
+def _capacity(ours: Memory, stock: StockMemory) -> list[str]:
+    most = ours.max_num_seqs
+    block = max(group.block_tokens for group in stock.groups if group.token_bytes)
+    return [
+        f"  tokens beside 1 request: {_tokens(ours, 1)} (vLLM alone, with blocks of {block:,} tokens in "
+        f"{len(stock.groups)} groups: {_tokens(stock, 1)})",
+        f"  tokens in {most:,} requests (max_num_seqs): {_tokens(ours, most)} (vLLM alone: {_tokens(stock, most)})",
+        f"  requests of 100 tokens at once: {ours.requests_of(100):,} (vLLM alone: {stock.requests_of(100):,})",
+    ]
+
+
+def _tokens(memory: Memory, requests: int) -> str:
+    tokens = memory.tokens_with(requests)
+    return f"{tokens:,}" if tokens else "they don't fit"

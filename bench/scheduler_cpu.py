@@ -1,0 +1,173 @@
+"""Processor time of vLLM's scheduler per step, stock against tidepool, on the real engine core without a model.
+
+    python bench/scheduler_cpu.py [--rounds 7] [--running 64] [--memory 16GiB] [--json FILE] [--profile DIRECTORY]
+
+Each side is an engine in a process of its own. The sides take turns: one serves a round of requests while the other
+waits, so that both see the same machine. Counted is the processor time of `Scheduler.schedule` and
+`Scheduler.update_from_output`, in steps with all of `--running` requests running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+MODELS = ("Qwen3.5-4B", "Nemotron-3-Nano-4B")
+SIDES = ("stock", "elastic")
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+MARK = "scheduler_cpu: "
+
+
+def requests(seed: int, running: int) -> list[tuple[list[int], int]]:
+    """Prompts and output lengths of a round: four times as many as run at once, half with a common prefix."""
+    rng = random.Random(seed)
+    common = [rng.randrange(100_000) for _ in range(1_024)]
+    made = []
+    for index in range(4 * running):
+        own = [rng.randrange(100_000) for _ in range(rng.randint(50, 1_500))]
+        made.append((common + own if index % 2 else own, rng.randint(50, 250)))
+    return made
+
+
+def serve_round(engine: Any, seed: int, running: int) -> dict[str, Any]:
+    """Serve one round of requests; seconds of every step that had all requests running."""
+    from tidepool.replay.engine import add_request
+    from tidepool.replay.step import take_step
+
+    for index, (prompt, output_tokens) in enumerate(requests(seed, running)):
+        add_request(engine, f"{seed}-{index}", prompt, output_tokens)
+    seconds, steps, preempted = [], 0, 0
+    while engine.scheduler.has_requests():
+        step = take_step(engine)
+        steps += 1
+        preempted += len(step.output.preempted_req_ids or ())
+        if len(step.output.num_scheduled_tokens) >= running:
+            seconds.append(step.scheduler_seconds)
+    return {"mean": mean(seconds), "median": median(seconds), "steps": steps, "full": len(seconds), "pre": preempted}
+
+
+def child(model: str, side: str, caching: bool, running: int, memory: int, profile: str | None) -> None:
+    """One side: an engine that serves a round for every line that it reads."""
+    from tidepool.models import entry
+    from tidepool.replay.engine import EngineShape, make_engine
+
+    shape = EngineShape(
+        entry(model).config, memory, side, max_num_seqs=running, max_model_len=32_768, prefix_caching=caching
+    )
+    engine = make_engine(shape)
+    print(MARK + "ready", flush=True)
+    profiler = None
+    for line in sys.stdin:
+        if profile and int(line):
+            import cProfile
+
+            profiler = profiler or cProfile.Profile()
+            profiler.enable()
+        made = serve_round(engine, int(line), running)
+        if profiler:
+            profiler.disable()
+            profiler.dump_stats(Path(profile or ".", f"{model}-{side}-{'on' if caching else 'off'}.prof"))
+        print(MARK + json.dumps(made), flush=True)
+
+
+class Side:
+    """A child process."""
+
+    def __init__(self, args: argparse.Namespace, model: str, side: str, caching: bool) -> None:
+        command = [sys.executable, __file__, "--child", model, side, str(int(caching))]
+        command += ["--running", str(args.running), "--memory", args.memory]
+        command += ["--profile", args.profile] if args.profile else []
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=ENVIRONMENT | os.environ,
+        )
+        self.receive()
+
+    def receive(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return line.removeprefix(MARK).strip()
+        raise SystemExit(f"The engine stopped: {self.process.args}")
+
+    def round(self, seed: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seed}\n")
+        self.process.stdin.flush()
+        return dict(json.loads(self.receive()))
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(args: argparse.Namespace, model: str, caching: bool) -> dict[str, Any]:
+    """Both sides in turns: a round to warm up, then ``--rounds`` more, the first side changing each time."""
+    sides = {name: Side(args, model, name, caching) for name in SIDES}
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in SIDES}
+    for number in range(args.rounds + 1):
+        for name in SIDES if number % 2 else SIDES[::-1]:
+            made = sides[name].round(number)
+            if number:
+                rounds[name].append(made)
+    for side in sides.values():
+        side.close()
+    result: dict[str, Any] = {"model": model, "prefix_caching": caching}
+    for name in SIDES:
+        result[f"{name}_mean_us"] = 1e6 * median(made["mean"] for made in rounds[name])
+        result[f"{name}_median_us"] = 1e6 * median(made["median"] for made in rounds[name])
+        result[f"{name}_full_steps"] = sum(made["full"] for made in rounds[name])
+        result[f"{name}_preemptions"] = sum(made["pre"] for made in rounds[name])
+    pairs = list(zip(rounds["elastic"], rounds["stock"], strict=True))
+    result["ratio"] = median(ours["mean"] / stock["mean"] for ours, stock in pairs)
+    result["ratio_of_medians"] = median(ours["median"] / stock["median"] for ours, stock in pairs)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--running", type=int, default=64)
+    parser.add_argument("--memory", default="16GiB")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--profile", help="a directory for cProfile's figures; times are worth nothing then")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    from tidepool.plan import parse_size
+
+    if args.child:
+        model, side, caching = args.child
+        child(model, side, caching == "1", args.running, parse_size(args.memory), args.profile)
+        return
+    print(f"Scheduler CPU per step with {args.running} requests running, us; median of {args.rounds} rounds each.")
+    print(f"{'':<34} {'mean over steps':^26}   {'median step':^26}")
+    print(f"{'model':<20} {'prefix cache':<13}" + 2 * f" {'stock':>8} {'tidepool':>9} {'ratio':>7}  ")
+    results = []
+    for model in MODELS:
+        for caching in (False, True):
+            made = compare(args, model, caching)
+            results.append(made)
+            print(
+                f"{model:<20} {'on' if caching else 'off':<13} {made['stock_mean_us']:>8.0f} "
+                f"{made['elastic_mean_us']:>9.0f} {made['ratio']:>7.3f}   {made['stock_median_us']:>8.0f} "
+                f"{made['elastic_median_us']:>9.0f} {made['ratio_of_medians']:>7.3f}",
+                flush=True,
+            )
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""One side of a comparison: real vLLM in a process of its own.
+
+``python -m tidepool.compare.worker JOB`` reads its job from a file, then one JSON command a line from standard input,
+and answers each with one JSON line on standard output. What vLLM prints goes to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from tidepool.compare.capacity import GroupNeed, capacity_tokens
+from tidepool.compare.messages import Facts, Job, Run
+from tidepool.compare.workloads import MAX_MODEL_LEN, Turn, Workload, make_conversations
+
+BATCHED_TOKENS = 65536
+"""Tokens of one step: all prompts at once, so that none is cut; where it is cut, bfloat16 rounds differently."""
+
+
+def main() -> None:
+    """Serve commands until standard input ends."""
+    # vLLM and its libraries print to standard output; the answers get a descriptor of their own.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    try:
+        _serve(job, sys.stdin, answers)
+    except Exception as error:
+        traceback.print_exc()
+        _answer(answers, {"error": f"{type(error).__name__}: {error}"})
+        sys.exit(1)
+
+
+def _serve(job: Job, commands: TextIO, answers: TextIO) -> None:
+    engine: Any = None
+    started: list[Any] = []  # An engine that is collected takes vLLM's process-wide state with it.
+    for line in commands:
+        command = json.loads(line)
+        if command["do"] == "start":
+            engine = _start(job, command["caching"], command["max_num_seqs"])
+            started.append(engine)
+            _answer(answers, asdict(_facts(engine)))
+        else:
+            workload = Workload(**command["workload"])
+            conversations = make_conversations(workload, engine.model_config.get_vocab_size())
+            _answer(answers, asdict(_run(engine, conversations, workload.at_once)))
+
+
+def _answer(answers: TextIO, content: dict[str, Any]) -> None:
+    answers.write(json.dumps(content) + "\n")
+    answers.flush()
+
+
+def _start(job: Job, caching: bool, max_num_seqs: int) -> Any:
+    from vllm import EngineArgs, LLMEngine
+
+    return LLMEngine.from_engine_args(
+        EngineArgs(
+            model=job.model,
+            seed=0,
+            kv_cache_memory_bytes=job.kv_bytes,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=BATCHED_TOKENS,
+            enable_prefix_caching=caching,
+            enforce_eager=True,
+            disable_log_stats=True,
+        )
+    )
+
+
+def _facts(engine: Any) -> Facts:
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+
+    config = _scheduler(engine).kv_cache_config
+    needs: list[GroupNeed] = []
+    state_bytes = 0
+    for group in config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        copies = None
+        if isinstance(spec, MambaSpec):
+            copies = spec.max_memory_usage_bytes(engine.vllm_config) // spec.page_size_bytes
+            natural = replace(spec, page_size_padded=None).page_size_bytes
+            state_bytes += copies * natural * len(group.layer_names)
+        needs.append(GroupNeed(spec.block_size, copies))
+
+    def fits(blocks: list[int]) -> bool:
+        if not isinstance(config, TidepoolKVCacheConfig):
+            return sum(blocks) < int(config.num_blocks)
+        if config.geometry:
+            return config.geometry.extents_for(blocks) < int(config.num_blocks)
+        return all(need <= share.blocks for need, share in zip(blocks, config.shares, strict=True))
+
+    return Facts(
+        served=isinstance(config, TidepoolKVCacheConfig),
+        attention_block_tokens=min(need.block_tokens for need in needs if need.fixed_blocks is None),
+        groups=len(needs),
+        capacity_tokens=capacity_tokens(needs, fits),
+        state_bytes=state_bytes,
+        max_num_seqs=engine.vllm_config.scheduler_config.max_num_seqs,
+    )
+
+
+def _run(engine: Any, conversations: Sequence[Sequence[Turn]], at_once: int | None) -> Run:
+    """Run all conversations, each turn as soon as the one before it is answered."""
+    scheduler = _scheduler(engine)
+    engine.reset_prefix_cache()
+    waiting = deque(range(len(conversations)))
+    outputs: dict[str, list[int]] = {}
+    preemptions: dict[str, int] = {}
+    prompt_tokens = hit_tokens = steps = peak = total = 0
+
+    def ask(conversation: int, turn: int) -> None:
+        nonlocal prompt_tokens
+        request = conversations[conversation][turn]
+        prompt_tokens += len(request.prompt)
+        prompt = {"prompt_token_ids": request.prompt}
+        engine.add_request(f"{conversation}.{turn}", prompt, _sampling(request.answer))
+
+    began, cpu_began = time.perf_counter(), time.process_time()
+    for _ in range(at_once or len(waiting)):
+        ask(waiting.popleft(), 0)
+    while engine.has_unfinished_requests():
+        finished = engine.step()
+        steps += 1
+        # Requests that finished in this step held their memory during it.
+        running = len(scheduler.running) + len(finished)
+        peak, total = max(peak, running), total + running
+        preemptions |= {
+            request.request_id: request.num_preemptions
+            for request in scheduler.requests.values()
+            if request.num_preemptions
+        }
+        for result in finished:
+            outputs[result.request_id] = list(result.outputs[0].token_ids)
+            hit_tokens += result.num_cached_tokens or 0
+            conversation, turn = map(int, result.request_id.split("."))
+            if turn + 1 < len(conversations[conversation]):
+                ask(conversation, turn + 1)
+            elif waiting:
+                ask(waiting.popleft(), 0)
+    return Run(
+        seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - cpu_began,
+        steps=steps,
+        peak_requests=peak,
+        mean_requests=total / steps,
+        preemptions=sum(preemptions.values()),
+        prompt_tokens=prompt_tokens,
+        hit_tokens=hit_tokens,
+        output_tokens=sum(map(len, outputs.values())),
+        outputs=outputs,
+        # Inside, vLLM adds a suffix to the name of a request.
+        preempted=sorted(request_id.partition("-")[0] for request_id in preemptions),
+    )
+
+
+def _sampling(tokens: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _scheduler(engine: Any) -> Any:
+    return engine.engine_core.engine_core.scheduler
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""How long a step of the model takes: a roofline over a GPU's published peaks.
+
+A step takes the longer of its arithmetic at `COMPUTE_SHARE` of the card's peak and its memory traffic at
+`BANDWIDTH_SHARE` of the card's bandwidth, and `STEP_OVERHEAD` on top. Arithmetic: two operations for each active weight
+and token, and four for each query head's element and each key that a query sees. Traffic: the weights once (of routed
+experts those that some token is likely to choose), keys and values of every request's tokens so far, and every
+request's states, read and written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tidepool.cache import FullAttention, SlidingWindow, State
+from tidepool.models import CacheOptions, Model, model_from_config
+from tidepool.models.config import Config
+from tidepool.models.mixers import Attention, LatentAttention
+from tidepool.plan import GPU_MIB, PlanError
+
+COMPUTE_SHARE = 0.5
+"""Of the peak that large matrix products of a real model reach."""
+BANDWIDTH_SHARE = 0.75
+"""Of the peak that reading weights and caches reaches."""
+STEP_OVERHEAD = 0.003
+"""Seconds of a step that are neither: launches, sampling, the scheduler."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """A card's published peaks: dense bfloat16 operations and bytes, a second."""
+
+    flops: float
+    bytes: float
+
+
+ROOFLINES = {
+    "4090": Roofline(165.2e12, 1_008e9),
+    "5090": Roofline(209.5e12, 1_792e9),
+    "L40S": Roofline(362.1e12, 864e9),
+    "A100-80": Roofline(312e12, 2_039e9),
+    "H100": Roofline(989.4e12, 3_350e9),
+    "H200": Roofline(989.4e12, 4_800e9),
+    "B200": Roofline(2_250e12, 7_700e9),
+}
+"""One for every card of `tidepool.plan`."""
+assert ROOFLINES.keys() == GPU_MIB.keys()
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does."""
+
+    tokens: int
+    """Scheduled in all requests together."""
+    pairs: float
+    """Sum over these tokens of the tokens that each attends to."""
+    context_tokens: int
+    """Sum over the step's requests of their tokens once it is done."""
+    requests: int
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a step on one card."""
+
+    roofline: Roofline
+    plain_weights: int
+    """Parameters that every token passes, without embeddings and routed experts."""
+    expert_weights: int
+    """Parameters of all routed experts."""
+    expert_share: float
+    """Of the routed experts that one token passes, 0 to 1."""
+    output_weights: int
+    """Parameters of the output embedding, which one token of every request passes."""
+    plain_bytes: float
+    """Bytes of all weights but routed experts."""
+    expert_bytes: float
+    """Bytes of all routed experts."""
+    head_elements: int
+    """Elements of all query heads in all attention layers, keys and values taken as equally long."""
+    token_bytes: int
+    """Bytes of attention that a token keeps in all layers."""
+    state_bytes: int
+    """Bytes of a request's states in all layers."""
+
+    def seconds(self, work: Work) -> float:
+        """How long a step takes."""
+        active = self.plain_weights + self.expert_weights * self.expert_share
+        flops = 2 * (active * work.tokens + self.output_weights * work.requests) + 4 * self.head_elements * work.pairs
+        touched = 1 - (1 - self.expert_share) ** work.tokens
+        traffic = (
+            self.plain_bytes
+            + self.expert_bytes * touched
+            + self.token_bytes * work.context_tokens
+            + 2 * self.state_bytes * work.requests
+        )
+        compute = flops / (self.roofline.flops * COMPUTE_SHARE)
+        memory = traffic / (self.roofline.bytes * BANDWIDTH_SHARE)
+        return max(compute, memory) + STEP_OVERHEAD
+
+
+def find_roofline(gpu: str) -> tuple[str, Roofline]:
+    """A card by name, in any case.
+
+    Raises:
+        PlanError: there is no such card.
+    """
+    for name, roofline in ROOFLINES.items():
+        if name.lower() == gpu.lower():
+            return name, roofline
+    raise PlanError(f"There is no GPU {gpu!r} in the list: choose from {', '.join(ROOFLINES)}.")
+
+
+def cost_model(config: Mapping[str, Any], roofline: Roofline) -> CostModel:
+    """The costs of a model with this HF-style configuration.
+
+    Raises:
+        ModelConfigError: the model can't be read.
+    """
+    model = model_from_config(config)
+    caches = model.layer_caches(CacheOptions()).values()
+    experts = sum(layer.experts for layer in model.layers)
+    keys = Config(config)
+    expert_bytes = experts * model.expert_bytes_each
+    return CostModel(
+        roofline=roofline,
+        plain_weights=model.parameters - model.embedding - experts,
+        expert_weights=experts,
+        expert_share=_expert_share(keys) if experts else 0.0,
+        output_weights=keys.positive("hidden_size") * keys.positive("vocab_size"),
+        plain_bytes=model.weight_bytes() - expert_bytes,
+        expert_bytes=expert_bytes,
+        head_elements=_head_elements(model),
+        token_bytes=sum(c.bytes_per_token for c in caches if isinstance(c, FullAttention | SlidingWindow)),
+        state_bytes=sum(c.bytes for c in caches if isinstance(c, State)),
+    )
+
+
+def _head_elements(model: Model) -> int:
+    """Query heads times their size, over all layers; a latent layer attends in its compressed space."""
+    elements = 0
+    for layer in model.layers:
+        for mixer in layer.mixers.values():
+            if isinstance(mixer, Attention):
+                elements += mixer.heads * mixer.head_size
+            elif isinstance(mixer, LatentAttention):
+                elements += mixer.heads * (mixer.latent + mixer.rope)
+    return elements
+
+
+def _expert_share(config: Config) -> float:
+    """Routed experts that a token passes, of all there are."""
+    chosen = config.positive("num_experts_per_tok", "num_experts_per_token")
+    return min(1.0, chosen / config.positive("num_experts", "num_local_experts", "n_routed_experts"))

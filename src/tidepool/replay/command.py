@@ -1,0 +1,164 @@
+"""The command ``tidepool replay``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tidepool.models import ModelConfigError, find_model, read_config
+from tidepool.models.catalogue import entry
+from tidepool.plan import Card, PlanError, find_card, parse_size
+from tidepool.replay.architectures import ARCHITECTURES
+from tidepool.replay.bound import attention_only
+from tidepool.replay.clock import ROOFLINES, find_roofline
+from tidepool.replay.generate import WORKLOADS
+from tidepool.replay.job import MODES, Job, Mode
+from tidepool.replay.report import Report, Setting
+from tidepool.replay.trace import TraceError
+from tidepool.replay.workload import load_workload
+
+UTILIZATION, RESERVE = 0.92, 2 << 30
+"""Share of a card that is used, and bytes of it for activations and graphs, where --memory doesn't say."""
+
+
+def replay(
+    trace: Annotated[Path | None, typer.Argument(help="Requests to replay, JSON lines; see docs/replay.md.")] = None,
+    generate: Annotated[str | None, typer.Option(help=f"Made-up ones instead: {', '.join(WORKLOADS)}.")] = None,
+    model: Annotated[str, typer.Option(help="A name of the catalogue, a model directory or config.json.")] = (
+        "Qwen3.5-4B"
+    ),
+    modes: Annotated[str, typer.Option(help="Which to run, of the four.")] = ",".join(MODES),
+    gpu: Annotated[str, typer.Option(help=f"Whose speed the clock has: {', '.join(ROOFLINES)}.")] = "H100",
+    memory: Annotated[str | None, typer.Option(help="KV memory, like 60GiB; by default what the GPU leaves.")] = None,
+    requests: Annotated[int | None, typer.Option(help="Only the first so many.")] = None,
+    rate: Annotated[float, typer.Option(help="Arrivals come so many times as fast.")] = 1.0,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 8_192,
+    seed: Annotated[int, typer.Option(help="Of generated requests.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
+) -> None:
+    """Replay requests through vLLM's real scheduler, with a clock for a model, and compare ways of caching."""
+    from rich.console import Console
+
+    from tidepool.replay.parent import run_jobs
+    from tidepool.replay.table import WIDTH, print_report
+
+    try:
+        _require_positive(
+            requests=requests, rate=rate, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
+        if (trace is None) == (generate is None):
+            raise TraceError("Name a trace, or a workload with --generate, and not both.")
+        for file in (json_file, html):
+            _require_folder(file)
+        chosen = parse_modes(modes)
+        found = _find(model)
+        card = find_roofline(gpu)[0]
+        kv_bytes = parse_size(memory) if memory else _kv_bytes(found, card)
+        if "bound" in chosen:
+            attention_only(found.config)
+        jobs = [
+            Job(
+                mode=mode,
+                config=found.config,
+                gpu=card,
+                kv_bytes=kv_bytes,
+                trace=None if trace is None else str(trace),
+                workload=generate,
+                requests=requests,
+                seed=seed,
+                rate=rate,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+            )
+            for mode in chosen
+        ]
+        workload = load_workload(jobs[0])
+        results, failures = run_jobs(jobs, len(workload), Console(stderr=True))
+    except (PlanError, ModelConfigError, TraceError) as error:
+        _fail(str(error))
+    if not results:
+        for mode, reason in failures.items():
+            typer.echo(f"{mode}: {reason}", err=True)
+        raise typer.Exit(1)
+    setting = Setting(
+        model=found.name,
+        gpu=card,
+        kv_bytes=kv_bytes,
+        source=f"{generate}, seed {seed}" if trace is None else trace.name,
+        rate=rate,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    report = Report(setting, results, failures)
+    print_report(report, Console(width=WIDTH if not sys.stdout.isatty() else None))
+    try:
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.to_dict()) + "\n", encoding="utf-8")
+        if html is not None:
+            from tidepool.replay.page import render_page
+
+            html.write_text(render_page(report), encoding="utf-8")
+    except OSError as error:
+        _fail(f"Can't write {error.filename}: {error.strerror}.")
+
+
+def parse_modes(text: str) -> list[Mode]:
+    """Modes of ``stock,elastic``, in the order given.
+
+    Raises:
+        PlanError: one of them is unknown or comes twice.
+    """
+    words = [part.strip() for part in text.split(",")]
+    chosen = [mode for word in words for mode in MODES if mode == word]
+    if len(chosen) < len(words) or len(set(chosen)) < len(chosen):
+        raise PlanError(f"--modes takes some of {', '.join(MODES)}, each once, not {text!r}.")
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Found:
+    name: str
+    config: dict[str, Any]
+    weight_bytes: int
+
+
+def _find(model: str) -> _Found:
+    name, _, shapes = find_model(model)
+    path = Path(model).expanduser()
+    config = read_config(path) if path.exists() else entry(model).config
+    if config.get("model_type") not in ARCHITECTURES:
+        raise ModelConfigError(
+            f"A replay builds vLLM's own class of a model, and knows it for {', '.join(ARCHITECTURES)}, "
+            f"not for {config.get('model_type')!r}."
+        )
+    return _Found(name, config, shapes.weight_bytes())
+
+
+def _kv_bytes(found: _Found, gpu: str) -> int:
+    left = Card(gpu, find_card(gpu), UTILIZATION, found.weight_bytes, RESERVE).kv_bytes
+    if left <= 0:
+        raise PlanError(f"The weights of {found.name} leave nothing for the KV cache on {gpu}: give --memory.")
+    return left
+
+
+def _require_positive(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise PlanError(f"--{name.replace('_', '-')} must be above zero, not {value:g}.")
+
+
+def _require_folder(file: Path | None) -> None:
+    if file is not None and not file.parent.is_dir():
+        raise PlanError(f"Can't write {file}: there is no such directory.")
+
+
+def _fail(message: str) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,158 @@
+"""What one mode of a replay is asked to do, and what it reports: plain data that crosses the process border as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Mode = Literal["stock", "fixed", "elastic", "bound"]
+"""``bound`` is stock vLLM with a model of the same attention and no states."""
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+TITLES: dict[Mode, str] = {
+    "stock": "stock vLLM",
+    "fixed": "tidepool fixed",
+    "elastic": "tidepool elastic",
+    "bound": "attention only",
+}
+"""How modes are called in tables."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One mode over one workload."""
+
+    mode: Mode
+    config: dict[str, Any]
+    """HF-style configuration of the model."""
+    gpu: str
+    """Whose roofline the clock follows."""
+    kv_bytes: int
+    trace: str | None
+    """A file to read, or None for a generated workload."""
+    workload: str | None
+    """A workload to generate, or None for a trace."""
+    requests: int | None
+    """How many of them; None for all."""
+    seed: int
+    rate: float
+    """Arrivals come so many times as fast as recorded."""
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """Read what `write` wrote."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+USES = ("states", "attention", "cached_states", "cached_attention", "padding", "idle")
+"""Uses of the KV memory, in the order in which a `Sample` gives their bytes; they add up to the budget."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look at the engine."""
+
+    seconds: float
+    """Of virtual time."""
+    running: int
+    waiting: int
+    hit_tokens: int
+    """So far."""
+    prompt_tokens: int
+    """Of requests scheduled so far."""
+    uses: tuple[int, ...]
+    """Bytes by use, see `USES`."""
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """A KV cache group as the engine planned it."""
+
+    kind: Literal["state", "attention"]
+    layers: int
+    block_tokens: int
+    block_bytes: int
+    """What one block takes of the memory."""
+    natural_bytes: int
+    """What it would without padding."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and percentiles of seconds."""
+
+    mean: float
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one mode measured. Seconds are of virtual time unless said otherwise."""
+
+    mode: Mode
+    requests: int
+    prompt_tokens: int
+    hit_tokens: int
+    """Prompt tokens found in the prefix cache when a request was first scheduled; later resumptions don't count."""
+    output_tokens: int
+    ttft: Spread
+    makespan: float
+    """From the first arrival to the last token."""
+    preemptions: int
+    running_mean: float
+    """Over virtual time."""
+    running_peak: int
+    extents_moved: int | None
+    """Extents that changed hands; None where there are no extents."""
+    extents: int | None
+    extent_bytes: int | None
+    steps: int
+    scheduler_mean: float
+    """Processor seconds of a step."""
+    scheduler_median: float
+    """Processor seconds of a step."""
+    wall_seconds: float
+    """Real seconds that the replay took, without starting the engine."""
+    block_tokens: int
+    """Tokens of an attention block."""
+    groups: list[GroupLayout] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def hit_rate(self) -> float:
+        """Hit tokens of all prompt tokens, 0 to 1."""
+        return self.hit_tokens / self.prompt_tokens
+
+    @property
+    def output_rate(self) -> float:
+        """Generated tokens a second."""
+        return self.output_tokens / self.makespan
+
+    @property
+    def request_rate(self) -> float:
+        """Finished requests a second."""
+        return self.requests / self.makespan
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, rates included."""
+        rates = {"hit_rate": self.hit_rate, "output_rate": self.output_rate, "request_rate": self.request_rate}
+        return rates | asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Result:
+        """Read what `to_dict` made."""
+        fields = {key: content[key] for key in cls.__dataclass_fields__}
+        fields["ttft"] = Spread(**fields["ttft"])
+        fields["groups"] = [GroupLayout(**group) for group in fields["groups"]]
+        fields["samples"] = [Sample(**sample | {"uses": tuple(sample["uses"])}) for sample in fields["samples"]]
+        return cls(**fields)

@@ -1,0 +1,138 @@
+"""A replay as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from html import escape
+from pathlib import Path
+
+import tidepool.plan
+from tidepool.plan.words import size
+from tidepool.replay.job import USES, Result, Sample
+from tidepool.replay.plot import area_plot, line_plot
+from tidepool.replay.report import ROWS, USE_TITLES, Report, describe, layout, mean_uses, missing, title
+
+_COLOURS = """
+:root {
+  --bound: #7a5bb0; --cached_states: #a9c7e8; --cached_attention: #a8dadd; --padding: #c94f3d; --idle: #e8ebe6;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --bound: #9c80d0; --cached_states: #2d5580; --cached_attention: #1d6a70; --padding: #dc6a58; --idle: #2a3034;
+  }
+}
+.rows td { white-space: nowrap; }
+.rows td:first-child { white-space: normal; }
+.rows td:first-child.inner { padding-left: 1.2em; }
+.groups { margin: 8px 0 0; padding: 0; list-style: none; font-size: .9rem; }
+"""
+"""Beside the style sheet of the plan's page: modes and uses that only a replay has."""
+_GIB = 1 << 30
+
+
+def render_page(report: Report) -> str:
+    """The whole page."""
+    style = Path(tidepool.plan.__file__).with_name("page.css").read_text(encoding="utf-8") + _COLOURS
+    name = escape(report.setting.model)
+    first = report.results[0]
+    return "\n".join(
+        [
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{name}: replay</title><style>{style}</style></head><body><main>",
+            f"<header><h1>{name}: {first.requests:,} requests replayed</h1>",
+            f"<p>{first.prompt_tokens:,} prompt tokens, {first.output_tokens:,} to generate.</p>",
+            f'<p class="quiet">{escape(describe(report.setting))}.</p></header>',
+            *(f"<p>{escape(line)}</p>" for line in missing(report)),
+            '<div class="facts">',
+            *(_fact(result) for result in report.results),
+            "</div>",
+            '<div class="two">',
+            _lines(
+                report,
+                "Token hit rate so far",
+                "Prompt tokens found in the prefix cache, of all scheduled so far.",
+                "%",
+                lambda s: 100 * s.hit_tokens / max(s.prompt_tokens, 1),
+            ),
+            _lines(report, "Waiting requests", "Arrived and not yet running.", "", lambda s: s.waiting),
+            _lines(report, "Running requests", "At most one token a step each.", "", lambda s: s.running),
+            _bars(report),
+            *(_memory(result) for result in report.results),
+            "</div>",
+            _table(report),
+            '<p class="quiet">Real scheduler and memory management of vLLM; the model is a clock. Made by tidepool '
+            "replay.</p>",
+            "</main></body></html>\n",
+        ]
+    )
+
+
+def _fact(result: Result) -> str:
+    shown = ("token hit rate", "TTFT mean", "output tokens/s", "preemptions")
+    cells = [(row.label, row.of(result)) for row in ROWS if row.label in shown]
+    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in cells)
+    return (
+        f'<div class="fact" style="border-top-color:var(--{result.mode})"><b>{title(result)}</b><dl>{rows}</dl></div>'
+    )
+
+
+def _keys(report: Report) -> str:
+    keys = "".join(f'<span><i style="background:var(--{r.mode})"></i>{title(r)}</span>' for r in report.results)
+    return f'<div class="keys">{keys}</div>'
+
+
+def _lines(report: Report, heading: str, meaning: str, unit: str, of: Callable[[Sample], float]) -> str:
+    lines = [(r.mode, [(sample.seconds, of(sample)) for sample in r.samples]) for r in report.results]
+    return (
+        f'<section><h2>{heading}</h2><p class="quiet">{meaning}</p>{_keys(report)}'
+        f"{line_plot(heading, unit, lines)}</section>"
+    )
+
+
+def _bars(report: Report) -> str:
+    """Times to the first token, each bar as long as the worst mode's 99th percentile allows."""
+    most = max(r.ttft.p99 for r in report.results) or 1.0
+    blocks = []
+    for label, of in (("mean", "mean"), ("median", "p50"), ("95th percentile", "p95"), ("99th percentile", "p99")):
+        lines = "".join(
+            f'<div class="line"><b style="background:var(--{r.mode});width:{100 * getattr(r.ttft, of) / most:.2f}%">'
+            f"</b><span>{getattr(r.ttft, of):,.2f} s</span></div>"
+            for r in report.results
+        )
+        blocks.append(f'<div class="dtype"><div>{label}</div>{lines}</div>')
+    return (
+        '<section><h2>Time to the first token</h2><p class="quiet">From arrival, in virtual time.</p>'
+        f"{_keys(report)}{''.join(blocks)}</section>"
+    )
+
+
+def _memory(result: Result) -> str:
+    seconds = [sample.seconds for sample in result.samples]
+    areas = [(use, [sample.uses[index] / _GIB for sample in result.samples]) for index, use in enumerate(USES)]
+    heading = f"Memory, {title(result)}"
+    means = mean_uses(result)
+    keys = "".join(
+        f'<li><i style="background:var(--{use})"></i><b>{USE_TITLES[use][0]}</b> {size(mean)}</li>'
+        for use, mean in zip(USES, means, strict=True)
+    )
+    return (
+        f'<section><h2>{heading}</h2><p class="quiet">GiB by use over time, and their means.</p>'
+        f'{area_plot(heading, "", seconds, areas)}<ul class="legend">{keys}</ul></section>'
+    )
+
+
+def _table(report: Report) -> str:
+    head = "".join(f"<th>{title(result)}</th>" for result in report.results)
+    body = []
+    for row in ROWS:
+        inner = ' class="inner"' if row.label.startswith(" ") else ""
+        cells = "".join(f"<td>{escape(row.of(result))}</td>" for result in report.results)
+        body.append(f"<tr><td{inner}>{escape(row.label.strip())}</td>{cells}</tr>")
+    groups = "".join(f"<li><b>{title(r)}</b>: {escape(layout(r))}</li>" for r in report.results)
+    uses = "; ".join(f"{name}: {meaning}" for name, meaning in USE_TITLES.values())
+    return (
+        f'<section><h2>All figures</h2><div class="scroll"><table class="rows"><thead><tr><th></th>{head}</tr></thead>'
+        f'<tbody>{"".join(body)}</tbody></table></div><ul class="groups">{groups}</ul>'
+        f'<p class="quiet">{escape(uses)}.</p></section>'
+    )

@@ -1,0 +1,128 @@
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tidepool import cli
+
+runner = CliRunner()
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What serve would have become, with TIDEPOOL as the first word."""
+    calls: list[list[str]] = []
+
+    def execv(path: str, arguments: list[str]) -> None:
+        assert path == sys.executable
+        calls.append([os.environ.get("TIDEPOOL", "unset"), *arguments[1:]])
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(cli, "find_spec", lambda name: object())
+    monkeypatch.delenv("TIDEPOOL", raising=False)
+    # Restored after the test, whatever serve does to it.
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return calls
+
+
+VLLM = ["-m", "vllm.entrypoints.cli.main", "serve"]
+
+
+def test_help_names_the_commands() -> None:
+    result = runner.invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    for command in ("plan", "compare", "serve", "version"):
+        assert command in result.output
+
+
+def test_neither_help_nor_plan_imports_torch_or_vllm() -> None:
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from tidepool.cli import app\n"
+        "for arguments in (['--help'], ['plan', '--help'], ['compare', '--help'], ['plan', '--list']):\n"
+        "    assert CliRunner().invoke(app, arguments).exit_code == 0, arguments\n"
+        "assert not {'torch', 'vllm'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_version() -> None:
+    result = runner.invoke(cli.app, ["version"])
+    assert result.exit_code == 0
+    assert result.output.startswith("tidepool ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["some/model"],
+        ["some/model", "--max-num-seqs", "8", "--enforce-eager"],
+        ["--port", "80", "some/model", "-O.level=3", "--no-enable-prefix-caching"],
+    ],
+)
+def test_serve_passes_everything_through(executed: list[list[str]], arguments: list[str]) -> None:
+    assert runner.invoke(cli.app, ["serve", *arguments]).exit_code == 0
+    assert executed == [["elastic", *VLLM, *arguments]]
+
+
+def test_serve_takes_the_partition_out(executed: list[list[str]]) -> None:
+    arguments = ["serve", "--port", "80", "--partition", "fixed", "some/model"]
+    assert runner.invoke(cli.app, arguments).exit_code == 0
+    assert executed == [["fixed", *VLLM, "--port", "80", "some/model"]]
+
+
+@pytest.mark.parametrize(
+    ("environ", "partition", "arguments", "switch"),
+    [
+        ({}, None, [], "elastic"),
+        ({"TIDEPOOL": "off"}, None, [], "off"),
+        ({"TIDEPOOL": "off"}, "fixed", [], "fixed"),
+        ({}, None, ["--additional-config", "{}"], None),
+        ({}, None, ["--additional_config={}"], None),
+        ({}, "elastic", ["--additional-config={}"], "elastic"),
+    ],
+)
+def test_who_decides(environ: dict[str, str], partition: str | None, arguments: list[str], switch: str | None) -> None:
+    cli.switch_on(environ, partition, arguments)
+    assert environ.get("TIDEPOOL") == switch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve"], "Name a model"),
+        (["serve", "some/model", "--partition", "round"], "no partition 'round'"),
+        (["compare", "--sides", "stock,oval"], "no side 'oval'"),
+        (["compare", "--sides", "elastic"], "needs stock"),
+        (["compare", "--kv-memory", "much"], "no size"),
+        (["compare", "--model", "nowhere"], "--kv-memory"),
+        (["compare", "--model", "nowhere", "--kv-memory", "1GB"], "no config.json"),
+        (["compare", "--repeats", "0"], "repeats"),
+        (["swim"], "swim"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_exit_code_2(
+    executed: list[list[str]], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr("tidepool.compare.command.find_spec", lambda name: object())
+    result = runner.invoke(cli.app, arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert not executed
+
+
+def test_commands_that_need_vllm_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(name: str) -> Any:
+        return None
+
+    monkeypatch.setattr(cli, "find_spec", nothing)
+    monkeypatch.setattr("tidepool.compare.command.find_spec", nothing)
+    for arguments in (["serve", "some/model"], ["compare"]):
+        result = runner.invoke(cli.app, arguments)
+        assert result.exit_code == 1
+        assert "vLLM isn't installed" in result.output

@@ -1,0 +1,339 @@
+"""The parts of a replay that need no vLLM: traces, generated workloads, the clock, figures, the page."""
+
+import json
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import typer
+from hypothesis import given, strategies as st
+from typer.testing import CliRunner
+
+from tidepool.models import ModelConfigError, entry, model_from_config
+from tidepool.models.mixers import CacheOptions
+from tidepool.replay.bound import attention_only
+from tidepool.replay.clock import ROOFLINES, STEP_OVERHEAD, Work, cost_model
+from tidepool.replay.command import parse_modes, replay
+from tidepool.replay.figures import median, percentile, spread
+from tidepool.replay.generate import WORKLOADS, generate
+from tidepool.replay.job import USES, GroupLayout, Job, Result, Sample, Spread
+from tidepool.replay.page import render_page
+from tidepool.replay.plot import round_step
+from tidepool.replay.report import Report, Setting, mean_uses
+from tidepool.replay.sampling import FEWEST, Sampler
+from tidepool.replay.trace import GENERATED_TOKEN, TraceError, read_trace
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), "utf-8")
+    return path
+
+
+# Traces.
+
+
+def test_hash_ids_stand_for_fixed_tokens(tmp_path: Path) -> None:
+    first = {"timestamp": 1500, "input_length": 1000, "output_length": 7, "hash_ids": [0, 5]}
+    second = {"timestamp": 500, "input_length": 1024, "output_length": 1, "hash_ids": [0, 6]}
+    late, early = read_trace(write(tmp_path / "t.jsonl", first, "", second))[::-1]
+    assert (early.arrival, late.arrival) == (0.5, 1.5)
+    assert (late.input_tokens, late.output_tokens) == (1000, 7)
+    a, b = late.prompt(), early.prompt()
+    assert (len(a), len(b)) == (1000, 1024)
+    assert a[:512] == b[:512]
+    assert not set(a[512:]) & set(b[512:])
+    assert GENERATED_TOKEN not in a
+
+
+def test_blocks_of_another_size_and_plain_tokens(tmp_path: Path) -> None:
+    hashed = {"output_length": 2, "hash_ids": [3, 4], "block_size": 16}
+    plain = {"output_length": 2, "token_ids": [9, 9, 8]}
+    one, two = read_trace(write(tmp_path / "t.jsonl", hashed, plain))
+    assert one.input_tokens == len(set(one.prompt())) == 32
+    assert two.prompt() == [9, 9, 8]
+
+
+def test_only_the_first_requests_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", *[{"output_length": 1, "token_ids": [1]}] * 5, "not JSON")
+    assert len(read_trace(path, 5)) == 5
+    with pytest.raises(TraceError, match="line 6: not valid JSON"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[]", "must be a JSON object"),
+        ({"output_length": 1}, '"token_ids" or "hash_ids"'),
+        ({"output_length": 0, "token_ids": [1]}, '"output_length" must be a positive'),
+        ({"output_length": True, "token_ids": [1]}, '"output_length" must be a positive'),
+        ({"output_length": 1, "token_ids": []}, "is empty"),
+        ({"output_length": 1, "token_ids": [1.5]}, "whole numbers"),
+        ({"output_length": 1, "hash_ids": []}, '"input_length" must be a positive'),
+        ({"output_length": 1, "hash_ids": [1], "input_length": 513}, "too few"),
+        ({"output_length": 1, "hash_ids": [1], "block_size": 0}, '"block_size" must be a positive'),
+        ({"output_length": 1, "token_ids": [1], "timestamp": -1}, '"timestamp"'),
+    ],
+)
+def test_a_bad_line_is_one_sentence(tmp_path: Path, line: object, message: str) -> None:
+    with pytest.raises(TraceError, match=message) as caught:
+        read_trace(write(tmp_path / "t.jsonl", line))
+    assert str(caught.value).endswith(".")
+    assert "line 1" in str(caught.value)
+
+
+def test_an_empty_or_missing_trace_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="no requests"):
+        read_trace(write(tmp_path / "t.jsonl", ""))
+    with pytest.raises(TraceError, match="No such file"):
+        read_trace(tmp_path / "missing.jsonl")
+
+
+# Generated workloads.
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_generated_requests_depend_on_the_seed_alone(workload: str) -> None:
+    made = generate(workload, 60, 3)
+    assert made == generate(workload, 60, 3)
+    assert made != generate(workload, 60, 4)
+    assert len(made) == 60
+    assert [r.arrival for r in made] == sorted(r.arrival for r in made)
+    assert all(r.input_tokens == len(r.prompt()) > 0 and r.output_tokens > 0 for r in made)
+
+
+def endless_hit_rate(workload: str, block: int = 16) -> float:
+    """Share of prompt tokens in whole blocks that an earlier request had, with a cache that forgets nothing."""
+    seen: set[int] = set()
+    hits = total = 0
+    for request in generate(workload, 150, 0):
+        prompt, prefix, matched = request.prompt(), 0, True
+        total += len(prompt)
+        for start in range(0, len(prompt) - block, block):
+            prefix = hash((prefix, tuple(prompt[start : start + block])))
+            matched &= prefix in seen
+            hits += block * matched
+            seen.add(prefix)
+    return hits / total
+
+
+def test_workloads_share_what_their_names_say() -> None:
+    assert endless_hit_rate("random") == 0
+    assert endless_hit_rate("hot-prefix") > 0.75
+    assert endless_hit_rate("agent") > 0.8
+    assert 0.5 < endless_hit_rate("tree") < 0.95
+    assert 0.2 < endless_hit_rate("chat") < 0.9
+
+
+def test_a_turn_contains_what_the_last_one_generated() -> None:
+    chats = generate("chat", 300, 0)
+    later = [r for r in chats if len(r.runs) > 2]
+    assert later
+    assert all(set(r.runs[2]) == {GENERATED_TOKEN} for r in later)
+
+
+def test_an_unknown_workload_names_the_known() -> None:
+    with pytest.raises(TraceError, match="hot-prefix"):
+        generate("cold", 1, 0)
+
+
+# The clock.
+
+NAMES = ["Qwen3.5-4B", "Nemotron-3-Nano-4B", "Qwen3-Next-80B-A3B", "Llama-3.1-8B"]
+COSTS = {(name, gpu): cost_model(entry(name).config, roofline) for name in NAMES for gpu, roofline in ROOFLINES.items()}
+works = st.builds(
+    Work,
+    tokens=st.integers(1, 8192),
+    pairs=st.floats(1, 1e9),
+    context_tokens=st.integers(1, 10**7),
+    requests=st.integers(1, 256),
+)
+
+
+@given(st.sampled_from(list(COSTS)), works, works)
+def test_more_work_never_takes_less_time(key: tuple[str, str], one: Work, other: Work) -> None:
+    both = Work(
+        one.tokens + other.tokens,
+        one.pairs + other.pairs,
+        one.context_tokens + other.context_tokens,
+        one.requests + other.requests,
+    )
+    apart = [COSTS[key].seconds(work) for work in (one, other)]
+    assert max(apart) <= COSTS[key].seconds(both) <= sum(apart)
+    assert min(apart) > STEP_OVERHEAD
+
+
+@given(works)
+def test_a_faster_card_is_never_slower(work: Work) -> None:
+    slow, fast, fastest = (COSTS["Qwen3.5-4B", gpu].seconds(work) for gpu in ("A100-80", "H100", "B200"))
+    assert slow >= fast >= fastest
+
+
+def test_prefill_is_bound_by_arithmetic_and_decode_by_memory() -> None:
+    """A 4B model on an H100: over 100 ms of arithmetic for 8,192 tokens, about 3 ms of weights to read for one."""
+    costs = COSTS["Qwen3.5-4B", "H100"]
+    chunk = costs.seconds(Work(8192, 8192 * 4096, 8192, 1)) - STEP_OVERHEAD
+    token = costs.seconds(Work(1, 4096, 4096, 1)) - STEP_OVERHEAD
+    assert 0.1 < chunk < 0.2
+    assert token == pytest.approx(costs.plain_bytes / 3.35e12 / 0.75, rel=0.1)
+
+
+def test_experts_are_read_only_as_far_as_tokens_choose_them() -> None:
+    costs = COSTS["Qwen3-Next-80B-A3B", "H200"]
+    assert 2e9 < costs.plain_weights + costs.expert_weights * costs.expert_share < 4e9
+    one, many = (costs.seconds(Work(n, n, n, n)) for n in (1, 256))
+    assert one < many / 4
+
+
+# The bound.
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5-4B", "Nemotron-3-Nano-4B", "Qwen3.5-27B", "Falcon-H1-7B"])
+def test_the_bound_keeps_the_same_attention_and_no_states(name: str) -> None:
+    hybrid = model_from_config(entry(name).config).layer_caches(CacheOptions()).values()
+    bound = model_from_config(attention_only(entry(name).config)).layer_caches(CacheOptions()).values()
+    attention = [cache for cache in hybrid if type(cache).__name__ == "FullAttention"]
+    assert list(bound) == attention
+
+
+def test_the_bound_refuses_what_has_no_plain_attention() -> None:
+    with pytest.raises(ModelConfigError, match="leave it out"):
+        attention_only(entry("Mamba-Codestral-7B").config)
+
+
+# Figures, samples, reports.
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1))
+def test_percentiles_are_values_in_order(values: list[float]) -> None:
+    made = spread(values)
+    assert {made.p50, made.p95, made.p99} <= set(values)
+    assert min(values) <= made.p50 <= made.p95 <= made.p99 <= max(values)
+
+
+def test_percentiles_of_a_hundred() -> None:
+    values = list(range(1, 101))
+    random.Random(0).shuffle(values)
+    assert spread(values) == Spread(50.5, 50, 95, 99)
+    assert median([3, 1, 2]) == 2
+    assert percentile([7], 0.99) == 7
+
+
+@given(st.floats(1e-3, 1e12))
+def test_axes_have_a_few_round_steps(top: float) -> None:
+    assert 2.99 < top / round_step(top) < 6.01
+
+
+def sample(seconds: float, *uses: int) -> Sample:
+    return Sample(seconds, 1, 0, 10, 100, (*uses, *[0] * (len(USES) - len(uses))))
+
+
+def test_samples_stay_few_and_evenly_spread() -> None:
+    sampler = Sampler(0.0, lambda: sample(now))
+    for step in range(100_000):
+        now = step / 20
+        sampler.offer(now)
+    now = 5000.0
+    sampler.close()
+    times = [s.seconds for s in sampler.samples]
+    gaps = {round(b - a, 3) for a, b in pairwise(times[:-1])}
+    assert FEWEST <= len(times) <= 2 * FEWEST
+    assert max(gaps) <= 2 * min(gaps)
+    assert times[-1] == 5000
+
+
+def result(mode: str = "stock") -> Result:
+    groups = [GroupLayout("state", 24, 528, 52, 50), GroupLayout("attention", 8, 16, 5, 5)]
+    return Result(
+        mode=mode,
+        requests=3,
+        prompt_tokens=100,
+        hit_tokens=25,
+        output_tokens=30,
+        ttft=Spread(1.0, 1.0, 2.0, 2.0),
+        makespan=10.0,
+        preemptions=0,
+        running_mean=1.5,
+        running_peak=2,
+        extents_moved=None if mode == "stock" else 4,
+        extents=None,
+        extent_bytes=None,
+        steps=12,
+        scheduler_mean=1e-3,
+        scheduler_median=1e-3,
+        wall_seconds=0.1,
+        block_tokens=16,
+        groups=groups,
+        samples=[sample(0, 0, 100), sample(6, 100), sample(10, 100)],
+    )
+
+
+def report() -> Report:
+    return Report(
+        Setting("M<1>", "H100", 100, "t.jsonl", 1.0, 256, 8192), [result(), result("elastic")], {"fixed": "No room."}
+    )
+
+
+def test_a_result_survives_json() -> None:
+    content = json.loads(json.dumps(result("elastic").to_dict()))
+    assert Result.from_dict(content) == result("elastic")
+    assert content["hit_rate"] == 0.25
+    assert content["output_rate"] == 3
+
+
+def test_mean_uses_weigh_by_time() -> None:
+    assert mean_uses(result())[:2] == [40, 60]
+
+
+def test_the_page_needs_nothing_else() -> None:
+    page = render_page(report())
+    assert "M&lt;1&gt;" in page
+    assert "M<1>" not in page
+    assert "tidepool fixed can't run: No room." in page.replace("&#x27;", "'")
+    assert "http" not in page
+    assert "<script" not in page
+    assert page.count("<svg") == 5
+
+
+def test_a_job_survives_its_file(tmp_path: Path) -> None:
+    job = Job("bound", {"a": 1}, "H100", 5, None, "chat", None, 0, 1.5, 256, 8192)
+    job.write(tmp_path / "job.json")
+    assert Job.read(tmp_path / "job.json") == job
+
+
+# The command.
+
+
+def test_modes_are_known_and_once_each() -> None:
+    assert parse_modes("elastic, stock") == ["elastic", "stock"]
+    for bad in ("", "stock,stock", "stock,quick"):
+        with pytest.raises(ValueError, match="--modes"):
+            parse_modes(bad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Name a trace"),
+        (["t.jsonl", "--generate", "chat"], "and not both"),
+        (["missing.jsonl", "--memory", "1GiB"], "No such file"),
+        (["--generate", "cold"], "no workload"),
+        (["--generate", "chat", "--model", "Qwen3.5-5B"], "did you mean"),
+        (["--generate", "chat", "--model", "gpt-oss-120b"], "A replay builds"),
+        (["--generate", "chat", "--gpu", "9090"], "There is no GPU"),
+        (["--generate", "chat", "--memory", "much"], "is no size"),
+        (["--generate", "chat", "--modes", "fast"], "--modes"),
+        (["--generate", "chat", "--requests", "0"], "--requests must be above zero"),
+        (["--generate", "chat", "--rate", "-1"], "--rate must be above zero"),
+        (["--generate", "chat", "--json", "missing/x.json"], "no such directory"),
+        (["--generate", "chat", "--model", "Qwen3.5-27B", "--gpu", "4090"], "leave nothing"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str) -> None:
+    app = typer.Typer()
+    app.command()(replay)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert message in done.output
+    assert len(done.output.strip().splitlines()) == 1

@@ -1,0 +1,83 @@
+"""Small replays through vLLM's real engine core, each mode in a process of its own."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from tidepool.models import entry
+from tidepool.replay.generate import generate
+from tidepool.replay.job import Job, Mode, Result
+from tidepool.replay.parent import run_jobs
+from tidepool.replay.report import Report, Setting
+from tidepool.replay.table import print_report
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm")
+
+REQUESTS, MEMORY = 60, 1 << 30
+QUIET = Console(file=io.StringIO(), width=120)
+
+
+def job(mode: Mode) -> Job:
+    return Job(mode, entry("Qwen3.5-0.8B").config, "4090", MEMORY, None, "hot-prefix", REQUESTS, 0, 1.0, 32, 2048)
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Mode, Result]:
+    modes: tuple[Mode, ...] = ("stock", "elastic", "bound")
+    made, failures = run_jobs([job(mode) for mode in modes], REQUESTS, QUIET)
+    assert not failures
+    return {result.mode: result for result in made}
+
+
+def test_every_mode_serves_the_same_requests(results: dict[Mode, Result]) -> None:
+    workload = generate("hot-prefix", REQUESTS, 0)
+    for result in results.values():
+        assert result.requests == REQUESTS
+        assert result.prompt_tokens == sum(request.input_tokens for request in workload)
+        assert result.output_tokens == sum(request.output_tokens for request in workload)
+        assert 0 <= result.hit_tokens < result.prompt_tokens
+        assert 0 < result.ttft.p50 <= result.ttft.p99 < result.makespan
+        assert 0 < result.running_mean <= result.running_peak <= 32
+        assert result.scheduler_median > 0
+
+
+def test_every_byte_has_a_use(results: dict[Mode, Result]) -> None:
+    for result in results.values():
+        assert all(sum(sample.uses) == MEMORY and min(sample.uses) >= 0 for sample in result.samples)
+        assert max(sample.uses[1] for sample in result.samples) > 0
+    assert max(sample.uses[0] for sample in results["bound"].samples) == 0
+    assert max(sample.uses[0] for sample in results["elastic"].samples) > 0
+
+
+def test_the_bound_finds_the_hot_prefix(results: dict[Mode, Result]) -> None:
+    assert results["bound"].hit_rate > 0.7
+    assert results["bound"].ttft.mean <= results["stock"].ttft.mean
+
+
+def test_groups_are_as_planned(results: dict[Mode, Result]) -> None:
+    assert [group.kind for group in results["stock"].groups] == ["state"] * 3 + ["attention"]
+    assert results["stock"].block_tokens > 16
+    assert [group.kind for group in results["elastic"].groups] == ["state", "attention"]
+    assert results["elastic"].block_tokens == results["bound"].block_tokens == 16
+    assert results["elastic"].extents_moved is not None
+    assert results["stock"].extents_moved is None
+
+
+def test_the_table_shows_every_mode(results: dict[Mode, Result]) -> None:
+    report = Report(Setting("m", "4090", MEMORY, "hot-prefix", 1.0, 32, 2048), list(results.values()))
+    console = Console(file=io.StringIO(), width=120)
+    print_report(report, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "stock vLLM" in text
+    assert "attention only" in text
+    assert set(json.loads(json.dumps(report.to_dict()))["modes"]) == {"stock", "elastic", "bound"}
+
+
+def test_too_little_memory_is_said() -> None:
+    made, failures = run_jobs([replace(job("stock"), kv_bytes=50 << 20)], REQUESTS, QUIET)
+    assert not made
+    assert "memory" in failures["stock"]
