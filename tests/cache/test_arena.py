@@ -26,7 +26,7 @@ def test_evicting_block_5_of_one_group_leaves_block_5_of_every_other_alone() -> 
     a.forget(five, [5])
     assert not a.pools[five].is_cached(5)
     for group in range(3):
-        assert sorted(a.pools[group].lru) == [b for b in blocks[group] if (group, b) != (five, 5)]
+        assert sorted(a.pools[group].kept()) == [b for b in blocks[group] if (group, b) != (five, 5)]
 
 
 def test_same_id_in_two_fixed_shares_is_two_blocks() -> None:
@@ -50,7 +50,7 @@ def test_no_side_starves_beside_the_others_idle_cache() -> None:
     geometry = choose_geometry(groups)
     attention, state = 0, 1
     moved: list[tuple[int | None, int]] = []
-    a = Arena.elastic(geometry, 11, on_move=lambda extent, old, new: old is None or moved.append((old, new)))
+    a = Arena.elastic(geometry, 11, on_move=lambda _, old, new: old in (None, new) or moved.append((old, new)))
     per_extent = geometry.cuts[attention].slots
     cache = a.allocate(attention, 10 * per_extent - 40)
     a.release(attention, cache, keep=[True] * len(cache))
@@ -98,17 +98,41 @@ def test_touching_many_blocks_of_one_idle_extent_counts_it_once() -> None:
     assert not a.admit([3, 2], [blocks[:2], []])
 
 
-def test_the_colder_of_own_block_and_other_idle_extent_goes() -> None:
+def test_the_idle_extent_unused_for_longest_goes_whoever_has_it() -> None:
     order: list[tuple[int, list[int]]] = []
     a = arena([2, 2], 3, on_evict=lambda g, blocks: order.append((g, blocks)))
     old, new = a.allocate(0, 2), a.allocate(1, 2)
     a.release(0, old, keep=[True, True])
     a.release(1, new, keep=[True, True])
     a.allocate(1, 1)
-    assert order == [(0, old)], "group 0's extent was used longer ago than group 1's own block"
-    a.release(1, a.allocate(1, 1), keep=[True])
+    assert order == [(0, old)], "group 0's extent was used longer ago than group 1's own"
+    a.allocate(1, 1)
+    assert len(order) == 1, "the rest of that extent is clean"
     a.allocate(0, 1)
-    assert order[-1][0] == 1
+    assert order[1:] == [(1, new)]
+
+
+def test_long_prompts_come_free_whole_beside_decoding() -> None:
+    """Blocks of a long prompt share no extent with single blocks, so finishing it frees whole extents."""
+    a = arena([10], 20)
+    decoding = [a.allocate(0, 1) for _ in range(5)]
+    prompt = a.allocate(0, 40)
+    decoding += [a.allocate(0, 1) for _ in range(5)]
+    assert a.available == 14
+    a.release(0, prompt, keep=[True] * 40)
+    assert a.available == 18, "all but the one extent that decoding uses"
+    assert len(decoding) == 10
+
+
+def test_memory_that_cannot_move_is_reused_before_an_idle_extent_is_taken() -> None:
+    a = arena([4, 1], 3)
+    mixed = a.allocate(0, 3)
+    idle = a.allocate(0, 4)
+    a.release(0, idle, keep=[True] * 4)
+    a.release(0, mixed[:2], keep=[True] * 2)
+    a.allocate(0, 1)  # the clean block
+    assert a.allocate(0, 1) == mixed[:1]
+    assert a.available == 1
 
 
 def test_extents_fill_up_so_that_others_come_free_whole() -> None:

@@ -4,14 +4,17 @@ All groups' blocks live in one arena. In the *elastic* partition it is cut into 
 group or to none, and an extent without a block in use can change hands. In the *fixed* partition every group holds
 its share for good.
 
-Asked for blocks, a pool looks in this order:
- 1. clean blocks of extents that already have a block in use, fullest first, so that extents come free whole;
- 2. clean blocks of its own idle extents, then an unowned extent;
- 3. the coldest cached bytes: its own coldest block, or another group's idle extent, which changes hands whole.
+Asked for blocks, a pool takes whole extents for as many as fill one: unowned ones, then the idle extent that was used
+the longest ago, whoever has it; what is cached there is lost and the extent changes hands whole. The rest it looks for
+ 1. among the clean blocks of extents that have a block in use already, fullest first;
+ 2. in an unowned extent;
+ 3. among its own cached blocks in extents that have a block in use: nobody else could have that memory anyway;
+ 4. in the idle extent that was used the longest ago.
+So the blocks of a long prompt lie together and come free together, and the single blocks of decoding fill the gaps.
 
-Steps 2 and 3 may pin an extent that another group could have had. The arena keeps count of what an admission promised
-to each group (see `Arena.admit`), and no group spends another's promise; it then falls back on cached blocks in
-extents that are pinned already. That is why an admitted request always gets its blocks.
+A whole extent may be one that another group could have had. The arena keeps count of what an admission promised to
+each group (see `Arena.admit`), and no group spends another's promise; it then makes do with steps 1 and 3. That is why
+an admitted request always gets its blocks.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tidepool.cache.eviction import coldest_idle_extent, prefers_own
+from tidepool.cache.eviction import coldest_idle_extent
 from tidepool.cache.geometry import Geometry, Share
 from tidepool.cache.pool import Extent, Pool
 
@@ -50,7 +53,7 @@ class Arena:
 
     Two callbacks tell the owner of the blocks' contents what is lost:
     ``on_evict(group, blocks)`` before cached blocks turn clean or leave with their extent, and
-    ``on_move(extent, old_group, new_group)`` when an extent gets an owner; ``old_group`` is None if it had none.
+    ``on_move(extent, old_group, new_group)`` when a group gets an extent; ``old_group`` is None if it had no owner.
     """
 
     def __init__(
@@ -195,11 +198,12 @@ class Arena:
         pool = self.pools[group]
         blocks: list[int] = []
         while len(blocks) < count:
-            extent = pool.partial(pinned=True) or self._open(group)
+            missing = count - len(blocks)
+            extent = (self._new_extent(group) if missing >= pool.slots else None) or self._some_extent(group)
             if extent is None:
                 self.release(group, blocks, keep=())
                 raise OutOfBlocksError(f"Group {group} can't get {count} blocks: everything left is in use.")
-            blocks += pool.take(extent, count - len(blocks))
+            blocks += pool.take(extent, missing)
         return blocks
 
     def touch(self, group: int, blocks: Sequence[int]) -> None:
@@ -250,53 +254,39 @@ class Arena:
             null=self._null_bytes,
         )
 
-    # Steps 2 and 3 of the search.
+    # The search.
 
-    def _open(self, group: int) -> Extent | None:
-        """Find an extent with a clean block that isn't pinned yet, or make one; None if nothing can be had."""
+    def _some_extent(self, group: int) -> Extent | None:
+        """An extent with a clean block, by steps 1 to 4; None if nothing can be had."""
         pool = self.pools[group]
-        if self._may_pin(group):
-            if extent := pool.partial(pinned=False):
-                return self._spend(group, extent)
-            if self._unowned:
-                number = self._unowned.pop()
-                self._on_move(number, None, group)
-                return self._spend(group, pool.add(number))
-            own = pool.coldest()
-            idle = coldest_idle_extent(self.pools, asking=group)
-            if own is not None and prefers_own(pool.lru[own], idle):
-                return self._evict(group, own)
-            if idle is not None:
-                return self._spend(group, self._take_over(idle[1], idle[2], group))
-        own = pool.coldest_pinned()
-        return None if own is None else self._evict(group, own)
+        if extent := pool.partial():
+            return extent
+        if self._unowned and (extent := self._new_extent(group)):
+            return extent
+        block = pool.coldest_pinned()
+        if block is not None:
+            self._on_evict(group, [block])
+            return pool.forget(block)
+        return self._new_extent(group)
 
-    def _may_pin(self, group: int) -> bool:
-        """Whether ``group`` may use up one of the extents in `available`."""
-        return self._promised[group] > 0 or self.available > self._promised_total
-
-    def _spend(self, group: int, extent: Extent) -> Extent:
-        """Count an extent that ``group`` is about to pin against its promise."""
+    def _new_extent(self, group: int) -> Extent | None:
+        """A wholly clean extent: an unowned one, or the coldest idle one. None if it is promised to other groups."""
         if self._promised[group]:
             self._promised[group] -= 1
             self._promised_total -= 1
-        return extent
-
-    def _evict(self, group: int, block: int) -> Extent:
-        """Turn a cached block clean for its own pool."""
-        pool = self.pools[group]
-        self._on_evict(group, [block])
-        extent = pool.forget(block)
-        # An idle extent gets pinned by what follows, and stays in `idle` until then.
-        return extent if extent.pins else self._spend(group, extent)
-
-    def _take_over(self, old: int, number: int, new: int) -> Extent:
-        """Move an idle extent from one group to another."""
-        self._on_evict(old, list(self.pools[old].extents[number].cached))
-        self.pools[old].remove(number)
-        self._on_move(number, old, new)
-        self.moves += 1
-        return self.pools[new].add(number)
+        elif self.available <= self._promised_total:
+            return None
+        if self._unowned:
+            number, old = self._unowned.pop(), None
+        else:
+            coldest = coldest_idle_extent(self.pools)
+            assert coldest is not None, "available counts unowned and idle extents"
+            old, number = coldest
+            self._on_evict(old, list(self.pools[old].extents[number].cached))
+            self.pools[old].remove(number)
+            self.moves += old != group
+        self._on_move(number, old, group)
+        return self.pools[group].add(number)
 
     def _come_free(self, group: int, extent: Extent) -> None:
         """Make an extent unowned once all its blocks are clean."""

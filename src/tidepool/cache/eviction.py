@@ -1,8 +1,8 @@
 """Which cached bytes go first.
 
-The one place where the worth of cached memory is judged. The rule is least recently used over all pools: a pool that
-needs a block gives up its own coldest cached block, unless a whole idle extent of another group has lain untouched
-for longer.
+The one place where the worth of cached memory is judged. The rule is least recently used, by whole extents and over
+all groups. Whole extents, because a group that evicted single blocks would soon have blocks of many requests in every
+extent, and then no extent would ever come free for another group.
 """
 
 from __future__ import annotations
@@ -12,27 +12,18 @@ from collections.abc import Sequence
 from tidepool.cache.pool import Pool
 
 
-def coldest_idle_extent(pools: Sequence[Pool], asking: int) -> tuple[int, int, int] | None:
-    """The idle extent of a group other than ``asking`` that was last used the longest ago.
+def coldest_idle_extent(pools: Sequence[Pool]) -> tuple[int, int] | None:
+    """The idle extent of any group that was last used the longest ago.
 
     Costs O(groups): each pool keeps its idle extents in order.
 
     Returns:
-        (time of last use, group, extent), or None where no other group has an idle extent.
+        (group, extent), or None where no group has an idle extent.
     """
-    heads = (
-        (last_used, group, extent)
-        for group, pool in enumerate(pools)
-        if group != asking
-        for extent, last_used in _head(pool.idle)
-    )
-    return min(heads, default=None)
-
-
-def prefers_own(own_last_used: int | None, idle: tuple[int, int, int] | None) -> bool:
-    """Whether a pool should evict its own coldest block rather than take another group's idle extent."""
-    return own_last_used is not None and (idle is None or own_last_used <= idle[0])
-
-
-def _head(ordered: dict[int, int]) -> Sequence[tuple[int, int]]:
-    return (next(iter(ordered.items())),) if ordered else ()
+    coldest: tuple[int, int, int] | None = None
+    for group, pool in enumerate(pools):
+        if pool.idle:
+            extent, last_used = next(iter(pool.idle.items()))
+            if coldest is None or last_used < coldest[0]:
+                coldest = (last_used, group, extent)
+    return coldest and coldest[1:]

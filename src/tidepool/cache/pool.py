@@ -4,11 +4,13 @@ A block is *in use* (referenced), *cached* (unreferenced, but its contents may s
 live in extents; the pool keeps, for every extent that it holds, how many of its blocks are in use, which are cached
 and which are clean. It knows nothing of other groups: `tidepool.cache.arena` decides who gets which extent.
 
-Every operation costs O(1) a block, plus O(1) for an extent that changes its standing.
+Every operation costs O(1) a block, plus O(1) for an extent that changes its standing. Queues are OrderedDicts and not
+dicts: finding the first key of a dict whose first keys have been deleted takes time in their number.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 
@@ -27,14 +29,14 @@ class Extent:
         self.slots = slots
         self.pins = 0
         """Blocks in use, and one more where the extent is held for good."""
-        self.cached: dict[int, None] = {}
+        self.cached: OrderedDict[int, None] = OrderedDict()
         """Cached blocks, coldest first."""
         self.fresh = 0
         """Slots from here on haven't been handed out since the extent came."""
         self.returned: list[int] = []
         """Clean blocks below ``fresh``, the last returned on top: its bytes are the likeliest in a device's cache."""
         self.filed = -1
-        """Where the pool's index of extents with clean blocks has this one; -1 for nowhere."""
+        """The class in which the pool's index of extents with clean blocks has this one; -1 for none."""
 
     @property
     def clean(self) -> int:
@@ -55,10 +57,6 @@ class Extent:
         return blocks
 
 
-_IDLE = 32
-_PINNED_CLASSES = (1 << _IDLE) - 1
-
-
 class Pool:
     """The blocks of one group.
 
@@ -75,19 +73,19 @@ class Pool:
         """References to each block; 0 for cached and clean ones."""
         self.extents: dict[int, Extent] = {}
         """Extents that this pool holds, by number."""
-        self.lru: dict[int, int] = {}
-        """Cached blocks, coldest first, with the time of their last release."""
-        self.idle: dict[int, int] = {}
+        self.idle: OrderedDict[int, int] = OrderedDict()
         """Extents with cached blocks and none in use, coldest first, with the time they were last used."""
-        self.pinned_cached: dict[int, None] = {}
+        self.pinned_cached: OrderedDict[int, None] = OrderedDict()
         """Extents that have both blocks in use and cached ones, in the order in which they became so."""
         self.in_use = 0
+        """Blocks in use."""
+        self.cached = 0
+        """Cached blocks."""
         self.pinned = 0
         """Extents with a block in use; they can't change hands."""
-        # Extents with clean blocks, in classes by clean.bit_length(): class k has 2^(k-1) to 2^k - 1 of them. Taking
-        # from the lowest class fills extents up, so that others come free whole. Pinned ones come in the classes
-        # from 0 on, idle ones in those from _IDLE on: a block taken from an idle extent pins it.
-        self._partial: list[dict[int, None]] = [{} for _ in range(2 * _IDLE)]
+        # Pinned extents with clean blocks, in classes by clean.bit_length(): class k has 2^(k-1) to 2^k - 1 of them.
+        # Taking from the lowest class fills extents up, so that others come free whole.
+        self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(slots.bit_length() + 1)]
         self._nonempty = 0
 
     def extent_of(self, block: int) -> Extent:
@@ -96,17 +94,13 @@ class Pool:
 
     def is_cached(self, block: int) -> bool:
         """Whether the block is unreferenced and kept."""
-        return block in self.lru
-
-    @property
-    def cached(self) -> int:
-        """Number of cached blocks."""
-        return len(self.lru)
+        extent = self.extents.get((block - self.first) // self.slots)
+        return extent is not None and block in extent.cached
 
     @property
     def clean(self) -> int:
         """Number of clean blocks in extents that this pool holds."""
-        return len(self.extents) * self.slots - self.in_use - len(self.lru)
+        return len(self.extents) * self.slots - self.in_use - self.cached
 
     @property
     def usable(self) -> int:
@@ -131,18 +125,14 @@ class Pool:
     def remove(self, number: int) -> None:
         """Give up an extent without blocks in use, with whatever is cached in it."""
         extent = self.extents.pop(number)
-        if extent.filed >= 0:
-            self._unfile(extent)
         self.idle.pop(number, None)
-        for block in extent.cached:
-            del self.lru[block]
+        self.cached -= len(extent.cached)
 
-    def partial(self, *, pinned: bool) -> Extent | None:
-        """An extent with clean blocks, among the fullest, pinned or idle as asked."""
-        nonempty = self._nonempty & _PINNED_CLASSES if pinned else self._nonempty & ~_PINNED_CLASSES
-        if not nonempty:
+    def partial(self) -> Extent | None:
+        """A pinned extent with clean blocks, among the fullest; None if there is none."""
+        if not self._nonempty:
             return None
-        lowest = (nonempty & -nonempty).bit_length() - 1
+        lowest = (self._nonempty & -self._nonempty).bit_length() - 1
         return self.extents[next(iter(self._partial[lowest]))]
 
     def take(self, extent: Extent, count: int) -> list[int]:
@@ -158,8 +148,8 @@ class Pool:
         self.refs[block] += 1
         if self.refs[block] == 1:
             extent = self.extent_of(block)
-            del self.lru[block]
             del extent.cached[block]
+            self.cached -= 1
             self._pin(extent, 1)
 
     def release(self, block: int, *, keep: bool, now: int) -> Extent:
@@ -168,8 +158,8 @@ class Pool:
         self.refs[block] -= 1
         if self.refs[block] == 0:
             if keep:
-                self.lru[block] = now
                 extent.cached[block] = None
+                self.cached += 1
             else:
                 extent.returned.append(block)
             self._unpin(extent, now)
@@ -178,22 +168,23 @@ class Pool:
     def forget(self, block: int) -> Extent:
         """Turn a cached block clean. Returns its extent."""
         extent = self.extent_of(block)
-        del self.lru[block]
         del extent.cached[block]
+        self.cached -= 1
         extent.returned.append(block)
         if not extent.cached:
             self.pinned_cached.pop(extent.number, None)
         self._file(extent)
         return extent
 
-    def coldest(self) -> int | None:
-        """The coldest cached block, or None."""
-        return next(iter(self.lru), None)
-
     def coldest_pinned(self) -> int | None:
         """A cold cached block whose eviction pins no extent: the coldest of the extent that has waited longest."""
         number = next(iter(self.pinned_cached), None)
         return None if number is None else next(iter(self.extents[number].cached))
+
+    def kept(self) -> Iterator[int]:
+        """Cached blocks."""
+        for extent in self.extents.values():
+            yield from extent.cached
 
     def live(self) -> Iterator[int]:
         """Blocks in use."""
@@ -232,20 +223,17 @@ class Pool:
         self._file(extent)
 
     def _file(self, extent: Extent) -> None:
-        """Keep the index of extents with clean blocks true after a change."""
+        """Keep the index of pinned extents with clean blocks true after a change."""
         clean = extent.clean
-        place = -1 if clean == 0 else clean.bit_length() if extent.pins else clean.bit_length() + _IDLE
+        place = clean.bit_length() if clean and extent.pins else -1
         if place == extent.filed:
             return
         if extent.filed >= 0:
-            self._unfile(extent)
+            members = self._partial[extent.filed]
+            del members[extent.number]
+            if not members:
+                self._nonempty &= ~(1 << extent.filed)
         if place >= 0:
             self._partial[place][extent.number] = None
             self._nonempty |= 1 << place
         extent.filed = place
-
-    def _unfile(self, extent: Extent) -> None:
-        members = self._partial[extent.filed]
-        del members[extent.number]
-        if not members:
-            self._nonempty &= ~(1 << extent.filed)

@@ -146,7 +146,8 @@ def make_engine(shape: EngineShape) -> EngineCore:
     os.environ["TIDEPOOL"] = {"stock": "off"}.get(shape.side, shape.side)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with tempfile.TemporaryDirectory(prefix="tidepool-") as folder:
-        hf_config = {"architectures": [ARCHITECTURES[shape.hf_config["model_type"]]], "dtype": "bfloat16"}
+        named = shape.hf_config.get("architectures") or [ARCHITECTURES[shape.hf_config["model_type"]]]
+        hf_config = {"architectures": named, "dtype": "bfloat16"}
         Path(folder, "config.json").write_text(json.dumps(hf_config | shape.hf_config), encoding="utf-8")
         vllm_config = EngineArgs(
             model=folder,

@@ -105,7 +105,7 @@ class GroupBlockPool(BlockPool):
         """Forget every cached block of this group; the caller has made sure that none is in use."""
         self.cached_block_hash_to_block = BlockHashToBlockMap()
         self.cached_block_hashes_by_block.clear()
-        cached = list(self.arena.pools[self.group].lru)
+        cached = list(self.arena.pools[self.group].kept())
         for block_id in cached:
             self.blocks[block_id].reset_hash()
         self.arena.forget(self.group, cached)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tidepool.vllm_plugin.gates import GATES, closed_gates, unservable_specs, version_gate
+
+
+def config() -> SimpleNamespace:
+    """The parts of a VllmConfig that gates look at, with every gate open."""
+    return SimpleNamespace(
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+        speculative_config=None,
+        use_v2_model_runner=False,
+        cache_config=SimpleNamespace(
+            kv_offloading_size=None,
+            cache_dtype="auto",
+            kv_cache_dtype_skip_layers=[],
+            mamba_cache_mode="align",
+            use_replayssm=False,
+            prefix_cache_retention_interval=0,
+            prefix_match_unit=None,
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            distributed_executor_backend="uni",
+        ),
+        model_config=SimpleNamespace(use_mla=False, is_encoder_decoder=False),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False, scheduler_cls=None, watermark=0.0),
+        observability_config=SimpleNamespace(kv_cache_metrics=False),
+        device_config=SimpleNamespace(device_type="cpu"),
+    )
+
+
+CLOSING: dict[str, tuple[str, Any]] = {
+    "kv-connector": ("kv_transfer_config", object()),
+    "ec-connector": ("ec_transfer_config", object()),
+    "kv-offload": ("cache_config.kv_offloading_size", 4.0),
+    "tensor-parallel": ("parallel_config.tensor_parallel_size", 2),
+    "pipeline-parallel": ("parallel_config.pipeline_parallel_size", 2),
+    "data-parallel": ("parallel_config.data_parallel_size", 2),
+    "decode-context-parallel": ("parallel_config.decode_context_parallel_size", 2),
+    "prefill-context-parallel": ("parallel_config.prefill_context_parallel_size", 2),
+    "executor": ("parallel_config.distributed_executor_backend", "ray"),
+    "speculative-decoding": ("speculative_config", object()),
+    "mla": ("model_config.use_mla", True),
+    "kv-cache-dtype": ("cache_config.cache_dtype", "fp8"),
+    "skip-layers": ("cache_config.kv_cache_dtype_skip_layers", ["0"]),
+    "mamba-cache-mode": ("cache_config.mamba_cache_mode", "all"),
+    "replayssm": ("cache_config.use_replayssm", True),
+    "retention-interval": ("cache_config.prefix_cache_retention_interval", None),
+    "prefix-match-unit": ("cache_config.prefix_match_unit", 32),
+    "hisparse": ("attention_config.hisparse_config", object()),
+    "hybrid-manager-off": ("scheduler_config.disable_hybrid_kv_cache_manager", True),
+    "scheduler-class": ("scheduler_config.scheduler_cls", "my.Scheduler"),
+    "watermark": ("scheduler_config.watermark", 0.1),
+    "kv-cache-metrics": ("observability_config.kv_cache_metrics", True),
+    "encoder-decoder": ("model_config.is_encoder_decoder", True),
+    "model-runner-v2": ("use_v2_model_runner", True),
+    "device": ("device_config.device_type", "cuda"),
+}
+
+
+def test_nothing_is_closed_on_a_plain_engine() -> None:
+    assert list(closed_gates(config())) == []
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.name)
+def test_each_gate_closes_on_its_feature_alone(gate: Any) -> None:
+    path, value = CLOSING[gate.name]
+    engine = config()
+    *owners, field = path.split(".")
+    owner: Any = engine
+    for name in owners:
+        owner = getattr(owner, name)
+    setattr(owner, field, value)
+    assert list(closed_gates(engine)) == [f"{gate.name}: {gate.reason}"]
+
+
+def test_an_allowed_gate_is_open() -> None:
+    engine = config()
+    engine.device_config.device_type = "cuda"
+    assert list(closed_gates(engine, allow=("device",))) == []
+
+
+def test_version() -> None:
+    assert version_gate("0.32.0") is None
+    for version in ("0.31.2", "0.32.1", "0.33.0", "0.32.0.dev1"):
+        assert f"vLLM {version} hasn't been tested" in str(version_gate(version))
+
+
+@pytest.mark.vllm
+class TestLayers:
+    def specs(self, **changes: Any) -> dict[str, Any]:
+        import torch
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+        attention = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+        return {
+            "a": FullAttentionSpec(**attention | changes),
+            "s": MambaSpec(block_size=16, shapes=((4, 4),), dtypes=(torch.float32,)),
+        }
+
+    def test_states_beside_plain_attention_are_served(self) -> None:
+        assert unservable_specs(self.specs()) is None
+
+    def test_what_is_not(self) -> None:
+        import torch
+        from vllm.v1.kv_cache_interface import MLAAttentionSpec, SlidingWindowSpec
+
+        plain = self.specs()
+        attention, state = plain["a"], plain["s"]
+        sizes = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
+        cases = {
+            "doesn't keep states beside": [{"a": attention}, {"s": state}, {}],
+            "SlidingWindowSpec": [{"a": SlidingWindowSpec(**sizes, sliding_window=8), "s": state}],
+            "MLAAttentionSpec": [{"a": MLAAttentionSpec(**sizes), "s": state}],
+            "windowed": [self.specs(sliding_window=64), self.specs(attention_chunk_size=64)],
+            "several sizes": [plain | {"b": self.specs(head_size=128)["a"]}],
+            "FullAttentionSpec": [self.specs(page_size_padded=8192)],
+        }
+        for words, all_specs in cases.items():
+            for specs in all_specs:
+                assert words in str(unservable_specs(specs))
