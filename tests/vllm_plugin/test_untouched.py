@@ -29,7 +29,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixtral": _DENSE
     | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "head_dim": 32},
     "gemma3": _DENSE
-    | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "sliding_window": 64, "query_pre_attn_scalar": 64},
+    | {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "sliding_window": 64,
+        "query_pre_attn_scalar": 64,
+    },
     "mamba2": {
         "model_type": "mamba2",
         "architectures": ["Mamba2ForCausalLM"],

@@ -21,10 +21,12 @@ class Extent:
     only cached blocks keep it, and leaves the pool when all its blocks are clean.
     """
 
-    __slots__ = ("cached", "filed", "first", "fresh", "number", "pins", "returned", "slots")
+    __slots__ = ("cached", "filed", "first", "fresh", "number", "pins", "private", "returned", "slots")
 
-    def __init__(self, number: int, first: int, slots: int) -> None:
+    def __init__(self, number: int, first: int, slots: int, private: bool) -> None:
         self.number = number
+        self.private = private
+        """Opened for one long request; others take blocks of it only when there is nothing else."""
         self.first = first
         self.slots = slots
         self.pins = 0
@@ -57,6 +59,10 @@ class Extent:
         return blocks
 
 
+_PRIVATE = 32
+_SHARED_CLASSES = (1 << _PRIVATE) - 1
+
+
 class Pool:
     """The blocks of one group.
 
@@ -84,8 +90,9 @@ class Pool:
         self.pinned = 0
         """Extents with a block in use; they can't change hands."""
         # Pinned extents with clean blocks, in classes by clean.bit_length(): class k has 2^(k-1) to 2^k - 1 of them.
-        # Taking from the lowest class fills extents up, so that others come free whole.
-        self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(slots.bit_length() + 1)]
+        # Taking from the lowest class fills extents up, so that others come free whole. Private ones come after the
+        # shared ones, from class _PRIVATE on.
+        self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(2 * _PRIVATE)]
         self._nonempty = 0
 
     def extent_of(self, block: int) -> Extent:
@@ -109,9 +116,9 @@ class Pool:
 
     # What the arena calls. Each keeps the invariants of `Extent` and the indices above.
 
-    def add(self, number: int) -> Extent:
+    def add(self, number: int, *, private: bool = False) -> Extent:
         """Receive an extent; all its blocks are clean, and the caller is about to take one."""
-        extent = self.extents[number] = Extent(number, self.first + number * self.slots, self.slots)
+        extent = self.extents[number] = Extent(number, self.first + number * self.slots, self.slots, private)
         self._file(extent)
         return extent
 
@@ -128,11 +135,12 @@ class Pool:
         self.idle.pop(number, None)
         self.cached -= len(extent.cached)
 
-    def partial(self) -> Extent | None:
-        """A pinned extent with clean blocks, among the fullest; None if there is none."""
-        if not self._nonempty:
+    def partial(self, *, private: bool) -> Extent | None:
+        """A pinned extent with clean blocks, among the fullest, private or shared as asked; None if there is none."""
+        nonempty = self._nonempty & ~_SHARED_CLASSES if private else self._nonempty & _SHARED_CLASSES
+        if not nonempty:
             return None
-        lowest = (self._nonempty & -self._nonempty).bit_length() - 1
+        lowest = (nonempty & -nonempty).bit_length() - 1
         return self.extents[next(iter(self._partial[lowest]))]
 
     def take(self, extent: Extent, count: int) -> list[int]:
@@ -225,7 +233,7 @@ class Pool:
     def _file(self, extent: Extent) -> None:
         """Keep the index of pinned extents with clean blocks true after a change."""
         clean = extent.clean
-        place = clean.bit_length() if clean and extent.pins else -1
+        place = clean.bit_length() + _PRIVATE * extent.private if clean and extent.pins else -1
         if place == extent.filed:
             return
         if extent.filed >= 0:

@@ -36,7 +36,8 @@ def main() -> None:
         _serve(job, sys.stdin, answers)
     except Exception as error:
         traceback.print_exc()
-        _answer(answers, {"error": f"{type(error).__name__}: {error}"})
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        _answer(answers, {"error": message if len(message) <= 300 else message[:300] + "..."})
         sys.exit(1)
 
 

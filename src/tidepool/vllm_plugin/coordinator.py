@@ -22,6 +22,9 @@ from tidepool.vllm_plugin.pools import ArenaBlockPool
 from tidepool.vllm_plugin.settings import poison_requested
 from tidepool.vllm_plugin.worker import encode
 
+RUNNING_PER_SPARE_EXTENT = 8
+"""Chosen by replay, see docs/prefix-caching.md."""
+
 
 class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type: ignore[misc]
     """Mixed into vLLM's coordinators: own pools, needs in extents."""
@@ -88,17 +91,21 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         self._charges, pinned = self.block_pool.arena.extents_needed(needs, touched)
         return sum(self._charges) + pinned
 
-    def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
+    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
         """Allocate for every group what `get_num_blocks_to_allocate` last counted."""
         if self._charges is self._no_charges:
-            return super().allocate_new_blocks(*args, **kwargs)
+            return super().allocate_new_blocks(request_id, *args, **kwargs)
         arena = self.block_pool.arena
+        for manager, pool in zip(self.single_type_managers, self.block_pool.pools, strict=True):
+            pool.request_blocks = manager.req_to_blocks.get(request_id, ())
         arena.promise(self._charges)
         try:
-            return super().allocate_new_blocks(*args, **kwargs)
+            return super().allocate_new_blocks(request_id, *args, **kwargs)
         finally:
             arena.settle()
             self._charges = self._no_charges
+            for pool in self.block_pool.pools:
+                pool.request_blocks = ()
 
     def reset_prefix_cache(self) -> bool:
         """Reset all groups or none."""
@@ -131,7 +138,23 @@ def make_coordinator(
 
 
 class TidepoolKVCacheManager(KVCacheManager):
-    """vLLM's manager, with the group in every block id that goes to the workers."""
+    """vLLM's manager, with the group in every block id that goes to the workers, and room left to those who run."""
+
+    @property
+    def watermark_blocks(self) -> int:
+        """Extents to leave free when a waiting request is admitted beside running ones.
+
+        With prefix caching a running request takes a second state block for a moment at every checkpoint. Without
+        room for those who do so at once, each of them preempts a request that then has to be read again.
+        """
+        if not self.enable_caching or not self.kv_cache_config.geometry:
+            return 0
+        running = max(len(manager.req_to_blocks) for manager in self.coordinator.single_type_managers)
+        return running // RUNNING_PER_SPARE_EXTENT
+
+    @watermark_blocks.setter
+    def watermark_blocks(self, blocks: int) -> None:
+        assert blocks == 0, "a watermark of the user's closes a gate"
 
     def take_new_block_ids(self) -> list[int]:
         """What workers do to blocks before the next step: poisoning first, then zeroing of new attention blocks."""

@@ -45,6 +45,9 @@ logger = init_logger("vllm.tidepool")
 
 STRIDE_ALIGN = 64
 """Bytes. A cache line, and a multiple of every vector load that attention kernels do."""
+CHECKPOINT_TOKENS = 512
+"""How far apart states are kept at most; it costs no padding. Chosen by replay, see docs/prefix-caching.md: few enough for
+shared system prompts, many enough that states are seldom copied."""
 _PLAN = "tidepool_plan"
 
 
@@ -132,7 +135,7 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
     """Decide whether tidepool serves this engine, and if so set its block sizes.
 
     Called in place of the inflation, with the model loaded. Attention blocks become as small as the kernels take
-    (or as the user said), checkpoints as far apart as vLLM alone would have them, and no page is padded.
+    (or as the user said), checkpoints lie `CHECKPOINT_TOKENS` apart, and no page is padded.
 
     Args:
         platform: vLLM's platform class.
@@ -171,7 +174,7 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
             "take: change block_tokens (or --block-size)."
         )
     if cache_config.mamba_cache_mode == "align":
-        spacing = settings.checkpoint_tokens or -(-stock.block_tokens // block_tokens) * block_tokens
+        spacing = settings.checkpoint_tokens or -(-CHECKPOINT_TOKENS // block_tokens) * block_tokens
         if spacing % block_tokens:
             raise CacheConfigError(
                 f"checkpoint_tokens ({spacing}) must be a multiple of the attention block ({block_tokens} tokens)."

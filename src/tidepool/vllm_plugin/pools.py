@@ -43,11 +43,14 @@ class GroupBlockPool(BlockPool):
         # One queue for all groups keeps their events in the order in which they happened.
         self.kv_event_queue = memory.kv_event_queue
         self.metrics_collector = None
+        self.request_blocks: Sequence[KVCacheBlock] = ()
+        """Blocks of the request that the next ones are for."""
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Blocks with one reference each; evicts what the arena finds coldest."""
-        blocks = self.blocks
-        new = [blocks[index] for index in self.arena.allocate(self.group, num_blocks)]
+        blocks, before = self.blocks, self.request_blocks
+        last = before[-1].block_id if before and not before[-1].is_null else None
+        new = [blocks[i] for i in self.arena.allocate(self.group, num_blocks, last=last, held=len(before))]
         for block in new:
             block.ref_cnt = 1
         return new

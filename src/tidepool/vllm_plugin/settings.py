@@ -30,7 +30,7 @@ class Settings(BaseModel):
     block_tokens: int | None = Field(default=None, gt=0)
     """Tokens in an attention block; by default the fewest that the attention kernels take."""
     checkpoint_tokens: int | None = Field(default=None, gt=0)
-    """Tokens between two states kept for prefix hits; by default the block size that vLLM alone would use."""
+    """Tokens between two states kept for prefix hits; 512 by default."""
     allow: tuple[Literal["device"], ...] = ()
     """Gates to open at one's own risk: ``device`` serves devices other than the CPU, by vLLM's first model runner."""
 
