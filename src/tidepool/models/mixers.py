@@ -6,7 +6,7 @@ shapes follow vLLM 0.32's state shape calculator; a test compares them with vLLM
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tidepool.cache.spec import FullAttention, LayerCache, SlidingWindow, State
@@ -220,6 +220,9 @@ class Mamba2:
         groups = self.groups if self.groups % options.tp == 0 else options.tp
         channels = self.heads * self.head_size + 2 * groups * self.state_size
         matrices = _share(self.heads, options.tp, "heads") * self.head_size * self.state_size
+        if options.copies > 1 + options.speculative_tokens:
+            # With prefix caching vLLM's Mamba2 layers export a checkpoint from within a step, to a block of its own.
+            options = replace(options, copies=options.copies + 1)
         return _state(options, numerics, channels, self.kernel, matrices)
 
 

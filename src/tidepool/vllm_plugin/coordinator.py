@@ -22,7 +22,7 @@ from tidepool.vllm_plugin.pools import ArenaBlockPool
 from tidepool.vllm_plugin.settings import poison_requested
 from tidepool.vllm_plugin.worker import encode
 
-RUNNING_PER_SPARE_EXTENT = 8
+GROWING_PER_SPARE_EXTENT = 8
 """Chosen by replay, see docs/prefix-caching.md."""
 
 
@@ -144,13 +144,13 @@ class TidepoolKVCacheManager(KVCacheManager):
     def watermark_blocks(self) -> int:
         """Extents to leave free when a waiting request is admitted beside running ones.
 
-        With prefix caching a running request takes a second state block for a moment at every checkpoint. Without
-        room for those who do so at once, each of them preempts a request that then has to be read again.
+        A share of those that attention holds, for running requests will need about that much more before they end:
+        for their answers, and for a second state at each checkpoint. Without it each of them preempts a request that
+        has to be read again. Short chats hold little attention, so for them it is next to nothing.
         """
         if not self.enable_caching or not self.kv_cache_config.geometry:
             return 0
-        running = max(len(manager.req_to_blocks) for manager in self.coordinator.single_type_managers)
-        return running // RUNNING_PER_SPARE_EXTENT
+        return sum(pool.pinned for pool in self.block_pool.growing) // GROWING_PER_SPARE_EXTENT
 
     @watermark_blocks.setter
     def watermark_blocks(self, blocks: int) -> None:

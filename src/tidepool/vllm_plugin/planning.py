@@ -46,7 +46,7 @@ logger = init_logger("vllm.tidepool")
 STRIDE_ALIGN = 64
 """Bytes. A cache line, and a multiple of every vector load that attention kernels do."""
 CHECKPOINT_TOKENS = 512
-"""How far apart states are kept at most; it costs no padding. Chosen by replay, see docs/prefix-caching.md: few enough for
+"""How far apart states are kept at most; it costs no padding. Chosen by replay (docs/prefix-caching.md): few enough for
 shared system prompts, many enough that states are seldom copied."""
 _PLAN = "tidepool_plan"
 

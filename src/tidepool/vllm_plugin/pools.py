@@ -13,6 +13,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from tidepool.cache import Arena
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
@@ -151,6 +152,12 @@ class ArenaBlockPool:
             GroupBlockPool(group, self, blocks, enable_caching, hash_block_size)
             for group, blocks in enumerate(config.pool_blocks)
         )
+        self.growing = [
+            pool
+            for pool, group in zip(self.arena.pools, config.kv_cache_groups, strict=True)
+            if not isinstance(group.kv_cache_spec, MambaSpec)
+        ]
+        """The core's pools of groups whose need grows with the text."""
         self.null_block = self.pools[0].null_block
 
     def _on_evict(self, group: int, blocks: list[int]) -> None:

@@ -1,0 +1,205 @@
+"""The plugin in vLLM's real engine core, with the model left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tidepool.models import model_from_config
+from tidepool.plan.planner import PlanOptions, divide
+from tidepool.tiny import Family, make_checkpoint
+
+pytestmark = pytest.mark.vllm
+FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
+BUDGETS = (64 << 20, 100_000_000, 333_333_333)
+
+
+def config_of(family: Family, path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((make_checkpoint(family, path / family) / "config.json").read_text())
+    return config
+
+
+def test_what_plan_predicts_is_allocated_to_the_block(tmp_path: Path) -> None:
+    """Both small models of `make run`, several budgets, both partitions, prefix caching off and on."""
+    jobs, predictions = [], []
+    for family in FAMILIES:
+        config = config_of(family, tmp_path)
+        model = model_from_config(config)
+        for budget in BUDGETS:
+            for kind in ("elastic", "fixed"):
+                caching = budget == BUDGETS[0]
+                options = PlanOptions(budget, prefix_caching=caching, max_num_seqs=8, max_model_len=4096)
+                memory = divide(kind, model, model.stages(1, options.cache_options()), options, 4096)
+                predictions.append((memory.units, {group.label: group.blocks for group in memory.groups}))
+                jobs.append(
+                    {
+                        "hf_config": config,
+                        "kv_bytes": budget,
+                        "side": kind,
+                        "max_num_seqs": 8,
+                        "max_model_len": 4096,
+                        "prefix_caching": caching,
+                    }
+                )
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("engine_report.py"))],
+        input=json.dumps(jobs),
+        text=True,
+        capture_output=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        timeout=400,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    line = next(line for line in run.stdout.splitlines() if line.startswith("REPORT "))
+    for job, report, (units, blocks) in zip(jobs, json.loads(line.removeprefix("REPORT ")), predictions, strict=True):
+        if job["side"] == "elastic":
+            assert report["extents"] == units
+        # Groups come in the order in which their first layer does: states before attention in both models.
+        assert report["blocks"] == [blocks["state"], blocks["attention"]], job
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from tidepool.replay.engine import EngineShape, make_engine
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    config = config_of("qwen3.5", tmp_path_factory.mktemp("models"))
+    return make_engine(EngineShape(config, 100_000_000, "elastic", max_num_seqs=8, max_model_len=4096))
+
+
+def make_manager(engine: Any, **changes: Any) -> Any:
+    from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager
+
+    scheduler = engine.scheduler
+    arguments = {
+        "kv_cache_config": scheduler.kv_cache_config,
+        "max_model_len": 4096,
+        "scheduler_block_size": scheduler.block_size,
+        "hash_block_size": scheduler.hash_block_size,
+        "enable_caching": True,
+        "enable_kv_cache_events": True,
+    }
+    return TidepoolKVCacheManager(**arguments | changes)
+
+
+def make_request(engine: Any, name: str, tokens: list[int]) -> Any:
+    from vllm import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+
+    request = EngineCoreRequest(name, tokens, None, SamplingParams(max_tokens=8), None, 0.0, None, None, None)
+    return engine.preprocess_add_request(request)[0]
+
+
+def read_prompt(manager: Any, request: Any) -> int:
+    """Allocate for a whole prompt as the scheduler would, in aligned chunks. Returns the tokens that were hit."""
+    hit, tokens, _ = manager.get_computed_blocks(request)
+    spacing = manager.coordinator.scheduler_block_size
+    computed = tokens
+    while computed < request.num_tokens:
+        end = min((computed // spacing + 1) * spacing, request.num_tokens)
+        first = computed == tokens
+        given = manager.allocate_slots(request, end - computed, tokens if first else 0, hit if first else None)
+        assert given is not None
+        request.num_computed_tokens = computed = end
+        manager.new_step_starts()
+    return int(tokens)
+
+
+def test_a_hit_needs_every_groups_blocks(engine: Any) -> None:
+    manager = make_manager(engine)
+    state, attention = manager.coordinator.block_pool.pools
+    prompt = list(range(2000))
+    first = make_request(engine, "first", prompt)
+    assert read_prompt(manager, first) == 0
+    manager.free(first)
+    again = make_request(engine, "again", prompt)
+    _, tokens, _ = manager.get_computed_blocks(again)
+    assert tokens == 1536, "the last checkpoint before the prompt's end"
+
+    states = [block.block_id for block in state.blocks if block.block_hash is not None]
+    before = {block.block_id for block in attention.blocks if block.block_hash is not None}
+    state.evict_blocks(set(states))
+    assert {block.block_id for block in attention.blocks if block.block_hash is not None} == before
+    _, tokens, _ = manager.get_computed_blocks(again)
+    assert tokens == 0, "attention blocks alone are no hit"
+
+
+def test_reset_is_for_all_groups_or_none(engine: Any) -> None:
+    manager = make_manager(engine)
+    pool = manager.block_pool
+    request = make_request(engine, "request", list(range(1500)))
+    read_prompt(manager, request)
+    manager.take_events()
+    assert not manager.reset_prefix_cache(), "blocks are in use"
+    assert manager.take_events() == []
+    manager.free(request)
+    assert pool.arena.usage().cached > 0
+    assert manager.reset_prefix_cache()
+    usage = pool.arena.usage()
+    assert (usage.cached, usage.in_use, usage.clean) == (0, 0, 0)
+    assert [type(event).__name__ for event in manager.take_events()] == ["AllBlocksCleared"]
+    assert manager.get_computed_blocks(make_request(engine, "after", list(range(1500))))[1] == 0
+
+
+def test_events_name_their_group(engine: Any) -> None:
+    manager = make_manager(engine)
+    request = make_request(engine, "request", list(range(1500)))
+    read_prompt(manager, request)
+    manager.free(request)
+    stored = manager.take_events()
+    assert {event.group_idx for event in stored} == {0, 1}
+    state = manager.block_pool.pools[0]
+    state.evict_blocks({block.block_id for block in state.blocks if block.block_hash is not None})
+    removed = manager.take_events()
+    assert removed
+    assert {event.group_idx for event in removed} == {0}
+
+
+def test_an_id_without_its_group_is_refused(engine: Any) -> None:
+    manager = make_manager(engine)
+    with pytest.raises(NotImplementedError, match="a block id alone doesn't name a block"):
+        manager.evict_blocks({5})
+
+
+def test_ids_for_workers_are_unique_over_groups() -> None:
+    from tidepool.vllm_plugin.worker import decode, encode
+
+    ids = {encode(group, block, 3): (group, block) for group in range(3) for block in range(50)}
+    assert len(ids) == 150
+    assert all(decode(unique, 3) == named for unique, named in ids.items())
+
+
+def test_workers_zero_poison_and_copy_one_groups_block_only() -> None:
+    import torch
+
+    from tidepool.cache import Cut, Geometry
+    from tidepool.vllm_plugin.worker import ArenaBytes, encode, encode_poison, encode_poison_extent
+
+    arena = ArenaBytes.__new__(ArenaBytes)
+    geometry = Geometry(120, (Cut(40, 40, 3), Cut(22, 24, 5)))
+    arena.arena = torch.full((600,), 7, dtype=torch.uint8)
+    arena.strides, arena.block_bytes, arena.extent_bytes = (40, 24), (40, 22), geometry.extent_bytes
+    arena.poison = [0x7F, 0xFF]
+
+    def changed() -> list[int]:
+        return torch.nonzero(arena.arena != 7).flatten().tolist()
+
+    arena.apply([encode(1, 7, 2)])
+    assert changed() == list(range(168, 190))
+    arena.arena.fill_(7)
+    arena.apply([encode_poison(0, 4, 2), encode(0, 4, 2)])
+    assert changed() == list(range(160, 200))
+    assert set(arena.arena[160:200].tolist()) == {0}, "in the order given"
+    arena.arena.fill_(7)
+    arena.apply([encode_poison_extent(1, 2, 2)])
+    assert changed() == list(range(240, 360))
+    arena.arena.fill_(7)
+    arena.arena[40:80] = 9
+    arena.copy([(encode(0, 1, 2), encode(0, 5, 2))])
+    assert changed() == [*range(40, 80), *range(200, 240)]
