@@ -1,5 +1,5 @@
 """The patches: where vLLM offers no other way in. Each dispatches on one engine's configuration, so that engines which
-tidepool doesn't serve go vLLM's way in the same process. Every name patched is listed in docs/upstream.md.
+tidepool doesn't serve go vLLM's way in the same process. Every name patched is listed in docs/design.md.
 """
 
 from __future__ import annotations
