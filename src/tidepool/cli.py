@@ -75,7 +75,12 @@ def run_vllm(arguments: Sequence[str]) -> None:
     sys.argv = ["vllm", *arguments]
     from vllm.entrypoints.cli.main import main
 
-    main()
+    from tidepool.vllm_plugin.settings import SettingsError
+
+    try:
+        main()
+    except SettingsError as error:
+        _fail(str(error), 2)
 
 
 def name_vllm() -> None:

@@ -124,6 +124,26 @@ def test_long_prompts_come_free_whole_beside_decoding() -> None:
     assert len(decoding) == 10
 
 
+def test_a_request_goes_on_in_the_extent_of_its_last_block() -> None:
+    a = arena([10], 20)
+    first, second = a.allocate(0, 3), a.allocate(0, 40)
+    assert a.allocate(0, 2, last=second[-1], held=40)[0] // 10 not in {block // 10 for block in second}, "it is full"
+    third = a.allocate(0, 45)
+    assert {block // 10 for block in a.allocate(0, 5, last=third[-1], held=45)} == {third[-1] // 10}
+    assert {block // 10 for block in a.allocate(0, 2, last=first[-1], held=3)} == {first[-1] // 10}
+
+
+def test_gaps_of_a_long_request_are_the_last_resort_of_others() -> None:
+    a = arena([10], 6)
+    long = a.allocate(0, 41)
+    assert a.available == 0
+    single = a.allocate(0, 1)
+    assert single[0] // 10 == long[-1] // 10, "nothing else is left"
+    a.release(0, long[:10], keep=())
+    a.release(0, single, keep=())
+    assert a.allocate(0, 1)[0] // 10 != long[-1] // 10
+
+
 def test_memory_that_cannot_move_is_reused_before_an_idle_extent_is_taken() -> None:
     a = arena([4, 1], 3)
     mixed = a.allocate(0, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -48,6 +49,12 @@ class ArenaMachine(RuleBasedStateMachine):
             owned = set(range(extent * slots, (extent + 1) * slots))
             assert not owned & (self.live[group].keys() | self.cached[group]), "moved with blocks in it"
 
+    def draw_request(self, data: st.DataObject, group: int) -> dict[str, Any]:
+        """Whose blocks: a request with none yet, or one that got some block last and has a few or many."""
+        if not self.live[group] or data.draw(st.booleans()):
+            return {}
+        return {"last": data.draw(st.sampled_from(sorted(self.live[group]))), "held": data.draw(st.integers(1, 60))}
+
     def receive(self, group: int, blocks: list[int]) -> None:
         for block in blocks:
             assert block not in self.live[group]
@@ -70,7 +77,7 @@ class ArenaMachine(RuleBasedStateMachine):
                 self.cached[group].discard(block)
                 self.live[group][block] = 1
         for group in data.draw(st.permutations(range(self.groups))):
-            self.receive(group, self.arena.allocate(group, needs[group]))
+            self.receive(group, self.arena.allocate(group, needs[group], **self.draw_request(data, group)))
         self.arena.settle()
 
     @rule(data=st.data())
@@ -78,7 +85,7 @@ class ArenaMachine(RuleBasedStateMachine):
         group = data.draw(st.integers(0, self.groups - 1))
         count = data.draw(st.integers(1, 4))
         try:
-            self.receive(group, self.arena.allocate(group, count))
+            self.receive(group, self.arena.allocate(group, count, **self.draw_request(data, group)))
         except OutOfBlocksError:
             # Nobody starves: a refusal means that nothing reclaimable is left for this group.
             pool = self.arena.pools[group]

@@ -13,9 +13,9 @@ New extents are unowned ones, or the idle one that was used the longest ago, who
 lost, and the extent changes hands whole. Before an idle one goes, cached blocks go that lie in the group's own pinned
 extents, for nobody else could have that memory.
 
-A whole extent may be one that another group could have had. The arena keeps count of what an admission promised to
-each group (see `Arena.admit`), and no group spends another's promise; it then makes do with
-its pinned extents, down to the gaps in those of other requests. That is why an admitted request always gets its blocks.
+A new extent may be one that another group could have had. The arena keeps count of what an admission promised to each
+group (see `Arena.admit`), and no group spends another's promise; it then makes do with its pinned extents, down to the
+gaps in those of other requests. That is why an admitted request always gets its blocks.
 """
 
 from __future__ import annotations
