@@ -7,7 +7,7 @@ page for every layer of the group, side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -168,11 +168,6 @@ def group_layers(
         )
         for cache, names in members.items()
     )
-
-
-def request_bytes(groups: Iterable[Group], tokens: int) -> int:
-    """Bytes of the blocks that one request of ``tokens`` tokens holds, without any padding."""
-    return sum(group.blocks_for(tokens) * group.block_bytes for group in groups)
 
 
 def _require_positive(name: str, value: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.trace import GENERATED_TOKEN
+from tidepool.vllm_plugin.planning import layer_specs_of
 
 GPU_KERNEL_BLOCK = 16
 """Tokens; the smallest block of vLLM's GPU attention kernels."""
@@ -67,13 +68,11 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
     """Builds the model on the meta device for its specs, and samples `GENERATED_TOKEN` for every request."""
 
     kv_bytes = 0
-    prepare_blocks: Callable[[Any], None] = staticmethod(lambda config: None)
 
     def _init_executor(self) -> None:
-        self.specs = meta_specs(self.vllm_config)
-        type(self).prepare_blocks(self.vllm_config)
-        # The block sizes may have changed, so the specs are asked for again.
-        self.specs = layer_specs(self.vllm_config)
+        build_on_meta_device(self.vllm_config)
+        prepare_gpu_blocks(self.vllm_config)
+        self.specs = layer_specs_of(self.vllm_config)
 
     def determine_available_memory(self) -> list[int]:
         """The budget, in bytes."""
@@ -162,11 +161,7 @@ def make_engine(shape: EngineShape) -> EngineCore:
             block_size=GPU_KERNEL_BLOCK,
             language_model_only=True,
         ).create_engine_config()
-        executor = type(
-            "SizedExecutor",
-            (NoModelExecutor,),
-            {"kv_bytes": shape.kv_bytes, "prepare_blocks": staticmethod(prepare_gpu_blocks)},
-        )
+        executor = type("SizedExecutor", (NoModelExecutor,), {"kv_bytes": shape.kv_bytes})
         engine = EngineCore(vllm_config, executor, log_stats=True)
     engine.model_executor.scheduler = engine.scheduler
     return engine
@@ -201,8 +196,8 @@ def prepare_gpu_blocks(vllm_config: Any) -> None:
     GpuPlatform._align_hybrid_block_size(vllm_config, GpuBlocks)
 
 
-def meta_specs(vllm_config: Any) -> dict[str, Any]:
-    """Build the model on the meta device, which registers its layers, and return their specs."""
+def build_on_meta_device(vllm_config: Any) -> None:
+    """Build the model without its weights, which registers its layers in the configuration."""
     from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
     from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -218,11 +213,3 @@ def meta_specs(vllm_config: Any) -> dict[str, Any]:
                 initialize_model(vllm_config)
         finally:
             torch.set_default_dtype(default)
-    return layer_specs(vllm_config)
-
-
-def layer_specs(vllm_config: Any) -> dict[str, Any]:
-    """Layer name to KVCacheSpec."""
-    from tidepool.vllm_plugin.planning import layer_specs_of
-
-    return layer_specs_of(vllm_config)

@@ -5,24 +5,20 @@ Entry point of the group ``vllm.general_plugins``; vLLM calls `register` in each
 the scheduler's books, `worker` acts on blocks, `patches` ties them to vLLM, `compat` works around defects.
 """
 
+import logging
+
 
 def register() -> None:
     """Make vLLM able to start engines on tidepool's memory; engines it doesn't serve are unchanged."""
     from vllm.version import __version__
 
     from tidepool.vllm_plugin.compat import apply_compat
-
-    apply_compat()
-
     from tidepool.vllm_plugin.gates import version_gate
 
-    if version_gate(__version__) is not None:
-        import logging
-
-        logging.getLogger("vllm.tidepool").warning(
-            "tidepool steps aside, vLLM's own KV cache is used. %s.", version_gate(__version__)
-        )
+    apply_compat()
+    if closed := version_gate(__version__):
+        logging.getLogger("vllm.tidepool").warning("tidepool steps aside, vLLM's own KV cache is used. %s.", closed)
         return
     from tidepool.vllm_plugin.patches import install
 
-    install(__version__)
+    install()

@@ -10,19 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 
-def install(version: str) -> None:
-    """Patch vLLM in this process, once.
-
-    Args:
-        version: vLLM's version, for the gate that every engine passes when it starts.
-    """
+def install() -> None:
+    """Patch vLLM in this process, once; the caller has checked its version."""
     from vllm.v1.core import kv_cache_utils
 
     if getattr(kv_cache_utils, "_tidepool_installed", False):
         return
     kv_cache_utils._tidepool_installed = True
     _patch_settings()
-    _patch_planning(version)
+    _patch_planning()
     _patch_scheduler()
     _patch_workers()
 
@@ -49,7 +45,7 @@ def _patch_settings() -> None:
     _wrap(EngineArgs, "create_engine_config", make)
 
 
-def _patch_planning(version: str) -> None:
+def _patch_planning() -> None:
     from vllm.platforms.interface import Platform
     from vllm.v1.core import kv_cache_utils as utils
 
@@ -60,7 +56,7 @@ def _patch_planning(version: str) -> None:
 
     def align_hybrid_block_size(cls: Any, vllm_config: Any, backend_cls: Any) -> None:
         stock = functools.partial(inflate, cls, backend_cls=backend_cls)
-        if not planning.keep_pages_natural(cls, vllm_config, stock, version):
+        if not planning.keep_pages_natural(cls, vllm_config, stock):
             inflate(cls, vllm_config, backend_cls)
 
     Platform._align_hybrid_block_size = classmethod(align_hybrid_block_size)

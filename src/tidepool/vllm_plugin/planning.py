@@ -38,7 +38,7 @@ from tidepool.cache import (
     choose_geometry,
     fixed_shares,
 )
-from tidepool.vllm_plugin.gates import closed_gates, unservable_specs, version_gate
+from tidepool.vllm_plugin.gates import closed_gates, unservable_specs
 from tidepool.vllm_plugin.settings import Partition, read_settings
 
 logger = init_logger("vllm.tidepool")
@@ -131,7 +131,7 @@ def receive_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> Plan | N
     return plan_of(vllm_config)
 
 
-def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any], None], version: str) -> bool:
+def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any], None]) -> bool:
     """Decide whether tidepool serves this engine, and if so set its block sizes.
 
     Called in place of the inflation, with the model loaded. Attention blocks become as small as the kernels take
@@ -141,7 +141,6 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
         platform: vLLM's platform class.
         vllm_config: vLLM's configuration of the engine; changed only when the answer is True.
         inflate: vLLM's own inflation of a configuration.
-        version: vLLM's version.
 
     Returns:
         False if the engine is left to vLLM; one log line has said why.
@@ -154,7 +153,7 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
         logger.info("tidepool is switched off: vLLM's own KV cache is used.")
         return False
     specs = layer_specs_of(vllm_config)
-    closed = version_gate(version) or next(closed_gates(vllm_config, settings.allow), None) or unservable_specs(specs)
+    closed = next(closed_gates(vllm_config, settings.allow), None) or unservable_specs(specs)
     if closed:
         logger.warning("tidepool steps aside, vLLM's own KV cache is used. %s.", closed)
         return False
