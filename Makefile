@@ -1,4 +1,4 @@
-# make run    side by side: stock vLLM and tidepool, on two tiny models
+# make run    side by side: stock vLLM and tidepool, on two tiny models; then a trained model's answers
 # make test   all tests
 # make lint   style and types
 # Needs Python 3.11 and pip; everything is installed in .venv. PIP_ARGS go to pip install.
@@ -12,6 +12,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --no-compile $(PIP_ARGS)
 
 run: $(VENV)/.cpu
 	$(BIN)/tidepool compare $(ARGS)
+	$(BIN)/tidepool verify --quick
 
 test: $(VENV)/.dev
 	$(BIN)/pytest $(ARGS)

@@ -14,6 +14,7 @@ import typer
 from tidepool.compare.command import compare
 from tidepool.plan.command import plan
 from tidepool.replay.command import replay
+from tidepool.verify.command import verify
 
 app = typer.Typer(
     name="tidepool",
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(compare)
 app.command()(replay)
+app.command()(verify)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})

@@ -1,11 +1,13 @@
 """The core: block pools of natural page size over one elastic memory. Integers in, integers out.
 
 Read in this order: `spec` (what layers keep), `geometry` (how the memory is cut), `pool` (one group's blocks),
-`arena` (who owns which extent), `eviction` (which cached bytes go first).
+`arena` (who owns which extent), `eviction` (which cached memory goes first), `returns` (when people come back).
 """
 
-from tidepool.cache.arena import Arena, OutOfBlocksError, Usage
+from tidepool.cache.arena import Arena, Keep, OutOfBlocksError, Usage
+from tidepool.cache.eviction import ExpectedReturn, Leaf, LeastRecentlyUsed, Policy, Standing
 from tidepool.cache.geometry import Cut, Geometry, Share, choose_geometry, fixed_shares
+from tidepool.cache.returns import Returns
 from tidepool.cache.spec import (
     CacheConfigError,
     FullAttention,
@@ -20,13 +22,20 @@ __all__ = [
     "Arena",
     "CacheConfigError",
     "Cut",
+    "ExpectedReturn",
     "FullAttention",
     "Geometry",
     "Group",
+    "Keep",
     "LayerCache",
+    "Leaf",
+    "LeastRecentlyUsed",
     "OutOfBlocksError",
+    "Policy",
+    "Returns",
     "Share",
     "SlidingWindow",
+    "Standing",
     "State",
     "Usage",
     "choose_geometry",

@@ -7,11 +7,10 @@ its share for good.
 A request's blocks should lie together, so that they come free together: an extent in which many requests have a block
 is seldom idle, and what can't become idle no other group can have. So an allocation
  - goes on in the extent in which the request has its last block;
- - takes new extents for as many blocks as fill them, and for the rest too if the request is long;
- - and else fills gaps in extents that short requests share.
-New extents are unowned ones, or the idle one that was used the longest ago, whoever has it: what is cached there is
-lost, and the extent changes hands whole. Before an idle one goes, cached blocks go that lie in the group's own pinned
-extents, for nobody else could have that memory.
+ - takes new extents for as many blocks as fill them;
+ - and fills gaps in extents that requests share.
+New extents are unowned ones. Where there is none, leaves lose their blocks, in the order that the policy gives
+(`tidepool.cache.eviction`), until an extent or a gap has come free.
 
 A new extent may be one that another group could have had. The arena keeps count of what an admission promised to each
 group (see `Arena.admit`), and no group spends another's promise; it then makes do with its pinned extents, down to the
@@ -20,15 +19,24 @@ gaps in those of other requests. That is why an admitted request always gets its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
-from tidepool.cache.eviction import coldest_idle_extent
+from tidepool.cache.eviction import Leaf, LeastRecentlyUsed, Policy, Standing
 from tidepool.cache.geometry import Geometry, Share
 from tidepool.cache.pool import Extent, Pool
 
-LONG_REQUEST = 4
-"""Extents from which on a request's last one is its own: half filled on average, it wastes an eighth at most."""
+
+class Keep(IntEnum):
+    """What becomes of a block whose last reference goes."""
+
+    NO = 0
+    """Nobody can ask for its contents: it turns clean."""
+    YES = 1
+    """It stays cached."""
+    SPARE = 2
+    """It stays cached until memory is short; see `Standing.SPARE`."""
 
 
 class OutOfBlocksError(RuntimeError):
@@ -56,8 +64,10 @@ class Arena:
     never by its id alone. Block 0 of every group is the null block, which is never handed out.
 
     Two callbacks tell the owner of the blocks' contents what is lost:
-    ``on_evict(group, blocks)`` before cached blocks turn clean or leave with their extent, and
-    ``on_move(extent, old_group, new_group)`` when a group gets an extent; ``old_group`` is None if it had no owner.
+    ``on_evict(group, block)`` before a cached block turns clean, and
+    ``on_move(extent, old_group, new_group)`` when a group gets an extent; ``old_group`` is the one that had it last.
+
+    Requests are named by any key of the caller's. Where no request is named, the blocks released together are a leaf.
     """
 
     def __init__(
@@ -70,7 +80,8 @@ class Arena:
         extent_bytes: int,
         total_bytes: int,
         null_bytes: int,
-        on_evict: Callable[[int, list[int]], None] | None = None,
+        policy: Policy | None = None,
+        on_evict: Callable[[int, int], None] | None = None,
         on_move: Callable[[int, int | None, int], None] | None = None,
     ) -> None:
         self.pools = tuple(pools)
@@ -80,13 +91,20 @@ class Arena:
         self._extent_bytes = extent_bytes
         self._total_bytes = total_bytes
         self._null_bytes = null_bytes
-        self._on_evict = on_evict or (lambda group, blocks: None)
+        self._on_evict = on_evict or (lambda group, block: None)
         self._on_move = on_move or (lambda extent, old, new: None)
         self._promised = [0] * len(self.pools)
         self._promised_total = 0
-        self._now = 0
+        self._policy = policy or LeastRecentlyUsed()
+        self._leaves: dict[Hashable, tuple[Leaf, Leaf]] = {}
+        """Of each request that hasn't finished: its own leaf, and the one for the trunks that it began with."""
+        self._spares = Leaf(Standing.SPARE, running=False)
+        self._last_owner: dict[int, int] = {}
+        """Which group had an extent last."""
+        self.turnover = 0
+        """Bytes handed out so far: the clock by which cached memory ages."""
         self.moves = 0
-        """Extents that changed hands so far, from one group to another without being unowned between."""
+        """Extents that changed hands so far: that a group got and another had had before."""
 
     @classmethod
     def elastic(
@@ -94,7 +112,8 @@ class Arena:
         geometry: Geometry,
         extents: int,
         *,
-        on_evict: Callable[[int, list[int]], None] | None = None,
+        policy: Policy | None = None,
+        on_evict: Callable[[int, int], None] | None = None,
         on_move: Callable[[int, int | None, int], None] | None = None,
     ) -> Arena:
         """An arena of ``extents`` extents, all but extent 0 unowned; extent 0 holds every group's null block."""
@@ -106,6 +125,7 @@ class Arena:
             extent_bytes=geometry.extent_bytes,
             total_bytes=extents * geometry.extent_bytes,
             null_bytes=geometry.extent_bytes,
+            policy=policy,
             on_evict=on_evict,
             on_move=on_move,
         )
@@ -116,7 +136,8 @@ class Arena:
         shares: Sequence[Share],
         total_bytes: int,
         *,
-        on_evict: Callable[[int, list[int]], None] | None = None,
+        policy: Policy | None = None,
+        on_evict: Callable[[int, int], None] | None = None,
     ) -> Arena:
         """An arena in which every group holds its share as one extent that never leaves it."""
         pools = [Pool(share.blocks, share.first + share.blocks, share.first) for share in shares]
@@ -132,6 +153,7 @@ class Arena:
             extent_bytes=0,
             total_bytes=total_bytes,
             null_bytes=total_bytes - used,
+            policy=policy,
             on_evict=on_evict,
         )
 
@@ -193,58 +215,102 @@ class Arena:
 
     # Blocks.
 
-    def allocate(self, group: int, count: int, *, last: int | None = None, held: int = 0) -> list[int]:
+    def allocate(
+        self, group: int, count: int, *, last: int | None = None, request: Hashable | None = None
+    ) -> list[int]:
         """Hand out ``count`` blocks of a group, each with one reference.
 
         Args:
             group: the group.
             count: blocks.
             last: the block that the request got last, if any: where it goes on if it can.
-            held: blocks that the request has in this group already.
+            request: the request, if it was started.
 
         Raises:
             OutOfBlocksError: there are fewer to be had; nothing stays allocated.
         """
         pool = self.pools[group]
+        leaf = None if request is None else self._leaves[request][0]
+        self.turnover += count * self._strides[group]
         blocks: list[int] = []
         if last is not None and (extent := pool.extent_of(last)).clean:
-            blocks = pool.take(extent, count)
-        long = held + count >= LONG_REQUEST * pool.slots
+            blocks = pool.take(extent, count, leaf)
         while len(blocks) < count:
             missing = count - len(blocks)
-            apart = self._new_extent(group, private=long) if long or missing >= pool.slots else None
+            apart = self._new_extent(group) if missing >= pool.slots else None
             found = apart or self._some_extent(group)
             if found is None:
-                self.release(group, blocks, keep=())
+                self.release(group, blocks)
                 raise OutOfBlocksError(f"Group {group} can't get {count} blocks: everything left is in use.")
-            blocks += pool.take(found, missing)
+            blocks += pool.take(found, missing, leaf)
         return blocks
 
-    def touch(self, group: int, blocks: Sequence[int]) -> None:
-        """Reference blocks that are in use or cached."""
+    def touch(self, group: int, blocks: Sequence[int], *, trunk: bool = False) -> None:
+        """Reference blocks that are in use or cached.
+
+        Args:
+            group: the group.
+            blocks: the blocks.
+            trunk: whether a request found them that doesn't go on from an earlier one.
+        """
         pool = self.pools[group]
         for block in blocks:
+            if pool.refs[block] == 0:
+                self._leave(pool.leaves[block])
             pool.touch(block)
+            if trunk:
+                pool.trunk[block] = 1
 
-    def release(self, group: int, blocks: Sequence[int], keep: Sequence[bool]) -> None:
+    def release(
+        self, group: int, blocks: Sequence[int], keep: Sequence[int] = (), *, request: Hashable | None = None
+    ) -> None:
         """Drop one reference to each block, the first to be evicted first.
 
         Args:
             group: the group.
             blocks: blocks in use.
-            keep: for each block, whether it stays cached when this was its last reference; ``()`` for none.
+            keep: for each block a `Keep`, which counts when this was its last reference; ``()`` for none.
+            request: whose reference it was; None leaves cached blocks to the request that got them last.
         """
-        self._now += 1
         pool = self.pools[group]
+        pair = None if request is None or not keep else self._leaves[request]
         for index, block in enumerate(blocks):
-            self._come_free(group, pool.release(block, keep=bool(keep) and keep[index], now=self._now))
+            kept = keep[index] if keep else Keep.NO
+            extent = pool.release(block, keep=bool(kept))
+            if kept and pool.refs[block] == 0:
+                trunk, leaf = pool.trunk[block], pool.leaves[block]
+                if kept == Keep.SPARE:
+                    leaf = self._spares
+                elif request is not None or leaf is None or trunk != (leaf.standing == Standing.TRUNK):
+                    pair = pair or _leaf_pair(continued=False, running=False)
+                    leaf = pair[trunk]
+                self._join(leaf, group, block)
+            else:
+                self._come_free(group, extent)
+
+    def start(self, request: Hashable, *, continued: bool) -> None:
+        """A request begins, and may now be named.
+
+        Args:
+            request: the request.
+            continued: whether it goes on from where an earlier one had ended.
+        """
+        self._leaves[request] = _leaf_pair(continued=continued, running=True)
+
+    def finish(self, request: Hashable) -> None:
+        """A request ends, its blocks having been released: from now on its leaves age."""
+        for leaf in self._leaves.pop(request):
+            leaf.running = False
+            leaf.since = self.turnover
+            if leaf.live:
+                self._policy.keep(leaf)
 
     def forget(self, group: int, blocks: Sequence[int]) -> None:
         """Turn those of ``blocks`` that are cached clean; the caller has dropped their contents already."""
         pool = self.pools[group]
         for block in blocks:
             if pool.is_cached(block):
-                self._come_free(group, pool.forget(block))
+                self._clean(group, block)
 
     def address(self, group: int, block: int) -> int:
         """Byte at which a block starts in the arena."""
@@ -268,42 +334,100 @@ class Arena:
             null=self._null_bytes,
         )
 
+    # Leaves.
+
+    def _join(self, leaf: Leaf, group: int, block: int) -> None:
+        """A block that just turned cached joins a leaf."""
+        self.pools[group].leaves[block] = leaf
+        leaf.blocks.append((group, block))
+        leaf.live += 1
+        if leaf.live == 1:
+            leaf.since = self.turnover
+            self._policy.keep(leaf)
+
+    def _leave(self, leaf: Leaf | None) -> None:
+        """A cached block leaves its leaf."""
+        assert leaf is not None, "every cached block has a leaf"
+        leaf.live -= 1
+        if leaf.live == 0:
+            leaf.blocks.clear()
+            self._policy.drop(leaf)
+
+    def _clean(self, group: int, block: int) -> None:
+        """Turn a cached block clean."""
+        pool = self.pools[group]
+        self._leave(pool.leaves[block])
+        self._come_free(group, pool.forget(block))
+
+    def _evict(self, group: int, block: int) -> None:
+        """Turn a cached block clean, whose contents nobody has dropped yet."""
+        self._on_evict(group, block)
+        self._clean(group, block)
+
     # The search.
 
     def _some_extent(self, group: int) -> Extent | None:
         """An extent with a clean block for a few blocks of any request; None if nothing can be had."""
         pool = self.pools[group]
-        if extent := pool.partial(private=False):
-            return extent
-        if self._unowned and (extent := self._new_extent(group)):
-            return extent
-        block = pool.coldest_pinned()
-        if block is not None:
-            self._on_evict(group, [block])
-            return pool.forget(block)
-        return self._new_extent(group) or pool.partial(private=True)
+        while not (extent := pool.partial()):
+            if self._unowned and self._may_pin(group):
+                return self._new_extent(group)
+            if not self._evict_coldest():
+                return None
+        return extent
 
-    def _new_extent(self, group: int, *, private: bool = False) -> Extent | None:
-        """A wholly clean extent: an unowned one, or the coldest idle one. None if it is promised to other groups."""
+    def _new_extent(self, group: int) -> Extent | None:
+        """A wholly clean extent. None if all are promised to other groups."""
+        if not self._may_pin(group):
+            return None
+        while not self._unowned:
+            # Each leaf seldom has more than its states to give: extents that it shared come free only with the others.
+            evicted = self._evict_coldest()
+            assert evicted, "available counts unowned and idle extents"
         if self._promised[group]:
             self._promised[group] -= 1
             self._promised_total -= 1
-        elif self.available <= self._promised_total:
-            return None
-        if self._unowned:
-            number, old = self._unowned.pop(), None
-        else:
-            coldest = coldest_idle_extent(self.pools)
-            assert coldest is not None, "available counts unowned and idle extents"
-            old, number = coldest
-            self._on_evict(old, list(self.pools[old].extents[number].cached))
-            self.pools[old].remove(number)
-            self.moves += old != group
+        number = self._unowned.pop()
+        old = self._last_owner.get(number)
+        self._last_owner[number] = group
+        self.moves += old not in (None, group)
         self._on_move(number, old, group)
-        return self.pools[group].add(number, private=private)
+        return self.pools[group].add(number)
+
+    def _may_pin(self, group: int) -> bool:
+        """Whether there is an extent for this group that isn't promised to others."""
+        return self.available > self._promised_total - self._promised[group]
+
+    def _evict_coldest(self) -> bool:
+        """Take a block from the coldest leaf. Returns False if nothing is cached."""
+        leaf = self._policy.coldest(self.turnover)
+        while leaf is not None:
+            group, block = leaf.blocks.popleft()
+            if self._holds(leaf, group, block):
+                self._break(leaf)
+                self._evict(group, block)
+                return True
+        return False
+
+    def _break(self, leaf: Leaf) -> None:
+        """A leaf is about to lose a block."""
+        if not leaf.broken and leaf is not self._spares:
+            leaf.broken = True
+            self._policy.keep(leaf)
+
+    def _holds(self, leaf: Leaf, group: int, block: int) -> bool:
+        """Whether an entry of a leaf is true."""
+        pool = self.pools[group]
+        return pool.leaves[block] is leaf and pool.is_cached(block)
 
     def _come_free(self, group: int, extent: Extent) -> None:
         """Make an extent unowned once all its blocks are clean."""
         if extent.pins == 0 and not extent.cached:
             self.pools[group].remove(extent.number)
             self._unowned.append(extent.number)
+
+
+def _leaf_pair(*, continued: bool, running: bool) -> tuple[Leaf, Leaf]:
+    """A request's own leaf, and the one for the trunks that it began with."""
+    own = Standing.CONTINUED if continued else Standing.NEW
+    return Leaf(own, running=running), Leaf(Standing.TRUNK, running=running)

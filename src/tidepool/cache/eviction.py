@@ -1,29 +1,136 @@
-"""Which cached bytes go first.
+"""Which cached memory goes first.
 
-The one place where the worth of cached memory is judged. The rule is least recently used, by whole extents and over
-all groups. Whole extents, because a group that evicted single blocks would soon have blocks of many requests in every
-extent, and then no extent would ever come free for another group.
+What one request leaves in the cache is a *leaf*: blocks of every group. They are of use together or not at all, for a
+hit needs the attention of a whole prefix *and* the states at its end. So memory is judged, and goes, by leaves. The
+arena files cached blocks under leaves and takes them away; a policy says which leaf is next. `LeastRecentlyUsed` is the
+shortest policy there is; `ExpectedReturn` is the one that tidepool uses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from enum import IntEnum
+from itertools import islice
+from typing import Protocol
 
-from tidepool.cache.pool import Pool
+from tidepool.cache.returns import Returns
 
 
-def coldest_idle_extent(pools: Sequence[Pool]) -> tuple[int, int] | None:
-    """The idle extent of any group that was last used the longest ago.
+class Standing(IntEnum):
+    """What is known of a leaf."""
 
-    Costs O(groups): each pool keeps its idle extents in order.
+    SPARE = 0
+    """Of little use: states that the same request left another shortly before, and what broken leaves still have."""
+    NEW = 1
+    """Of a prompt that went on from no earlier one."""
+    CONTINUED = 2
+    """Of a prompt that went on where an earlier one had ended, as the next turn of a conversation does."""
+    TRUNK = 3
+    """What prompts of different requests begin with, such as a system prompt."""
 
-    Returns:
-        (group, extent), or None where no group has an idle extent.
+
+class Leaf:
+    """Cached blocks that go together.
+
+    Invariant: ``live`` counts the blocks that are cached and whose pool names this leaf. Other entries of ``blocks``
+    are stale: blocks that were hit, and are of another leaf by now.
     """
-    coldest: tuple[int, int, int] | None = None
-    for group, pool in enumerate(pools):
-        if pool.idle:
-            extent, last_used = next(iter(pool.idle.items()))
-            if coldest is None or last_used < coldest[0]:
-                coldest = (last_used, group, extent)
-    return coldest and coldest[1:]
+
+    __slots__ = ("blocks", "broken", "live", "queue", "running", "since", "standing")
+
+    def __init__(self, standing: Standing, *, running: bool) -> None:
+        self.standing = standing
+        self.running = running
+        """Its request hasn't finished: nobody can come back for it yet."""
+        self.broken = False
+        """Some of it was evicted, so the rest is of little use."""
+        self.since = 0
+        """When its request finished; see `Arena.turnover`. Meaningless while that runs."""
+        self.blocks: deque[tuple[int, int]] = deque()
+        """(group, block) in the order in which they go."""
+        self.live = 0
+        self.queue: OrderedDict[Leaf, None] | None = None
+        """The policy's queue that it waits in."""
+
+
+class Policy(Protocol):
+    """What the arena asks of a policy. Every call costs O(1)."""
+
+    def keep(self, leaf: Leaf) -> None:
+        """A leaf got its first block, its request finished, or it was broken."""
+
+    def drop(self, leaf: Leaf) -> None:
+        """A leaf has lost its last block."""
+
+    def coldest(self, now: int) -> Leaf | None:
+        """The leaf to take blocks from at time ``now``; None if there is none."""
+
+
+class LeastRecentlyUsed:
+    """The leaf whose request finished the longest ago."""
+
+    def __init__(self) -> None:
+        self._queue: OrderedDict[Leaf, None] = OrderedDict()
+
+    def keep(self, leaf: Leaf) -> None:
+        """See `Policy`."""
+        self._queue[leaf] = None
+        self._queue.move_to_end(leaf, last=not leaf.broken)
+
+    def drop(self, leaf: Leaf) -> None:
+        """See `Policy`."""
+        self._queue.pop(leaf, None)
+
+    def coldest(self, now: int) -> Leaf | None:
+        """See `Policy`."""
+        return next(iter(self._queue), None)
+
+
+class ExpectedReturn:
+    """The leaf that promises the fewest hits for the time that its memory is taken.
+
+    How long people take to come back is learned (`tidepool.cache.returns`). Where memory holds leaves for less time
+    than that, the oldest are the next to be hit, and keeping every new one a little longer serves nobody: then the
+    youngest go, and the cache keeps *some* leaves long enough. So the oldest and the youngest leaf of each standing
+    are compared, which finds the least promising of all where the promise has a single peak over age.
+
+    Trunks are hit by everybody; of those only the oldest can go. What running requests have left so far goes when
+    nothing else is left: their attention is there anyway, and a state alone takes little.
+    """
+
+    def __init__(self, returns: Returns) -> None:
+        self._returns = returns
+        # Of requests that finished, by standing, and of those that run; the oldest first.
+        self._queues: tuple[OrderedDict[Leaf, None], ...] = tuple(OrderedDict() for _ in Standing)
+        self._running: OrderedDict[Leaf, None] = OrderedDict()
+
+    def keep(self, leaf: Leaf) -> None:
+        """See `Policy`."""
+        self.drop(leaf)
+        if leaf.broken:
+            leaf.queue = self._queues[Standing.SPARE]
+        else:
+            leaf.queue = self._running if leaf.running else self._queues[leaf.standing]
+        leaf.queue[leaf] = None
+
+    def drop(self, leaf: Leaf) -> None:
+        """See `Policy`."""
+        if leaf.queue is not None:
+            del leaf.queue[leaf]
+            leaf.queue = None
+
+    def coldest(self, now: int) -> Leaf | None:
+        """See `Policy`."""
+        spares = self._queues[Standing.SPARE]
+        return next(iter(spares), None) or self._least_promising(now) or next(iter(self._running), None)
+
+    def _least_promising(self, now: int) -> Leaf | None:
+        least: tuple[float, Leaf] | None = None
+        for standing in (Standing.NEW, Standing.CONTINUED, Standing.TRUNK):
+            queue = self._queues[standing]
+            ends = [*islice(queue, 1), *islice(reversed(queue), int(standing != Standing.TRUNK))]
+            for leaf in ends:
+                promise = self._returns.promise(now - leaf.since, continued=standing != Standing.NEW)
+                if least is None or promise < least[0]:
+                    least = promise, leaf
+        return least and least[1]

@@ -4,6 +4,8 @@ A block is *in use* (referenced), *cached* (unreferenced, but its contents may s
 live in extents; the pool keeps, for every extent that it holds, how many of its blocks are in use, which are cached
 and which are clean. It knows nothing of other groups: `tidepool.cache.arena` decides who gets which extent.
 
+It also remembers whose a cached block is: its *leaf* (`tidepool.cache.eviction`).
+
 Every operation costs O(1) a block, plus O(1) for an extent that changes its standing. Queues are OrderedDicts and not
 dicts: finding the first key of a dict whose first keys have been deleted takes time in their number.
 """
@@ -13,6 +15,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from tidepool.cache.eviction import Leaf
+
 
 class Extent:
     """A pool's account of one extent.
@@ -21,18 +25,16 @@ class Extent:
     only cached blocks keep it, and leaves the pool when all its blocks are clean.
     """
 
-    __slots__ = ("cached", "filed", "first", "fresh", "number", "pins", "private", "returned", "slots")
+    __slots__ = ("cached", "filed", "first", "fresh", "number", "pins", "returned", "slots")
 
-    def __init__(self, number: int, first: int, slots: int, private: bool) -> None:
+    def __init__(self, number: int, first: int, slots: int) -> None:
         self.number = number
-        self.private = private
-        """Opened for one long request; others take blocks of it only when there is nothing else."""
         self.first = first
         self.slots = slots
         self.pins = 0
         """Blocks in use, and one more where the extent is held for good."""
-        self.cached: OrderedDict[int, None] = OrderedDict()
-        """Cached blocks, coldest first."""
+        self.cached: set[int] = set()
+        """Cached blocks."""
         self.fresh = 0
         """Slots from here on haven't been handed out since the extent came."""
         self.returned: list[int] = []
@@ -59,8 +61,7 @@ class Extent:
         return blocks
 
 
-_PRIVATE = 32
-_SHARED_CLASSES = (1 << _PRIVATE) - 1
+_CLASSES = 32
 
 
 class Pool:
@@ -77,12 +78,14 @@ class Pool:
         self.first = first
         self.refs = [0] * blocks
         """References to each block; 0 for cached and clean ones."""
+        self.leaves: list[Leaf | None] = [None] * blocks
+        """For each block that is in use or cached, the leaf that it joins when it turns cached, or has joined."""
+        self.trunk = bytearray(blocks)
+        """1 for blocks that several prompts begin with."""
         self.extents: dict[int, Extent] = {}
         """Extents that this pool holds, by number."""
-        self.idle: OrderedDict[int, int] = OrderedDict()
-        """Extents with cached blocks and none in use, coldest first, with the time they were last used."""
-        self.pinned_cached: OrderedDict[int, None] = OrderedDict()
-        """Extents that have both blocks in use and cached ones, in the order in which they became so."""
+        self.idle: set[int] = set()
+        """Extents with cached blocks and none in use."""
         self.in_use = 0
         """Blocks in use."""
         self.cached = 0
@@ -90,9 +93,8 @@ class Pool:
         self.pinned = 0
         """Extents with a block in use; they can't change hands."""
         # Pinned extents with clean blocks, in classes by clean.bit_length(): class k has 2^(k-1) to 2^k - 1 of them.
-        # Taking from the lowest class fills extents up, so that others come free whole. Private ones come after the
-        # shared ones, from class _PRIVATE on.
-        self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(2 * _PRIVATE)]
+        # Taking from the lowest class fills extents up, so that others come free whole.
+        self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(_CLASSES)]
         self._nonempty = 0
 
     def extent_of(self, block: int) -> Extent:
@@ -116,9 +118,9 @@ class Pool:
 
     # What the arena calls. Each keeps the invariants of `Extent` and the indices above.
 
-    def add(self, number: int, *, private: bool = False) -> Extent:
+    def add(self, number: int) -> Extent:
         """Receive an extent; all its blocks are clean, and the caller is about to take one."""
-        extent = self.extents[number] = Extent(number, self.first + number * self.slots, self.slots, private)
+        extent = self.extents[number] = Extent(number, self.first + number * self.slots, self.slots)
         self._file(extent)
         return extent
 
@@ -132,22 +134,23 @@ class Pool:
     def remove(self, number: int) -> None:
         """Give up an extent without blocks in use, with whatever is cached in it."""
         extent = self.extents.pop(number)
-        self.idle.pop(number, None)
+        self.idle.discard(number)
         self.cached -= len(extent.cached)
 
-    def partial(self, *, private: bool) -> Extent | None:
-        """A pinned extent with clean blocks, among the fullest, private or shared as asked; None if there is none."""
-        nonempty = self._nonempty & ~_SHARED_CLASSES if private else self._nonempty & _SHARED_CLASSES
-        if not nonempty:
+    def partial(self) -> Extent | None:
+        """A pinned extent with clean blocks, among the fullest; None if there is none."""
+        if not self._nonempty:
             return None
-        lowest = (nonempty & -nonempty).bit_length() - 1
+        lowest = (self._nonempty & -self._nonempty).bit_length() - 1
         return self.extents[next(iter(self._partial[lowest]))]
 
-    def take(self, extent: Extent, count: int) -> list[int]:
-        """Hand out up to ``count`` clean blocks of an extent, each with one reference."""
+    def take(self, extent: Extent, count: int, leaf: Leaf | None) -> list[int]:
+        """Hand out up to ``count`` clean blocks of an extent, each with one reference, for a request with this leaf."""
         blocks = extent.take_clean(min(count, extent.clean))
         for block in blocks:
             self.refs[block] = 1
+            self.leaves[block] = leaf
+            self.trunk[block] = 0
         self._pin(extent, len(blocks))
         return blocks
 
@@ -156,38 +159,33 @@ class Pool:
         self.refs[block] += 1
         if self.refs[block] == 1:
             extent = self.extent_of(block)
-            del extent.cached[block]
+            extent.cached.remove(block)
             self.cached -= 1
             self._pin(extent, 1)
 
-    def release(self, block: int, *, keep: bool, now: int) -> Extent:
+    def release(self, block: int, *, keep: bool) -> Extent:
         """Drop a reference. The last one leaves the block cached if ``keep``, else clean. Returns its extent."""
         extent = self.extent_of(block)
         self.refs[block] -= 1
         if self.refs[block] == 0:
             if keep:
-                extent.cached[block] = None
+                extent.cached.add(block)
                 self.cached += 1
             else:
                 extent.returned.append(block)
-            self._unpin(extent, now)
+            self._unpin(extent)
         return extent
 
     def forget(self, block: int) -> Extent:
         """Turn a cached block clean. Returns its extent."""
         extent = self.extent_of(block)
-        del extent.cached[block]
+        extent.cached.remove(block)
         self.cached -= 1
         extent.returned.append(block)
         if not extent.cached:
-            self.pinned_cached.pop(extent.number, None)
+            self.idle.discard(extent.number)
         self._file(extent)
         return extent
-
-    def coldest_pinned(self) -> int | None:
-        """A cold cached block whose eviction pins no extent: the coldest of the extent that has waited longest."""
-        number = next(iter(self.pinned_cached), None)
-        return None if number is None else next(iter(self.extents[number].cached))
 
     def kept(self) -> Iterator[int]:
         """Cached blocks."""
@@ -208,32 +206,25 @@ class Pool:
         """Count ``blocks`` more in use."""
         if extent.pins == 0:
             self.pinned += 1
-            self.idle.pop(extent.number, None)
+            self.idle.discard(extent.number)
         extent.pins += blocks
         self.in_use += blocks
-        if not extent.cached:
-            self.pinned_cached.pop(extent.number, None)
-        else:
-            self.pinned_cached.setdefault(extent.number)
         self._file(extent)
 
-    def _unpin(self, extent: Extent, now: int) -> None:
+    def _unpin(self, extent: Extent) -> None:
         """Count one block less in use."""
         extent.pins -= 1
         self.in_use -= 1
         if extent.pins == 0:
             self.pinned -= 1
-            self.pinned_cached.pop(extent.number, None)
             if extent.cached:
-                self.idle[extent.number] = now
-        elif extent.cached:
-            self.pinned_cached.setdefault(extent.number)
+                self.idle.add(extent.number)
         self._file(extent)
 
     def _file(self, extent: Extent) -> None:
         """Keep the index of pinned extents with clean blocks true after a change."""
         clean = extent.clean
-        place = clean.bit_length() + _PRIVATE * extent.private if clean and extent.pins else -1
+        place = clean.bit_length() if clean and extent.pins else -1
         if place == extent.filed:
             return
         if extent.filed >= 0:

@@ -15,8 +15,10 @@ from vllm.v1.core.kv_cache_coordinator import (
     KVCacheCoordinator,
     KVCacheCoordinatorNoPrefixCache,
 )
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+from vllm.v1.request import Request
 
 from tidepool.vllm_plugin.pools import ArenaBlockPool
 from tidepool.vllm_plugin.settings import poison_requested
@@ -113,11 +115,31 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
 
 
 class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
-    """With prefix caching."""
+    """With prefix caching: what a request leaves in the cache is filed under its name."""
 
     def __init__(self, *args: Any, hash_block_size: int, **kwargs: Any) -> None:
         super().__init__(*args, hash_block_size=hash_block_size, **kwargs)
         self.install_pools(hash_block_size)
+
+    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
+        """As above."""
+        self.block_pool.request = request_id
+        try:
+            return super().allocate_new_blocks(request_id, *args, **kwargs)
+        finally:
+            self.block_pool.request = None
+
+    def free(self, request_id: str) -> None:
+        """Release all blocks of a request."""
+        self.block_pool.request = request_id
+        super().free(request_id)
+        self.block_pool.request = None
+
+    def remove_skipped_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        """Release the states that a request has left behind."""
+        self.block_pool.request = request_id
+        super().remove_skipped_blocks(request_id, *args, **kwargs)
+        self.block_pool.request = None
 
 
 class TidepoolNoCacheCoordinator(ArenaCoordinator, KVCacheCoordinatorNoPrefixCache):
@@ -138,7 +160,63 @@ def make_coordinator(
 
 
 class TidepoolKVCacheManager(KVCacheManager):
-    """vLLM's manager, with the group in every block id that goes to the workers, and room left to those who run."""
+    """vLLM's manager, with the group in every block id that goes to the workers, and room left to those who run.
+
+    It also tells the cache when prompts begin and end: see `tidepool.cache.returns`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._continued: dict[str, bool] = {}
+        """For each request that was offered memory and hasn't ended, whether it goes on from an earlier one."""
+        pool: ArenaBlockPool = self.block_pool
+        self._ends = sorted({pool.pools[0].hash_block_size, *(p.checkpoint_tokens or 0 for p in pool.pools)} - {0})
+        # Without a drafter, vLLM keeps a state where prompts part only at multiples of the checkpoint spacing, which is
+        # wide here; its switch for the exact place works without one too.
+        self.mamba_shared_prefix_checkpoint = self.enable_caching and self.coordinator.enable_partial_hash_hits
+        if self.mamba_shared_prefix_checkpoint:
+            for manager in self.coordinator.single_type_managers:
+                if isinstance(manager, MambaManager):
+                    manager.shared_prefix_checkpoint = True
+
+    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """As vLLM's; before a request's first blocks, look up whether it goes on from an earlier one."""
+        if not self.enable_caching:
+            return super().allocate_slots(request, *args, **kwargs)
+        pool: ArenaBlockPool = self.block_pool
+        continued = self._continued.get(request.request_id)
+        if continued is None:
+            continued = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
+            self._continued[request.request_id] = continued
+            pool.arena.start(request.request_id, continued=continued)
+        pool.finds_trunk = not continued
+        if parting := request.shared_prefix_boundary:
+            pool.remember_parting(request.block_hashes[parting // pool.pools[0].hash_block_size - 1])
+        return super().allocate_slots(request, *args, **kwargs)
+
+    def free(self, request: Request) -> None:
+        """Release all blocks of a request that ends or is preempted."""
+        super().free(request)
+        self._end(request)
+
+    def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
+        """The same, where the blocks are released later."""
+        self._end(request)
+        return super().pop_blocks_for_free(request)
+
+    def _end(self, request: Request) -> None:
+        if not self.enable_caching or not request.is_finished():
+            return
+        continued = self._continued.pop(request.request_id, None)
+        if continued is None:
+            return
+        pool: ArenaBlockPool = self.block_pool
+        pool.arena.finish(request.request_id)
+        # The last token is always computed anew, so nobody can go on from behind it.
+        last, unit = request.num_prompt_tokens - 1, pool.pools[0].hash_block_size
+        ends = [last // spacing * spacing // unit for spacing in self._ends]
+        keys = [request.block_hashes[end - 1] for end in ends if end > 0]
+        pool.returns.ended(keys, pool.arena.turnover, continued=continued)
 
     @property
     def watermark_blocks(self) -> int:

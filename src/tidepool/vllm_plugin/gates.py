@@ -51,7 +51,7 @@ GATES: tuple[Gate, ...] = (
     Gate("watermark", "a watermark counts blocks of one pool", lambda c: c.scheduler_config.watermark > 0),
     Gate("kv-cache-metrics", "block residency metrics tell blocks apart by an id of one pool", lambda c: bool(c.observability_config.kv_cache_metrics)),
     Gate("encoder-decoder", "encoder-decoder models are untested", lambda c: bool(c.model_config.is_encoder_decoder)),
-    Gate("model-runner-v2", "vLLM's second model runner is untested", lambda c: bool(c.use_v2_model_runner)),
+    Gate("model-runner-v2", "vLLM's second model runner is untested on the CPU", lambda c: bool(c.use_v2_model_runner) and c.device_config.device_type == "cpu"),
     Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] opens this gate)", lambda c: c.device_config.device_type != "cpu"),
 )  # fmt: skip
 

@@ -161,11 +161,12 @@ def _patch_scheduler() -> None:
 
 
 def _patch_workers() -> None:
+    from vllm.config.compilation import CompilationConfig
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
     from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, send_plan
-    from tidepool.vllm_plugin.worker import arena_bytes_of
+    from tidepool.vllm_plugin.worker import arena_bytes_of, limit_requests
 
     def specs(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_spec(self: Any) -> Any:
@@ -174,6 +175,34 @@ def _patch_workers() -> None:
             return layers
 
         return get_kv_cache_spec
+
+    def init_cache(original: Callable[..., Any]) -> Callable[..., Any]:
+        def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(kv_cache_config, TidepoolKVCacheConfig):
+                limit_requests(self, kv_cache_config)
+            return original(self, kv_cache_config, *args, **kwargs)
+
+        return initialize_kv_cache
+
+    def graph_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+        def resolve_cudagraph_mode_and_sizes(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if isinstance(kwargs.get("kv_cache_config"), TidepoolKVCacheConfig):
+                # vLLM refuses more requests than num_blocks, which counts extents; `limit_requests` has seen to it.
+                kwargs["max_num_reqs"] = None
+            return original(self, *args, **kwargs)
+
+        return resolve_cudagraph_mode_and_sizes
+
+    def init_zeroing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _init_kv_zero_meta(self: Any) -> None:
+            # vLLM's zeroing kernel takes all groups to have num_blocks blocks. In its place the second runner uses
+            # what is set here, and the first what `zero_blocks` below calls.
+            if isinstance(self.kv_cache_config, TidepoolKVCacheConfig):
+                self.kv_block_zeroer = arena_bytes_of(self)
+            else:
+                original(self)
+
+        return _init_kv_zero_meta
 
     def zero_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
         def _zero_block_ids(self: Any, block_ids: list[int]) -> None:
@@ -185,8 +214,8 @@ def _patch_workers() -> None:
 
         return _zero_block_ids
 
-    def update_states(original: Callable[..., Any]) -> Callable[..., Any]:
-        def _update_states(self: Any, scheduler_output: Any) -> Any:
+    def copy_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+        def update(self: Any, scheduler_output: Any) -> Any:
             copies = scheduler_output.kv_cache_block_copies
             if copies and (arena := arena_bytes_of(self)) is not None:
                 # Before the copies come the zeroing and poisoning that vLLM does inside.
@@ -196,21 +225,22 @@ def _patch_workers() -> None:
                 return result
             return original(self, scheduler_output)
 
-        return _update_states
+        return update
 
-    def init_zeroing(original: Callable[..., Any]) -> Callable[..., Any]:
-        def _init_kv_zero_meta(self: Any) -> None:
-            # vLLM's zeroing kernel takes all groups to have num_blocks blocks; `zero_blocks` above replaces it.
-            if not isinstance(self.kv_cache_config, TidepoolKVCacheConfig):
-                original(self)
-
-        return _init_kv_zero_meta
-
+    _wrap(CompilationConfig, "resolve_cudagraph_mode_and_sizes", graph_sizes)
     _wrap(GPUModelRunner, "get_kv_cache_spec", specs)
+    _wrap(GPUModelRunner, "initialize_kv_cache", init_cache)
     _wrap(GPUModelRunner, "_init_kv_zero_meta", init_zeroing)
     _wrap(GPUModelRunner, "_zero_block_ids", zero_blocks)
-    _wrap(GPUModelRunner, "_update_states", update_states)
+    _wrap(GPUModelRunner, "_update_states", copy_blocks)
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         _wrap(CPUModelRunner, "_zero_block_ids", zero_blocks)
+    if current_platform.is_cuda():
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondGPUModelRunner
+
+        _wrap(SecondGPUModelRunner, "get_kv_cache_spec", specs)
+        _wrap(SecondGPUModelRunner, "initialize_kv_cache", init_cache)
+        _wrap(SecondGPUModelRunner, "_init_kv_zero_meta", init_zeroing)
+        _wrap(SecondGPUModelRunner, "update_requests", copy_blocks)

@@ -39,7 +39,7 @@ from tidepool.cache import (
     fixed_shares,
 )
 from tidepool.vllm_plugin.gates import closed_gates, unservable_specs
-from tidepool.vllm_plugin.settings import Partition, read_settings
+from tidepool.vllm_plugin.settings import Eviction, Partition, read_settings
 
 logger = init_logger("vllm.tidepool")
 
@@ -65,6 +65,7 @@ class Plan:
     """tidepool serves this engine, and how."""
 
     partition: Partition
+    eviction: Eviction
     stock: StockBlocks
 
 
@@ -73,6 +74,7 @@ class TidepoolKVCacheConfig(KVCacheConfig):
     """A KVCacheConfig whose groups have pools of their own over one arena; ``num_blocks`` counts extents."""
 
     partition: Partition = "elastic"
+    eviction: Eviction = "returns"
     geometry: Geometry | None = None
     """Of the elastic partition."""
     shares: tuple[Share, ...] = ()
@@ -100,7 +102,7 @@ class TidepoolKVCacheConfig(KVCacheConfig):
         return self.pool_blocks[group]
 
     def make_arena(self, **callbacks: Any) -> Arena:
-        """The arena that this configuration describes; callbacks as in `Arena`."""
+        """The arena that this configuration describes; policy and callbacks as in `Arena`."""
         if self.geometry:
             return Arena.elastic(self.geometry, self.num_blocks, **callbacks)
         callbacks.pop("on_move", None)
@@ -180,7 +182,7 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
             )
         cache_config.mamba_block_size = spacing
     cache_config.block_size = block_tokens
-    object.__setattr__(cache_config, _PLAN, Plan(settings.partition, stock))
+    object.__setattr__(cache_config, _PLAN, Plan(settings.partition, settings.eviction, stock))
     return True
 
 
@@ -242,6 +244,7 @@ def make_kv_cache_config(
         kv_cache_groups=groups,
         prefix_cache_retention_interval=vllm_config.cache_config.prefix_cache_retention_interval,
         partition=plan.partition,
+        eviction=plan.eviction,
         geometry=None if shares else geometry,
         shares=shares,
         arena_bytes=arena_bytes,

@@ -7,28 +7,44 @@ notice only when its count leaves or reaches zero.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, get_block_hash
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from tidepool.cache import Arena
+from tidepool.cache import Arena, ExpectedReturn, Keep, LeastRecentlyUsed, Returns
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
 
 logger = init_logger("vllm.tidepool")
+
+SPARE_SHARE = 8
+"""A prompt's second state is a spare where it saves less than this part of the prompt."""
+PARTINGS = 4096
+"""Places where prompts parted that are remembered at most."""
+RETURN_UNITS = 16
+"""Ages up to this part of the memory aren't told apart; see `Returns`."""
 
 
 class GroupBlockPool(BlockPool):
     """The blocks of one group. Everything about hashes is vLLM's; where blocks come from and go is the arena's."""
 
     def __init__(
-        self, group: int, memory: ArenaBlockPool, num_blocks: int, enable_caching: bool, hash_block_size: int
+        self,
+        group: int,
+        memory: ArenaBlockPool,
+        num_blocks: int,
+        enable_caching: bool,
+        hash_block_size: int,
+        checkpoint_tokens: int | None,
     ) -> None:
         self.group = group
+        self.checkpoint_tokens = checkpoint_tokens
+        """Tokens between states; None where the blocks aren't states."""
         self.memory = memory
         self.arena: Arena = memory.arena
         self.num_gpu_blocks = num_blocks
@@ -44,6 +60,8 @@ class GroupBlockPool(BlockPool):
         # One queue for all groups keeps their events in the order in which they happened.
         self.kv_event_queue = memory.kv_event_queue
         self.metrics_collector = None
+        self.handed_on: set[int] = set()
+        """States in use that a request goes on from, and will leave a later one."""
         self.request_blocks: Sequence[KVCacheBlock] = ()
         """Blocks of the request that the next ones are for."""
 
@@ -51,7 +69,8 @@ class GroupBlockPool(BlockPool):
         """Blocks with one reference each; evicts what the arena finds coldest."""
         blocks, before = self.blocks, self.request_blocks
         last = before[-1].block_id if before and not before[-1].is_null else None
-        new = [blocks[i] for i in self.arena.allocate(self.group, num_blocks, last=last, held=len(before))]
+        got = self.arena.allocate(self.group, num_blocks, last=last, request=self.memory.request)
+        new = [blocks[i] for i in got]
         for block in new:
             block.ref_cnt = 1
         return new
@@ -65,13 +84,15 @@ class GroupBlockPool(BlockPool):
             if block.ref_cnt == 0:
                 waking.append(block.block_id)
             block.ref_cnt += 1
+            if self.checkpoint_tokens and not self.memory.finds_trunk:
+                self.handed_on.add(block.block_id)
         if waking:
-            self.arena.touch(self.group, waking)
+            self.arena.touch(self.group, waking, trunk=self.memory.finds_trunk)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """Drop a reference to each block, the first to be evicted first. Blocks of other pools go to theirs."""
         idle: list[int] = []
-        keep: list[bool] = []
+        keep: list[Keep] = []
         elsewhere: dict[BlockPool, list[KVCacheBlock]] = {}
         for block in ordered_blocks:
             if block.pool is not self:
@@ -80,9 +101,9 @@ class GroupBlockPool(BlockPool):
                 block.ref_cnt -= 1
                 if block.ref_cnt == 0:
                     idle.append(block.block_id)
-                    keep.append(block.block_hash is not None)
+                    keep.append(self._worth(block))
         if idle:
-            self.arena.release(self.group, idle, keep)
+            self.arena.release(self.group, idle, keep, request=self.memory.request)
             if self.memory.poison:
                 self.memory.operations += [
                     encode_poison(self.group, index, self.memory.groups)
@@ -92,6 +113,23 @@ class GroupBlockPool(BlockPool):
         for pool, blocks in elsewhere.items():
             pool.free_blocks(blocks)
 
+    def _worth(self, block: KVCacheBlock) -> Keep:
+        """What becomes of a block without references.
+
+        A prompt leaves a state at its last checkpoint and one at its end, which is less than `checkpoint_tokens` ahead
+        and takes as much memory: with long prompts it is kept only while there is memory to spare. So is the state that
+        a conversation has gone on from, once it has a later one.
+        """
+        if block.block_hash is None:
+            return Keep.NO
+        tokens, spacing = block.block_hash_num_tokens, self.checkpoint_tokens
+        if not spacing or not tokens or get_block_hash(block.block_hash) in self.memory.partings:
+            return Keep.YES
+        if block.block_id in self.handed_on:
+            self.handed_on.remove(block.block_id)
+            return Keep.YES if self.arena.pools[self.group].trunk[block.block_id] else Keep.SPARE
+        return Keep.SPARE if 0 < tokens % spacing * SPARE_SHARE < tokens else Keep.YES
+
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Drop blocks of this group from the prefix cache; those in use stay in use."""
         for block_id in block_ids:
@@ -100,10 +138,9 @@ class GroupBlockPool(BlockPool):
             if block.ref_cnt == 0:
                 self.arena.forget(self.group, [block_id])
 
-    def drop_contents(self, block_ids: Iterable[int]) -> None:
-        """The arena is taking these cached blocks away: no lookup may find them any more."""
-        for block_id in block_ids:
-            self._maybe_evict_cached_block(self.blocks[block_id])
+    def drop_contents(self, block_id: int) -> None:
+        """The arena is taking this cached block away: no lookup may find it any more."""
+        self._maybe_evict_cached_block(self.blocks[block_id])
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached block of this group; the caller has made sure that none is in use."""
@@ -147,23 +184,47 @@ class ArenaBlockPool:
         self.enable_kv_cache_events = enable_kv_cache_events
         self.kv_event_queue: list[KVCacheEvent] = []
         self.num_gpu_blocks = config.num_blocks
-        self.arena = config.make_arena(on_evict=self._on_evict, on_move=self._on_move)
+        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+        self.returns = Returns(config.arena_bytes // RETURN_UNITS)
+        self.arena = config.make_arena(
+            policy=ExpectedReturn(self.returns) if config.eviction == "returns" else LeastRecentlyUsed(),
+            on_evict=self._on_evict,
+            on_move=self._on_move,
+        )
+        self.request: str | None = None
+        """The request that the coordinator is at work for; None without prefix caching, where nobody needs to know."""
+        self.partings: OrderedDict[BlockHash, None] = OrderedDict()
+        """Hashes of the places where prompts parted."""
+        self.finds_trunk = False
+        """Whether what this request finds in the cache is a trunk."""
         self.pools = tuple(
-            GroupBlockPool(group, self, blocks, enable_caching, hash_block_size)
-            for group, blocks in enumerate(config.pool_blocks)
+            GroupBlockPool(
+                group,
+                self,
+                blocks,
+                enable_caching,
+                hash_block_size,
+                spec.block_size if isinstance(spec, MambaSpec) else None,
+            )
+            for group, (blocks, spec) in enumerate(zip(config.pool_blocks, specs, strict=True))
         )
         self.growing = [
-            pool
-            for pool, group in zip(self.arena.pools, config.kv_cache_groups, strict=True)
-            if not isinstance(group.kv_cache_spec, MambaSpec)
+            pool for pool, spec in zip(self.arena.pools, specs, strict=True) if not isinstance(spec, MambaSpec)
         ]
         """The core's pools of groups whose need grows with the text."""
         self.null_block = self.pools[0].null_block
 
-    def _on_evict(self, group: int, blocks: list[int]) -> None:
-        self.pools[group].drop_contents(blocks)
+    def remember_parting(self, key: BlockHash) -> None:
+        """Other prompts went on differently from here: the state at this place is no spare."""
+        self.partings[key] = None
+        self.partings.move_to_end(key)
+        if len(self.partings) > PARTINGS:
+            self.partings.popitem(last=False)
+
+    def _on_evict(self, group: int, block: int) -> None:
+        self.pools[group].drop_contents(block)
         if self.poison:
-            self.operations += [encode_poison(group, block, self.groups) for block in blocks]
+            self.operations.append(encode_poison(group, block, self.groups))
 
     def _on_move(self, extent: int, old: int | None, new: int) -> None:
         if self.poison:

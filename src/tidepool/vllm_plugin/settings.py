@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Partition = Literal["elastic", "fixed"]
+Eviction = Literal["returns", "lru"]
 ENV_SWITCH = "TIDEPOOL"
 ENV_POISON = "TIDEPOOL_POISON"
 _SWITCHES = ("elastic", "fixed", "off")
@@ -31,6 +32,8 @@ class Settings(BaseModel):
     """Tokens in an attention block; by default the fewest that the attention kernels take."""
     checkpoint_tokens: int | None = Field(default=None, gt=0)
     """Tokens between two states kept for prefix hits; 512 by default."""
+    eviction: Eviction = "returns"
+    """Which cached memory goes first: by learned times of return, or the least recently used."""
     allow: tuple[Literal["device"], ...] = ()
     """Gates to open at one's own risk: ``device`` serves devices other than the CPU, by vLLM's first model runner."""
 

@@ -8,6 +8,7 @@ operation covers a block with all its layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,28 @@ def encode_poison_extent(group: int, extent: int, groups: int) -> int:
     return -2 - 2 * encode(group, extent, groups)
 
 
+def _kind(operation: int, groups: int) -> tuple[bool, bool, int]:
+    """(whether it poisons, whether it is on a whole extent, the group) of an order."""
+    poison, whole_extent = operation < 0, operation < 0 and operation % 2 == 0
+    return poison, whole_extent, decode(_unique(operation), groups)[0]
+
+
+def _index(operation: int, groups: int) -> int:
+    """The block or the extent that an order names."""
+    return decode(_unique(operation), groups)[1]
+
+
+def _unique(operation: int) -> int:
+    return operation if operation >= 0 else (-1 - operation) // 2
+
+
+def _indices(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """The numbers on a device, sent there without waiting for it."""
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    return async_tensor_h2d(numbers, device=device, dtype=torch.int64)
+
+
 class ArenaBytes:
     """The whole arena of one worker as a flat byte tensor, and where blocks lie in it.
 
@@ -67,18 +90,34 @@ class ArenaBytes:
         return self.arena[start : start + self.block_bytes[group]]
 
     def apply(self, operations: Iterable[int]) -> None:
-        """Zero and poison blocks in the order given."""
+        """Zero and poison blocks in the order given.
+
+        Neighbours of one kind and group are done at once: on a GPU every operation costs a launch, and a long prompt
+        brings hundreds of new blocks.
+        """
         groups = len(self.strides)
-        for operation in operations:
-            if operation >= 0:
-                self.block(*decode(operation, groups)).zero_()
-            elif operation % 2:
-                group, block = decode((-1 - operation) // 2, groups)
-                self.block(group, block).fill_(self.poison[group])
+        for (poison, whole_extents, group), same in groupby(operations, lambda each: _kind(each, groups)):
+            if whole_extents:
+                rows = self._rows(self.extent_bytes, self.extent_bytes)
             else:
-                group, extent = decode((-2 - operation) // 2, groups)
-                start = extent * self.extent_bytes
-                self.arena[start : start + self.extent_bytes].fill_(self.poison[group])
+                rows = self._rows(self.strides[group], self.block_bytes[group])
+            byte = self.poison[group] if poison else 0
+            word = int.from_bytes(bytes([byte]) * rows.itemsize, "little", signed=rows.dtype.is_signed)
+            rows.index_fill_(0, _indices([_index(each, groups) for each in same], rows.device), word)
+
+    def zero_block_ids(self, block_ids: list[int]) -> None:
+        """`apply`, by the name that vLLM's second model runner calls its zeroing kernel by."""
+        self.apply(block_ids)
+
+    def warmup(self, num_kv_blocks: int) -> None:
+        """Nothing to compile; vLLM's second model runner asks."""
+
+    def _rows(self, stride: int, length: int) -> torch.Tensor:
+        """The first ``length`` bytes of every ``stride`` bytes, in integers as wide as both allow."""
+        dtype = torch.uint8 if (stride | length) % 8 else torch.int64
+        words = self.arena[: self.arena.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        stride, length = stride // dtype.itemsize, length // dtype.itemsize
+        return words.as_strided(((words.numel() - length) // stride + 1, length), (stride, 1))
 
     def copy(self, copies: Iterable[Sequence[int]]) -> None:
         """Copy blocks; each pair (source, target) of unique ids is of one group. No target is a source."""
@@ -99,3 +138,22 @@ def arena_bytes_of(runner: Any) -> ArenaBytes | None:
         cached = runner._tidepool_arena = (config, ArenaBytes(config, runner.kv_caches[0]))
     arena: ArenaBytes = cached[1]
     return arena
+
+
+def limit_requests(runner: Any, config: TidepoolKVCacheConfig) -> None:
+    """Lower max_num_seqs to the states that fit in the memory.
+
+    More requests can't run at once. vLLM captures CUDA graphs of decode steps for up to max_num_seqs of them, and its
+    kernels take no batch larger than the states that there are.
+    """
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    states = min(
+        blocks - 1
+        for blocks, group in zip(config.pool_blocks, config.kv_cache_groups, strict=True)
+        if isinstance(group.kv_cache_spec, MambaSpec)
+    )
+    scheduler_config = runner.vllm_config.scheduler_config
+    # vLLM calls this for a small KV cache first, to measure what CUDA graphs take.
+    asked = runner.__dict__.setdefault("_tidepool_max_num_seqs", scheduler_config.max_num_seqs)
+    scheduler_config.max_num_seqs = max(1, min(asked, states))

@@ -1,0 +1,47 @@
+"""The command ``tidepool verify``."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tidepool.verify import drive, report
+from tidepool.verify.scenarios import PARTS, QUICK_PARTS
+
+WIDTH = 100
+
+
+def verify(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three scenarios, stock and elastic.")] = False,
+    workdir: Annotated[Path, typer.Option(help="For vLLM's logs.")] = Path(".cache/tidepool"),
+) -> None:
+    """Ask a small trained model on this machine: its answers are right only as long as its memory is."""
+    if find_spec("vllm") is None:
+        _fail("vLLM isn't installed here: pip install 'tidepool[cpu]' or 'tidepool[cuda]'.")
+    parts = QUICK_PARTS if quick else PARTS
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("starting vLLM", total=len(parts))
+            results = drive.run(parts, workdir / "verify", lambda done: bar.update(task, advance=1, description=done))
+        rows = report.judge(results)
+        if json_file is not None:
+            json_file.write_text(json.dumps(report.to_json(results, rows), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        _fail(f"Can't write {error.filename}: {error.strerror}.")
+    report.print_report(results, rows, Console(width=None if os.isatty(1) else WIDTH, highlight=False))
+    if report.failures(results, rows):
+        raise typer.Exit(1)
+
+
+def _fail(message: str) -> None:
+    typer.echo(message, err=True)
+    raise typer.Exit(1)

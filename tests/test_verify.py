@@ -1,0 +1,261 @@
+"""`tidepool verify`: what it shows, and that it notices damage."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from tidepool.cli import app
+from tidepool.verify import command, drive, report
+from tidepool.verify.messages import Counts, Machine, Outcome
+from tidepool.verify.scenarios import ABORTS, MOVES, PARTS, PREEMPTED, QUICK_PARTS, SCENARIOS, SHARED, Part, Scenario
+from tidepool.verify.task import ANSWER_TOKENS, MAX_TOKENS
+
+MACHINE = Machine("0.32.0", "2.13.0+cpu", "CPU (x86_64, 2 cores)", gated=False)
+MANY = Counts(12, 123, 45, 1_234_567, 8_901, 0)
+
+# Scenarios.
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_requests_are_the_same_every_time_and_fit(scenario: Scenario) -> None:
+    requests = scenario.requests()
+    assert requests == scenario.requests()
+    assert len({tuple(request.tokens) for request in requests}) == len(requests) > 10
+    assert max(len(request.tokens) for request in requests) + ANSWER_TOKENS <= MAX_TOKENS
+    assert {request.question.kind for request in requests} == {"fact", "register"}
+
+
+def test_every_part_has_its_reference() -> None:
+    for parts in (PARTS, QUICK_PARTS):
+        assert len(set(parts)) == len(parts)
+        assert {part.scenario for part in parts if part.side == "stock"} == {part.scenario for part in parts}
+    assert {part.side for part in PARTS} == {"stock", "elastic", "fixed"}
+    assert any(part.poison for part in PARTS)
+
+
+# Report.
+
+
+def outcome_of(scenario: Scenario, counts: Counts = MANY) -> Outcome:
+    """All right."""
+    answers = {str(number): list(prompt.question.answer) for number, prompt in enumerate(scenario.requests())}
+    return Outcome(answers, counts, usage_at_end=0.0, seconds=1.0)
+
+
+def problems_of(outcome: Outcome, *, side: str = "elastic", scenario: Scenario = PREEMPTED) -> tuple[str, ...]:
+    """What is wrong with an outcome beside a stock one without fault."""
+    part = Part(scenario, side)  # type: ignore[arg-type]
+    outcomes = {Part(scenario, "stock"): outcome_of(scenario), part: outcome}
+    rows = report.judge(drive.Results(MACHINE, outcomes))
+    return next(row.problems for row in rows if row.part == part)
+
+
+def test_right_answers_are_no_problem() -> None:
+    assert problems_of(outcome_of(PREEMPTED)) == ()
+
+
+def test_a_wrong_answer_is_told() -> None:
+    outcome = outcome_of(PREEMPTED)
+    right = outcome.answers["3"]
+    outcome.answers["3"] = [right[0] ^ 1, *right[1:]]
+    wrong, differing = problems_of(outcome)
+    assert wrong.startswith("1 wrong, the first to 'ask ")
+    assert differing == "1 different from stock vLLM's"
+
+
+def test_a_request_without_answer_is_told() -> None:
+    outcome = outcome_of(PREEMPTED)
+    del outcome.answers["3"]
+    assert problems_of(outcome) == ("1 without an answer",)
+    assert problems_of(replace(outcome, counts=replace(MANY, aborted=1))) == ()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "side", "count", "problem"),
+    [
+        (PREEMPTED, "elastic", "preemptions", "no request was preempted"),
+        (PREEMPTED, "stock", "preemptions", "no request was preempted"),
+        (PREEMPTED, "elastic", "moves", None),
+        (MOVES, "elastic", "moves", "no extent changed hands"),
+        (MOVES, "fixed", "moves", None),
+        (SHARED, "elastic", "evictions", "no block was evicted"),
+        (SHARED, "elastic", "hit_tokens", "no token was found in the cache"),
+        (ABORTS, "elastic", "aborted", "no running request was aborted"),
+    ],
+)
+def test_what_a_scenario_is_about_must_happen(scenario: Scenario, side: str, count: str, problem: str | None) -> None:
+    outcome = outcome_of(scenario, replace(MANY, **{count: 0}))
+    assert problems_of(outcome, side=side, scenario=scenario) == (
+        (f"{problem}, so this proves nothing",) if problem else ()
+    )
+
+
+def test_memory_in_use_at_the_end_is_told() -> None:
+    found = problems_of(replace(outcome_of(PREEMPTED), usage_at_end=0.125))
+    assert found == ("12.5% of the memory is in use after the last request",)
+
+
+def printed(results: drive.Results) -> str:
+    text = io.StringIO()
+    report.print_report(results, report.judge(results), Console(file=text, width=command.WIDTH))
+    return text.getvalue()
+
+
+def test_the_table_fits() -> None:
+    results = drive.Results(MACHINE, {part: outcome_of(part.scenario, replace(MANY, aborted=0)) for part in PARTS})
+    lines = printed(results).splitlines()
+    assert max(map(len, lines)) <= command.WIDTH
+    assert len([line for line in lines if line.rstrip().endswith((" ok", " FAILED"))]) == len(PARTS)
+    assert lines[0].startswith("tidepool 0.1.0, vllm 0.32.0, torch 2.13.0+cpu, python 3.")
+    assert any("elastic, poison" in line for line in lines)
+
+
+def test_an_opened_gate_is_told() -> None:
+    results = drive.Results(replace(MACHINE, gated=True), {Part(PREEMPTED, "elastic"): outcome_of(PREEMPTED)})
+    assert '"allow": ["device"]' in printed(results)
+    assert "Holds: " in printed(results)
+
+
+# The command.
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: drive.Results) -> Result:
+    monkeypatch.setattr(command, "find_spec", lambda name: object())
+    monkeypatch.setattr(drive, "run", lambda parts, directory, progress: results)
+    return CliRunner().invoke(app, ["verify", "--json", str(tmp_path / "out.json")])
+
+
+def test_exit_code_and_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    outcomes = {part: outcome_of(PREEMPTED) for part in (Part(PREEMPTED, "stock"), Part(PREEMPTED, "elastic"))}
+    assert run_with(monkeypatch, tmp_path, drive.Results(MACHINE, outcomes)).exit_code == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["holds"] is True
+    assert content["versions"]["device"] == MACHINE.device
+    assert [row["memory"] for row in content["rows"]] == ["stock", "elastic"]
+    assert content["rows"][1] | {"right": 50, "answers": 50, "preemptions": 123, "problems": []} == content["rows"][1]
+
+    outcomes[Part(PREEMPTED, "elastic")].answers["0"] = [0, 0, 0, 0]
+    failed = run_with(monkeypatch, tmp_path, drive.Results(MACHINE, outcomes))
+    assert failed.exit_code == 1
+    assert "FAILED: too little memory, elastic: 1 wrong, the first" in failed.output
+    assert json.loads((tmp_path / "out.json").read_text())["holds"] is False
+
+
+def test_a_side_that_ended_early_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    result = run_with(monkeypatch, tmp_path, drive.Results(None, {}, ["elastic: out of luck; its log is there."]))
+    assert result.exit_code == 1
+    assert "FAILED: elastic: out of luck; its log is there." in result.output
+
+
+def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["verify"])
+    assert result.exit_code == 1
+    assert result.output.strip() == "vLLM isn't installed here: pip install 'tidepool[cpu]' or 'tidepool[cuda]'."
+
+
+# Processes.
+
+
+def worker_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
+    """Let workers run ``code`` first, and their own module if it doesn't end them."""
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\nimport runpy, sys\nsys.argv[:] = sys.argv[2:]\n{code}\n"
+        "runpy.run_module('tidepool.verify.worker', run_name='__main__')\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise SystemExit(3)", "the process ended"),
+        ('print(\'{"error": "out of luck"}\', flush=True); raise SystemExit(1)', "out of luck"),
+    ],
+)
+def test_a_failed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str) -> None:
+    worker_of(monkeypatch, tmp_path, code)
+    results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
+    assert results.errors == [f"elastic: {message}; its log is {tmp_path / 'elastic.log'}."]
+
+
+def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker_of(monkeypatch, tmp_path, "import time; time.sleep(60)")
+    monkeypatch.setattr(drive, "ANSWER_SECONDS", 0.5)
+    results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
+    assert results.errors[0].startswith("elastic: no answer in 0 s; its log is ")
+
+
+def verify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *parts: Part) -> Result:
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(command, "PARTS", parts)
+    return CliRunner().invoke(app, ["verify", "--workdir", str(tmp_path)])
+
+
+@pytest.mark.vllm
+def test_verify_end_to_end(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    result = CliRunner().invoke(
+        app, ["verify", "--quick", "--workdir", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == len(QUICK_PARTS)
+    assert all(row["right"] == row["answers"] > 40 for row in rows)
+
+
+DAMAGE = {
+    "copies of states are dropped": "worker.ArenaBytes.copy = lambda self, copies: None",
+    "running states are zeroed": """
+apply, calls = worker.ArenaBytes.apply, []
+def zero_too(self, operations):
+    apply(self, operations)
+    calls.append(None)
+    self.block(0, 2 + len(calls) % 8).zero_()
+worker.ArenaBytes.apply = zero_too""",
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("code", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    worker_of(monkeypatch, tmp_path, "import vllm\nfrom tidepool.vllm_plugin import worker\n" + code)
+    result = verify(monkeypatch, tmp_path, Part(SHARED, "elastic"))
+    assert result.exit_code == 1
+    assert " wrong, the first to " in result.output
+
+
+@pytest.mark.vllm
+def test_a_leak_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import vllm
+from tidepool.vllm_plugin.pools import GroupBlockPool
+free, calls = GroupBlockPool.free_blocks, []
+def lose_one(self, blocks):
+    calls.append(None)
+    free(self, list(blocks)[len(calls) == 50 :])
+GroupBlockPool.free_blocks = lose_one"""
+    worker_of(monkeypatch, tmp_path, code)
+    result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
+    assert result.exit_code == 1
+    assert "of the memory is in use after the last request" in result.output
+
+
+@pytest.mark.vllm
+def test_stock_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = """
+import vllm
+from tidepool.vllm_plugin import gates
+gates.GATES += (gates.Gate("test", "this is a test", lambda config: True),)"""
+    worker_of(monkeypatch, tmp_path, code)
+    result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
+    assert result.exit_code == 1
+    assert "elastic: tidepool steps aside, vLLM's own KV cache is used. test: this is a test; its log" in result.output
