@@ -179,17 +179,31 @@ class TidepoolKVCacheManager(KVCacheManager):
                 if isinstance(manager, MambaManager):
                     manager.shared_prefix_checkpoint = True
 
-    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """As vLLM's; before a request's first blocks, look up whether it goes on from an earlier one."""
-        if not self.enable_caching:
-            return super().allocate_slots(request, *args, **kwargs)
-        pool: ArenaBlockPool = self.block_pool
+    def _continues(self, request: Request) -> bool:
+        """Whether a request goes on from an earlier one; looked up once, before its first blocks."""
         continued = self._continued.get(request.request_id)
         if continued is None:
+            pool: ArenaBlockPool = self.block_pool
             continued = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
             self._continued[request.request_id] = continued
             pool.arena.start(request.request_id, continued=continued)
-        pool.finds_trunk = not continued
+        return continued
+
+    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+        """As vLLM's, but no place to part where a prompt goes on from an earlier one.
+
+        It shares that one's answer as well, which looks like a place where prompts part; but the answer was given once,
+        and a state there would cost each turn a step and a block.
+        """
+        blocks, tokens, parting = super().get_computed_blocks(request)
+        return blocks, tokens, parting if parting and not self._continues(request) else 0
+
+    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """As vLLM's; it notes whose blocks these are."""
+        if not self.enable_caching:
+            return super().allocate_slots(request, *args, **kwargs)
+        pool: ArenaBlockPool = self.block_pool
+        pool.finds_trunk = not self._continues(request)
         if parting := request.shared_prefix_boundary:
             pool.remember_parting(request.block_hashes[parting // pool.pools[0].hash_block_size - 1])
         return super().allocate_slots(request, *args, **kwargs)
