@@ -22,7 +22,7 @@ from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_ext
 
 logger = init_logger("vllm.tidepool")
 
-SPARE_SHARE = 8
+SPARE_SHARE = 2
 """A prompt's second state is a spare where it saves less than this part of the prompt."""
 PARTINGS = 4096
 """Places where prompts parted that are remembered at most."""
