@@ -173,3 +173,35 @@ def test_fixed_partition_never_lends() -> None:
         a.allocate(0, 1)
     a.release(0, blocks, keep=[Keep.YES] * 4)
     assert a.allocate(0, 1) == blocks[:1], "the coldest cached block is reused"
+
+
+def test_a_spare_that_is_hit_again_and_again_leaves_no_trail() -> None:
+    a = arena([4, 1], 5)
+    blocks = a.allocate(0, 2)
+    a.release(0, blocks, keep=[Keep.SPARE] * 2)
+    leaf = a.pools[0].leaves[blocks[0]]
+    assert leaf is not None
+    for _ in range(1_000):
+        a.touch(0, blocks[:1])
+        a.release(0, blocks[:1], keep=[Keep.SPARE])
+    assert leaf.live == 2
+    assert len(leaf.blocks) < 100
+
+
+def test_states_go_before_attention_and_a_broken_leaf_before_all_others() -> None:
+    order: list[tuple[int, int]] = []
+    a = arena([4, 1], 4, on_evict=lambda g, block: order.append((g, block)))
+    left = {}
+    for name in ("first", "second"):
+        a.start(name, continued=False)
+        state = a.allocate(1, 1, request=name)
+        attention = a.allocate(0, 2, request=name)
+        a.release(1, state, keep=[Keep.YES], request=name)
+        a.release(0, attention, keep=[Keep.YES] * 2, request=name)
+        a.finish(name)
+        left[name] = [(1, state[0]), *((0, block) for block in attention)]
+    assert order == left["first"][:1], "the second one's attention took the place of the first one's state"
+    a.allocate(1, 1)
+    assert order == left["first"], "the rest of a broken leaf"
+    a.allocate(1, 1)
+    assert order == [*left["first"], left["second"][0]]

@@ -19,6 +19,7 @@ gaps in those of other requests. That is why an admitted request always gets its
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -26,6 +27,9 @@ from enum import IntEnum
 from tidepool.cache.eviction import Leaf, LeastRecentlyUsed, Policy, Standing
 from tidepool.cache.geometry import Geometry, Share
 from tidepool.cache.pool import Extent, Pool
+
+STALE_ENTRIES = 64
+"""Entries of a leaf that may be stale before they are swept out, beside as many as are true."""
 
 
 class Keep(IntEnum):
@@ -339,6 +343,11 @@ class Arena:
     def _join(self, leaf: Leaf, group: int, block: int) -> None:
         """A block that just turned cached joins a leaf."""
         self.pools[group].leaves[block] = leaf
+        if len(leaf.blocks) > 2 * leaf.live + STALE_ENTRIES:
+            # The last entry of each block that is still the leaf's; paid for by the stale ones.
+            entries = reversed(leaf.blocks)
+            true = dict.fromkeys(entry for entry in entries if self._holds(leaf, *entry))
+            leaf.blocks = deque(reversed(true))
         leaf.blocks.append((group, block))
         leaf.live += 1
         if leaf.live == 1:

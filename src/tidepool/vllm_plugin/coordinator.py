@@ -26,6 +26,9 @@ from tidepool.vllm_plugin.worker import encode
 
 GROWING_PER_SPARE_EXTENT = 8
 """Chosen by replay, see docs/prefix-caching.md."""
+LONG_CONVERSATION = 2048
+"""Tokens from which on a conversation keeps no state behind its answers. Chosen by replay: agents lose by them, chats
+win."""
 
 
 class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -190,13 +193,15 @@ class TidepoolKVCacheManager(KVCacheManager):
         return continued
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
-        """As vLLM's, but no place to part where a prompt goes on from an earlier one.
+        """As vLLM's, but no place to part where a long prompt goes on from an earlier one.
 
         It shares that one's answer as well, which looks like a place where prompts part; but the answer was given once,
-        and a state there would cost each turn a step and a block.
+        and a state there costs each turn a step and a block.
         """
         blocks, tokens, parting = super().get_computed_blocks(request)
-        return blocks, tokens, parting if parting and not self._continues(request) else 0
+        if parting >= LONG_CONVERSATION and self._continues(request):
+            parting = 0
+        return blocks, tokens, parting
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """As vLLM's; it notes whose blocks these are."""

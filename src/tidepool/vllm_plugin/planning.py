@@ -228,6 +228,7 @@ def make_kv_cache_config(
             vllm_config.scheduler_config.max_num_seqs,
             vllm_config.model_config.max_model_len,
         )
+        _require_room_for_one(core, shares, vllm_config.model_config.max_model_len)
     cuts: Sequence[Cut | Share] = shares or geometry.cuts
     tensors = [
         KVCacheTensor(
@@ -250,6 +251,22 @@ def make_kv_cache_config(
         arena_bytes=arena_bytes,
         block_bytes=tuple(member.block_bytes for member in core),
     )
+
+
+def _require_room_for_one(groups: Sequence[Group], shares: Sequence[Share], tokens: int) -> None:
+    """A request that no share holds would wait for good, and all others behind it.
+
+    Raises:
+        CacheConfigError: a share is too small for one request of ``tokens`` tokens.
+    """
+    for group, share in zip(groups, shares, strict=True):
+        needed = group.blocks_for(tokens)
+        if share.blocks < needed:
+            raise CacheConfigError(
+                f"The fixed partition leaves {share.blocks:,} blocks to {group.layers[0]!r} and its like, and one request "
+                f"of max_model_len ({tokens:,} tokens) needs {needed:,}: give it more memory, lower max_num_seqs or "
+                "max_model_len, or use the elastic partition."
+            )
 
 
 def extent_bytes(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> int:
