@@ -263,9 +263,9 @@ def _require_room_for_one(groups: Sequence[Group], shares: Sequence[Share], toke
         needed = group.blocks_for(tokens)
         if share.blocks < needed:
             raise CacheConfigError(
-                f"The fixed partition leaves {share.blocks:,} blocks to {group.layers[0]!r} and its like, and one request "
-                f"of max_model_len ({tokens:,} tokens) needs {needed:,}: give it more memory, lower max_num_seqs or "
-                "max_model_len, or use the elastic partition."
+                f"The fixed partition leaves {share.blocks:,} blocks to {group.layers[0]!r} and its like, and one "
+                f"request of max_model_len ({tokens:,} tokens) needs {needed:,}: give it more memory, lower "
+                "max_num_seqs or max_model_len, or use the elastic partition."
             )
 
 
