@@ -43,7 +43,7 @@ SHARED = {
 }
 KV_BYTES = {"qwen3.5": 52_000_000, "nemotron-h": 48_000_000}
 FIXED_SEQS = {"qwen3.5": 26, "nemotron-h": 16}
-SHARED_KV_BYTES = {"qwen3.5": 36_000_000, "nemotron-h": 56_000_000}
+SHARED_KV_BYTES = {"qwen3.5": 28_000_000, "nemotron-h": 56_000_000}
 
 
 @cache

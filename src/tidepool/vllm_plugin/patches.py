@@ -152,6 +152,10 @@ def _patch_scheduler() -> None:
                 # checkpoints; with natural pages the attention block is smaller. Only its own copy says so.
                 self.cache_config = copy.copy(self.cache_config)
                 self.cache_config.block_size = self.cache_config.mamba_block_size
+                # Backends that can save a state within a chunk save the one at the prompt's end and not the one at its
+                # last checkpoint, from which prompts go on that differ in the last few tokens. So prompts are cut at
+                # both, as for backends that can't.
+                self.mamba_has_prefill_checkpoint_blocks = False
 
         return __init__
 
