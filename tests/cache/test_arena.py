@@ -195,9 +195,9 @@ def test_states_go_before_attention_and_a_broken_leaf_before_all_others() -> Non
     for name in ("first", "second"):
         a.start(name, continued=False)
         state = a.allocate(1, 1, request=name)
-        attention = a.allocate(0, 2, request=name)
+        attention = a.allocate(0, 3, request=name)
         a.release(1, state, keep=[Keep.YES], request=name)
-        a.release(0, attention, keep=[Keep.YES] * 2, request=name)
+        a.release(0, attention, keep=[Keep.YES] * 3, request=name)
         a.finish(name)
         left[name] = [(1, state[0]), *((0, block) for block in attention)]
     assert order == left["first"][:1], "the second one's attention took the place of the first one's state"
@@ -205,3 +205,16 @@ def test_states_go_before_attention_and_a_broken_leaf_before_all_others() -> Non
     assert order == left["first"], "the rest of a broken leaf"
     a.allocate(1, 1)
     assert order == [*left["first"], left["second"][0]]
+
+
+def test_gaps_of_idle_extents_are_filled_before_anything_is_evicted() -> None:
+    evicted: list[int] = []
+    a = arena([4, 1], 3, on_evict=lambda _, block: evicted.append(block))
+    blocks = a.allocate(0, 2)
+    a.release(0, blocks, keep=[Keep.YES] * 2)
+    a.allocate(1, 1)
+    assert a.available == 1
+    assert a.admit([2, 0])
+    assert {block // 4 for block in a.allocate(0, 2)} == {blocks[0] // 4}
+    assert a.available == 0
+    assert not evicted

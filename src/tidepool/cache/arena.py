@@ -9,8 +9,8 @@ is seldom idle, and what can't become idle no other group can have. So an alloca
  - goes on in the extent in which the request has its last block;
  - takes new extents for as many blocks as fill them;
  - and fills gaps in extents that requests share.
-New extents are unowned ones. Where there is none, leaves lose their blocks, in the order that the policy gives
-(`tidepool.cache.eviction`), until an extent or a gap has come free.
+New extents are unowned ones. Where there is none, and no gap in an idle extent is wide enough, leaves lose their
+blocks, in the order that the policy gives (`tidepool.cache.eviction`), until an extent or a gap has come free.
 
 A new extent may be one that another group could have had. The arena keeps count of what an admission promised to each
 group (see `Arena.admit`), and no group spends another's promise; it then makes do with its pinned extents, down to the
@@ -242,7 +242,7 @@ class Arena:
         while len(blocks) < count:
             missing = count - len(blocks)
             apart = self._new_extent(group) if missing >= pool.slots else None
-            found = apart or self._some_extent(group)
+            found = apart or self._some_extent(group, missing)
             if found is None:
                 self.release(group, blocks)
                 raise OutOfBlocksError(f"Group {group} can't get {count} blocks: everything left is in use.")
@@ -375,12 +375,16 @@ class Arena:
 
     # The search.
 
-    def _some_extent(self, group: int) -> Extent | None:
-        """An extent with a clean block for a few blocks of any request; None if nothing can be had."""
+    def _some_extent(self, group: int, count: int) -> Extent | None:
+        """An extent with a clean block, for ``count`` blocks that fill none; None if nothing can be had."""
         pool = self.pools[group]
         while not (extent := pool.partial()):
-            if self._unowned and self._may_pin(group):
-                return self._new_extent(group)
+            if self._may_pin(group):
+                if self._unowned:
+                    return self._new_extent(group)
+                if extent := pool.idle_with(count):
+                    self._pins_one(group)
+                    return extent
             if not self._evict_coldest():
                 return None
         return extent
@@ -393,15 +397,19 @@ class Arena:
             # Each leaf seldom has more than its states to give: extents that it shared come free only with the others.
             evicted = self._evict_coldest()
             assert evicted, "available counts unowned and idle extents"
-        if self._promised[group]:
-            self._promised[group] -= 1
-            self._promised_total -= 1
+        self._pins_one(group)
         number = self._unowned.pop()
         old = self._last_owner.get(number)
         self._last_owner[number] = group
         self.moves += old not in (None, group)
         self._on_move(number, old, group)
         return self.pools[group].add(number)
+
+    def _pins_one(self, group: int) -> None:
+        """A group pins one more extent: one less is promised to it."""
+        if self._promised[group]:
+            self._promised[group] -= 1
+            self._promised_total -= 1
 
     def _may_pin(self, group: int) -> bool:
         """Whether there is an extent for this group that isn't promised to others."""

@@ -61,7 +61,7 @@ class Extent:
         return blocks
 
 
-_CLASSES = 32
+_IDLE = 32
 
 
 class Pool:
@@ -92,9 +92,9 @@ class Pool:
         """Cached blocks."""
         self.pinned = 0
         """Extents with a block in use; they can't change hands."""
-        # Pinned extents with clean blocks, in classes by clean.bit_length(): class k has 2^(k-1) to 2^k - 1 of them.
-        # Taking from the lowest class fills extents up, so that others come free whole.
-        self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(_CLASSES)]
+        # Extents with clean blocks, in classes by clean.bit_length(): class k has 2^(k-1) to 2^k - 1 of them. Pinned
+        # ones come first, idle ones from class _IDLE on; a bit of _nonempty for each class that has any.
+        self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(2 * _IDLE)]
         self._nonempty = 0
 
     def extent_of(self, block: int) -> Extent:
@@ -132,17 +132,24 @@ class Pool:
         self._file(extent)
 
     def remove(self, number: int) -> None:
-        """Give up an extent without blocks in use, with whatever is cached in it."""
-        extent = self.extents.pop(number)
-        self.idle.discard(number)
-        self.cached -= len(extent.cached)
+        """Give up an extent whose blocks are all clean."""
+        del self.extents[number]
 
     def partial(self) -> Extent | None:
         """A pinned extent with clean blocks, among the fullest; None if there is none."""
-        if not self._nonempty:
+        return self._first_from(0, _IDLE)
+
+    def idle_with(self, count: int) -> Extent | None:
+        """An idle extent with at least ``count`` clean blocks and few more; None if there is none for sure."""
+        return self._first_from(_IDLE + count.bit_length() + (count & (count - 1) > 0), 2 * _IDLE)
+
+    def _first_from(self, start: int, stop: int) -> Extent | None:
+        """An extent of the lowest class from ``start`` to before ``stop``: that fills extents up, so that others come
+        free whole."""
+        nonempty = self._nonempty & ((1 << stop) - (1 << start))
+        if not nonempty:
             return None
-        lowest = (self._nonempty & -self._nonempty).bit_length() - 1
-        return self.extents[next(iter(self._partial[lowest]))]
+        return self.extents[next(iter(self._partial[(nonempty & -nonempty).bit_length() - 1]))]
 
     def take(self, extent: Extent, count: int, leaf: Leaf | None) -> list[int]:
         """Hand out up to ``count`` clean blocks of an extent, each with one reference, for a request with this leaf."""
@@ -222,9 +229,12 @@ class Pool:
         self._file(extent)
 
     def _file(self, extent: Extent) -> None:
-        """Keep the index of pinned extents with clean blocks true after a change."""
+        """Keep the index of extents with clean blocks true after a change."""
         clean = extent.clean
-        place = clean.bit_length() if clean and extent.pins else -1
+        if not clean or not (extent.pins or extent.cached):
+            place = -1
+        else:
+            place = clean.bit_length() + (0 if extent.pins else _IDLE)
         if place == extent.filed:
             return
         if extent.filed >= 0:
