@@ -35,7 +35,7 @@ class Settings(BaseModel):
     eviction: Eviction = "returns"
     """Which cached memory goes first: by learned times of return, or the least recently used."""
     allow: tuple[Literal["device"], ...] = ()
-    """Gates to open at one's own risk: ``device`` serves devices other than the CPU, by vLLM's first model runner."""
+    """Gates to open at one's own risk: ``device`` serves devices other than the CPU."""
 
 
 def read_settings(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
