@@ -26,9 +26,9 @@ from tidepool.vllm_plugin.worker import encode
 
 GROWING_PER_SPARE_EXTENT = 8
 """Chosen by replay, see docs/prefix-caching.md."""
-LONG_CONVERSATION = 2048
-"""Tokens from which on a conversation keeps no state behind its answers. Chosen by replay: agents lose by them, chats
-win."""
+LONG_PROMPT = 2048
+"""Tokens from which on a prompt leaves a state at its last checkpoint alone: not at its very end, which would save less
+than a quarter more for a whole step, and not behind the answer that it goes on from. Chosen by replay, likewise."""
 
 
 class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -199,7 +199,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         and a state there costs each turn a step and a block.
         """
         blocks, tokens, parting = super().get_computed_blocks(request)
-        if parting >= LONG_CONVERSATION and self._continues(request):
+        if parting >= LONG_PROMPT and self._continues(request):
             parting = 0
         return blocks, tokens, parting
 

@@ -127,7 +127,7 @@ def _patch_scheduler() -> None:
     from vllm.v1.core import kv_cache_manager
     from vllm.v1.core.sched import scheduler
 
-    from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager, make_coordinator
+    from tidepool.vllm_plugin.coordinator import LONG_PROMPT, TidepoolKVCacheManager, make_coordinator
     from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, plan_of
 
     def coordinator(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -159,6 +159,21 @@ def _patch_scheduler() -> None:
 
         return __init__
 
+    def split(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _mamba_block_aligned_split(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+            partial = self.mamba_partial_cache_hit
+            if not partial or request.num_prompt_tokens < LONG_PROMPT or plan_of(self.vllm_config) is None:
+                return original(self, request, *args, **kwargs)
+            # The one place where vLLM decides on a cut at the prompt's end, and this switch the only way to it.
+            self.mamba_partial_cache_hit = False
+            try:
+                return original(self, request, *args, **kwargs)
+            finally:
+                self.mamba_partial_cache_hit = partial
+
+        return _mamba_block_aligned_split
+
+    _wrap(scheduler.Scheduler, "_mamba_block_aligned_split", split)
     _wrap(kv_cache_manager, "get_kv_cache_coordinator", coordinator)
     scheduler.KVCacheManager = manager(scheduler.KVCacheManager)
     _wrap(scheduler.Scheduler, "__init__", scheduler_init)
