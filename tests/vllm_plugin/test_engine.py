@@ -161,6 +161,38 @@ def test_events_name_their_group(engine: Any) -> None:
     assert {event.group_idx for event in removed} == {0}
 
 
+def test_a_refused_request_is_looked_up_again_when_a_block_came_free(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manager = make_manager(engine)
+    lookups: list[int] = []
+    find = manager.coordinator.find_longest_cache_hit
+    monkeypatch.setattr(manager.coordinator, "find_longest_cache_hit", lambda *args: lookups.append(1) or find(*args))
+
+    def ask(request: Any) -> bool:
+        hit, tokens, _ = manager.get_computed_blocks(request)
+        asked = manager.allocate_slots(request, 1500 - tokens, tokens, hit, full_sequence_must_fit=True)
+        return asked is not None
+
+    running = []
+    waiting = make_request(engine, "0", list(range(1500)))
+    while ask(waiting):
+        running.append(waiting)
+        assert len(running) < 100
+        waiting = make_request(engine, str(len(running)), list(range(1500 * len(running), 1500 * len(running) + 1500)))
+    assert running
+    lookups.clear()
+    assert not any(ask(waiting) for _ in range(5))
+    assert not lookups, "nothing has come free: the answer is known"
+    other = make_request(engine, "other", list(range(1500)))
+    assert not ask(other)
+    assert lookups, "this one hasn't been looked up yet"
+    lookups.clear()
+    manager.free(running.pop())
+    assert ask(waiting)
+    assert lookups
+
+
 def test_an_id_without_its_group_is_refused(engine: Any) -> None:
     manager = make_manager(engine)
     with pytest.raises(NotImplementedError, match="a block id alone doesn't name a block"):

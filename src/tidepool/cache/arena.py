@@ -107,6 +107,8 @@ class Arena:
         """Which group had an extent last."""
         self.turnover = 0
         """Bytes handed out so far: the clock by which cached memory ages."""
+        self.released = 0
+        """Times so far that a block lost its last reference: as long as it stays, no more can be had than before."""
         self.moves = 0
         """Extents that changed hands so far: that a group got and another had had before."""
 
@@ -281,7 +283,10 @@ class Arena:
         for index, block in enumerate(blocks):
             kept = keep[index] if keep else Keep.NO
             extent = pool.release(block, keep=bool(kept))
-            if kept and pool.refs[block] == 0:
+            if pool.refs[block]:
+                continue
+            self.released += 1
+            if kept:
                 trunk, leaf = pool.trunk[block], pool.leaves[block]
                 if kept == Keep.SPARE:
                     leaf = self._spares

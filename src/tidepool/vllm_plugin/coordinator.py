@@ -18,7 +18,7 @@ from vllm.v1.core.kv_cache_coordinator import (
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from tidepool.vllm_plugin.pools import ArenaBlockPool
 from tidepool.vllm_plugin.settings import poison_requested
@@ -118,31 +118,11 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
 
 
 class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
-    """With prefix caching: what a request leaves in the cache is filed under its name."""
+    """With prefix caching."""
 
     def __init__(self, *args: Any, hash_block_size: int, **kwargs: Any) -> None:
         super().__init__(*args, hash_block_size=hash_block_size, **kwargs)
         self.install_pools(hash_block_size)
-
-    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
-        """As above."""
-        self.block_pool.request = request_id
-        try:
-            return super().allocate_new_blocks(request_id, *args, **kwargs)
-        finally:
-            self.block_pool.request = None
-
-    def free(self, request_id: str) -> None:
-        """Release all blocks of a request."""
-        self.block_pool.request = request_id
-        super().free(request_id)
-        self.block_pool.request = None
-
-    def remove_skipped_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
-        """Release the states that a request has left behind."""
-        self.block_pool.request = request_id
-        super().remove_skipped_blocks(request_id, *args, **kwargs)
-        self.block_pool.request = None
 
 
 class TidepoolNoCacheCoordinator(ArenaCoordinator, KVCacheCoordinatorNoPrefixCache):
@@ -173,6 +153,10 @@ class TidepoolKVCacheManager(KVCacheManager):
         self._continued: dict[str, bool] = {}
         """For each request that was offered memory and hasn't ended, whether it goes on from an earlier one."""
         pool: ArenaBlockPool = self.block_pool
+        self._found: tuple[KVCacheBlocks, int, int] = (self.empty_kv_cache_blocks, 0, 0)
+        """What the last lookup found."""
+        self._refused: tuple[Request, int, tuple[KVCacheBlocks, int, int]] | None = None
+        """The last waiting request that there was no memory for, `Arena.released` then, and what it found cached."""
         self._ends = sorted({pool.pools[0].hash_block_size, *(p.checkpoint_tokens or 0 for p in pool.pools)} - {0})
         # Without a drafter, vLLM keeps a state where prompts part only at multiples of the checkpoint spacing, which is
         # wide here; its switch for the exact place works without one too.
@@ -198,24 +182,48 @@ class TidepoolKVCacheManager(KVCacheManager):
         It shares that one's answer as well, which looks like a place where prompts part; but the answer was given once,
         and a state there costs each turn a step and a block.
         """
+        if found := self._refused_before(request):
+            return found
         blocks, tokens, parting = super().get_computed_blocks(request)
         if parting >= LONG_PROMPT and self._continues(request):
             parting = 0
+        self._found = blocks, tokens, parting
         return blocks, tokens, parting
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
-        """As vLLM's; it notes whose blocks these are."""
+        """As vLLM's; it files what the request leaves in the cache under its name."""
         if not self.enable_caching:
             return super().allocate_slots(request, *args, **kwargs)
+        if self._refused_before(request):
+            return None
         pool: ArenaBlockPool = self.block_pool
         pool.finds_trunk = not self._continues(request)
         if parting := request.shared_prefix_boundary:
             pool.remember_parting(request.block_hashes[parting // pool.pools[0].hash_block_size - 1])
-        return super().allocate_slots(request, *args, **kwargs)
+        pool.request = request.request_id
+        slots = super().allocate_slots(request, *args, **kwargs)
+        pool.request = None
+        if slots is None and request.status != RequestStatus.RUNNING:
+            self._refused = request, pool.arena.released, self._found
+        return slots
+
+    def _refused_before(self, request: Request) -> tuple[KVCacheBlocks, int, int] | None:
+        """What a waiting request had found when it got no memory, if no block has come free since.
+
+        vLLM asks again in every step, and looking up a long prompt costs more than the rest of the step. The answer is
+        only good for being refused again: what was found may have been evicted.
+        """
+        if self._refused and self._refused[0] is request and self._refused[1] == self.block_pool.arena.released:
+            return self._refused[2]
+        return None
 
     def free(self, request: Request) -> None:
         """Release all blocks of a request that ends or is preempted."""
+        pool: ArenaBlockPool = self.block_pool
+        if self.enable_caching:
+            pool.request = request.request_id
         super().free(request)
+        pool.request = None
         self._end(request)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
