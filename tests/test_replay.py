@@ -324,6 +324,7 @@ def test_modes_are_known_and_once_each() -> None:
         (["--generate", "chat", "--gpu", "9090"], "There is no GPU"),
         (["--generate", "chat", "--memory", "much"], "is no size"),
         (["--generate", "chat", "--modes", "fast"], "--modes"),
+        (["--generate", "chat", "--eviction", "fifo"], "--eviction takes returns or lru"),
         (["--generate", "chat", "--requests", "0"], "--requests must be above zero"),
         (["--generate", "chat", "--rate", "-1"], "--rate must be above zero"),
         (["--generate", "chat", "--json", "missing/x.json"], "no such directory"),

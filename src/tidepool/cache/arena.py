@@ -440,7 +440,7 @@ class Arena:
     def _holds(self, leaf: Leaf, group: int, block: int) -> bool:
         """Whether an entry of a leaf is true."""
         pool = self.pools[group]
-        return pool.leaves[block] is leaf and pool.is_cached(block)
+        return pool.leaves[block] is leaf and not pool.refs[block]
 
     def _come_free(self, group: int, extent: Extent) -> None:
         """Make an extent unowned once all its blocks are clean."""

@@ -1,8 +1,8 @@
 """One group's blocks, and what each is doing.
 
 A block is *in use* (referenced), *cached* (unreferenced, but its contents may still be asked for), or *clean*. Blocks
-live in extents; the pool keeps, for every extent that it holds, how many of its blocks are in use, which are cached
-and which are clean. It knows nothing of other groups: `tidepool.cache.arena` decides who gets which extent.
+live in extents; the pool keeps, for every extent that it holds, how many of its blocks are in use and how many are
+cached, and which are clean. It knows nothing of other groups: `tidepool.cache.arena` decides who gets which extent.
 
 It also remembers whose a cached block is: its *leaf* (`tidepool.cache.eviction`).
 
@@ -21,7 +21,7 @@ from tidepool.cache.eviction import Leaf
 class Extent:
     """A pool's account of one extent.
 
-    Invariant: blocks in use + len(cached) + clean == slots. The extent is *pinned* while ``pins`` > 0, *idle* once
+    Invariant: blocks in use + cached + clean == slots. The extent is *pinned* while ``pins`` > 0, *idle* once
     only cached blocks keep it, and leaves the pool when all its blocks are clean.
     """
 
@@ -33,7 +33,7 @@ class Extent:
         self.slots = slots
         self.pins = 0
         """Blocks in use, and one more where the extent is held for good."""
-        self.cached: set[int] = set()
+        self.cached = 0
         """Cached blocks."""
         self.fresh = 0
         """Slots from here on haven't been handed out since the extent came."""
@@ -79,7 +79,8 @@ class Pool:
         self.refs = [0] * blocks
         """References to each block; 0 for cached and clean ones."""
         self.leaves: list[Leaf | None] = [None] * blocks
-        """For each block that is in use or cached, the leaf that it joins when it turns cached, or has joined."""
+        """The leaf of each cached block, and the one that a block in use may join when it turns cached; None for clean
+        blocks."""
         self.trunk = bytearray(blocks)
         """1 for blocks that several prompts begin with."""
         self.extents: dict[int, Extent] = {}
@@ -103,8 +104,7 @@ class Pool:
 
     def is_cached(self, block: int) -> bool:
         """Whether the block is unreferenced and kept."""
-        extent = self.extents.get((block - self.first) // self.slots)
-        return extent is not None and block in extent.cached
+        return self.leaves[block] is not None and not self.refs[block]
 
     @property
     def clean(self) -> int:
@@ -166,19 +166,23 @@ class Pool:
         self.refs[block] += 1
         if self.refs[block] == 1:
             extent = self.extent_of(block)
-            extent.cached.remove(block)
+            extent.cached -= 1
             self.cached -= 1
             self._pin(extent, 1)
 
     def release(self, block: int, *, keep: bool) -> Extent:
-        """Drop a reference. The last one leaves the block cached if ``keep``, else clean. Returns its extent."""
+        """Drop a reference. The last one leaves the block clean, or cached if ``keep``, and the caller gives it a leaf.
+
+        Returns its extent.
+        """
         extent = self.extent_of(block)
         self.refs[block] -= 1
         if self.refs[block] == 0:
             if keep:
-                extent.cached.add(block)
+                extent.cached += 1
                 self.cached += 1
             else:
+                self.leaves[block] = None
                 extent.returned.append(block)
             self._unpin(extent)
         return extent
@@ -186,8 +190,9 @@ class Pool:
     def forget(self, block: int) -> Extent:
         """Turn a cached block clean. Returns its extent."""
         extent = self.extent_of(block)
-        extent.cached.remove(block)
+        extent.cached -= 1
         self.cached -= 1
+        self.leaves[block] = None
         extent.returned.append(block)
         if not extent.cached:
             self.idle.discard(extent.number)
@@ -196,16 +201,16 @@ class Pool:
 
     def kept(self) -> Iterator[int]:
         """Cached blocks."""
-        for extent in self.extents.values():
-            yield from extent.cached
+        return (block for block in self._handed_out() if self.is_cached(block))
 
     def live(self) -> Iterator[int]:
         """Blocks in use."""
+        return (block for block in self._handed_out() if self.refs[block])
+
+    def _handed_out(self) -> Iterator[int]:
+        """Blocks that aren't fresh."""
         for extent in self.extents.values():
-            clean = set(extent.returned)
-            for block in range(extent.first, extent.first + extent.fresh):
-                if block not in clean and block not in extent.cached:
-                    yield block
+            yield from range(extent.first, extent.first + extent.fresh)
 
     # Standing of extents.
 

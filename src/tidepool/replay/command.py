@@ -21,6 +21,7 @@ from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.report import Report, Setting
 from tidepool.replay.trace import TraceError
 from tidepool.replay.workload import load_workload
+from tidepool.vllm_plugin.settings import EVICTIONS, Eviction
 
 UTILIZATION, RESERVE = 0.92, 2 << 30
 """Share of a card that is used, and bytes of it for activations and graphs, where --memory doesn't say."""
@@ -39,6 +40,7 @@ def replay(
     rate: Annotated[float, typer.Option(help="Arrivals come so many times as fast.")] = 1.0,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 8_192,
+    eviction: Annotated[str, typer.Option(help=f"What tidepool evicts by: {', '.join(EVICTIONS)}.")] = EVICTIONS[0],
     seed: Annotated[int, typer.Option(help="Of generated requests.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
@@ -76,6 +78,7 @@ def replay(
                 rate=rate,
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
+                eviction=_parse_eviction(eviction),
             )
             for mode in chosen
         ]
@@ -95,6 +98,7 @@ def replay(
         rate=rate,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        eviction=eviction,
     )
     report = Report(setting, results, failures)
     print_report(report, Console(width=WIDTH if not sys.stdout.isatty() else None))
@@ -120,6 +124,13 @@ def parse_modes(text: str) -> list[Mode]:
     if len(chosen) < len(words) or len(set(chosen)) < len(chosen):
         raise PlanError(f"--modes takes some of {', '.join(MODES)}, each once, not {text!r}.")
     return chosen
+
+
+def _parse_eviction(text: str) -> Eviction:
+    for policy in EVICTIONS:
+        if policy == text:
+            return policy
+    raise PlanError(f"--eviction takes {' or '.join(EVICTIONS)}, not {text!r}.")
 
 
 @dataclass(frozen=True)

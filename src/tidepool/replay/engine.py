@@ -30,6 +30,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.trace import GENERATED_TOKEN
 from tidepool.vllm_plugin.planning import layer_specs_of
+from tidepool.vllm_plugin.settings import Eviction
 
 GPU_KERNEL_BLOCK = 16
 """Tokens; the smallest block of vLLM's GPU attention kernels."""
@@ -48,6 +49,7 @@ class EngineShape:
     max_model_len: int = 131_072
     max_num_batched_tokens: int = 8_192
     prefix_caching: bool = True
+    eviction: Eviction = "returns"
 
 
 class GpuBlocks:
@@ -159,6 +161,7 @@ def make_engine(shape: EngineShape) -> EngineCore:
             enforce_eager=True,
             async_scheduling=False,
             block_size=GPU_KERNEL_BLOCK,
+            additional_config={"tidepool": {"eviction": shape.eviction}},
             language_model_only=True,
         ).create_engine_config()
         executor = type("SizedExecutor", (NoModelExecutor,), {"kv_bytes": shape.kv_bytes})

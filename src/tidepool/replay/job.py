@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tidepool.vllm_plugin.settings import Eviction
+
 Mode = Literal["stock", "fixed", "elastic", "bound"]
 """``bound`` is stock vLLM with a model of the same attention and no states."""
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -41,6 +43,8 @@ class Job:
     """Arrivals come so many times as fast as recorded."""
     max_num_seqs: int
     max_num_batched_tokens: int
+    eviction: Eviction = "returns"
+    """What tidepool evicts by."""
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""

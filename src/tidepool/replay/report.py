@@ -23,6 +23,8 @@ class Setting:
     rate: float
     max_num_seqs: int
     max_num_batched_tokens: int
+    eviction: str = "returns"
+    """What tidepool evicts by."""
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,10 @@ def layout(result: Result) -> str:
 def describe(setting: Setting) -> str:
     """The setting in one line."""
     rate = "" if setting.rate == 1 else f", arrivals {setting.rate:g} times as fast"
+    policy = "" if setting.eviction == "returns" else f"; tidepool evicts by {setting.eviction}"
     return (
         f"{setting.source}{rate}; {size(setting.kv_bytes)} of KV memory; clock of a {setting.gpu}; at most "
-        f"{setting.max_num_seqs:,} requests and {setting.max_num_batched_tokens:,} tokens a step"
+        f"{setting.max_num_seqs:,} requests and {setting.max_num_batched_tokens:,} tokens a step{policy}"
     )
 
 

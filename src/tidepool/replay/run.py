@@ -130,6 +130,7 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
         max_num_seqs=job.max_num_seqs,
         max_model_len=longest + 1,
         max_num_batched_tokens=job.max_num_batched_tokens,
+        eviction=job.eviction,
     )
     engine = make_engine(shape)
     # The clock is the hybrid model's in every mode, so that times differ by what the memory policy does alone.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Partition = Literal["elastic", "fixed"]
 Eviction = Literal["returns", "lru"]
+EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
 ENV_SWITCH = "TIDEPOOL"
 ENV_POISON = "TIDEPOOL_POISON"
 _SWITCHES = ("elastic", "fixed", "off")
