@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from tidepool.cli import app
 from tidepool.compare import drive, report
-from tidepool.compare.capacity import GroupNeed, capacity_tokens
 from tidepool.compare.messages import Facts, Job, Run, Side
 from tidepool.compare.workloads import CHAT, LONG, MAX_MODEL_LEN, WORKLOADS, Workload, halved, make_conversations
 
@@ -42,30 +41,6 @@ def test_a_turn_repeats_the_ones_before() -> None:
     shared = conversations[0][0].prompt[: CHAT.shared[0]]
     assert conversations[CHAT.system_prompts][0].prompt[: CHAT.shared[0]] == shared
     assert conversations[1][0].prompt[: CHAT.shared[0]] != shared
-
-
-# Capacity.
-
-
-@pytest.mark.parametrize(
-    ("blocks", "state_groups", "attention_groups", "copies"), [(199, 3, 1, 1), (50, 4, 2, 2), (7, 3, 2, 1)]
-)
-def test_stock_capacity_is_the_formula(blocks: int, state_groups: int, attention_groups: int, copies: int) -> None:
-    needs = [GroupNeed(2560, copies)] * state_groups + [GroupNeed(640)] * attention_groups
-    tokens = capacity_tokens(needs, lambda need: sum(need) <= blocks - 1)
-    assert tokens == (blocks - 1 - copies * state_groups) // attention_groups * 640
-
-
-def test_extents_are_counted_whole() -> None:
-    # 40 extents: one is the null extent, one holds the state, 38 x 99 blocks of 32 tokens are left.
-    def fits(blocks: list[int]) -> bool:
-        return -(-blocks[0] // 2) + -(-blocks[1] // 99) <= 39
-
-    assert capacity_tokens([GroupNeed(2560, 1), GroupNeed(32)], fits) == 38 * 99 * 32
-
-
-def test_nothing_fits() -> None:
-    assert capacity_tokens([GroupNeed(2560, 1), GroupNeed(32)], lambda blocks: sum(blocks) <= 1) == 0
 
 
 # Results.

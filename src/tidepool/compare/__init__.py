@@ -1,5 +1,5 @@
 """Stock vLLM and tidepool side by side: the same model, KV bytes and requests, through real vLLM.
 
-`workloads` makes the requests, `worker` runs one side in its own process, `drive` lets the sides take turns,
-`capacity` counts tokens, `report` judges and prints. Only the worker imports vLLM.
+`workloads` makes the requests, `worker` runs one side in its own process, `drive` lets the sides take turns, `report`
+judges and prints. Only the worker imports vLLM.
 """

@@ -27,7 +27,7 @@ class Facts:
     attention_block_tokens: int
     groups: int
     capacity_tokens: int
-    """The longest request that would fit, see `tidepool.compare.capacity`."""
+    """The longest request that would fit, whatever length the model itself allows."""
     state_bytes: int
     """Natural bytes that one request's states take, copies for prefix caching included."""
     max_num_seqs: int

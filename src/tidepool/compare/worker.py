@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from tidepool.compare.capacity import GroupNeed, capacity_tokens
 from tidepool.compare.messages import Facts, Job, Run
 from tidepool.compare.workloads import MAX_MODEL_LEN, Turn, Workload, make_conversations
 
@@ -49,7 +48,7 @@ def _serve(job: Job, commands: TextIO, answers: TextIO) -> None:
         if command["do"] == "start":
             engine = _start(job, command["caching"], command["max_num_seqs"])
             started.append(engine)
-            _answer(answers, asdict(_facts(engine)))
+            _answer(answers, asdict(_facts(engine, job.kv_bytes)))
         else:
             workload = Workload(**command["workload"])
             conversations = make_conversations(workload, engine.model_config.get_vocab_size())
@@ -79,37 +78,28 @@ def _start(job: Job, caching: bool, max_num_seqs: int) -> Any:
     )
 
 
-def _facts(engine: Any) -> Facts:
+def _facts(engine: Any, kv_bytes: int) -> Facts:
     from vllm.v1.kv_cache_interface import MambaSpec
 
     from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+    from tidepool.vllm_plugin.startup import memory_of
 
     config = _scheduler(engine).kv_cache_config
-    needs: list[GroupNeed] = []
+    memory = memory_of(engine.vllm_config, config, kv_bytes)
     state_bytes = 0
     for group in config.kv_cache_groups:
         spec = group.kv_cache_spec
-        copies = None
         if isinstance(spec, MambaSpec):
             copies = spec.max_memory_usage_bytes(engine.vllm_config) // spec.page_size_bytes
             natural = replace(spec, page_size_padded=None).page_size_bytes
             state_bytes += copies * natural * len(group.layer_names)
-        needs.append(GroupNeed(spec.block_size, copies))
-
-    def fits(blocks: list[int]) -> bool:
-        if not isinstance(config, TidepoolKVCacheConfig):
-            return sum(blocks) < int(config.num_blocks)
-        if config.geometry:
-            return config.geometry.extents_for(blocks) < int(config.num_blocks)
-        return all(need <= share.blocks for need, share in zip(blocks, config.shares, strict=True))
-
     return Facts(
         served=isinstance(config, TidepoolKVCacheConfig),
-        attention_block_tokens=min(need.block_tokens for need in needs if need.fixed_blocks is None),
-        groups=len(needs),
-        capacity_tokens=capacity_tokens(needs, fits),
+        attention_block_tokens=memory.token_step or 0,
+        groups=len(config.kv_cache_groups),
+        capacity_tokens=memory.tokens_with(1) or 0,
         state_bytes=state_bytes,
-        max_num_seqs=engine.vllm_config.scheduler_config.max_num_seqs,
+        max_num_seqs=memory.max_num_seqs,
     )
 
 

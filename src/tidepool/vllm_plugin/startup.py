@@ -33,17 +33,31 @@ def log_start(
     plan = planning.plan_of(vllm_config)
     assert plan is not None
     groups = planning.core_groups(vllm_config, config.kv_cache_groups)
-    limits = (vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len)
-    ours = predict(groups, config.arena_bytes, config.partition, *limits)
+    ours = memory_of(vllm_config, config, config.arena_bytes)
     specs = {name: group.kv_cache_spec for group in config.kv_cache_groups for name in group.layer_names}
     stock_config = planning.stock_kv_cache_config(
         vllm_config, plan, specs, config.arena_bytes, stock_grouping, stock_configure
     )
-    stock = stock_memory_of(vllm_config, stock_config, config.arena_bytes)
+    stock = _stock_memory_of(vllm_config, stock_config, config.arena_bytes)
     logger.info("%s", "\n".join(["tidepool serves this model.", *_groups(config, groups), *_capacity(ours, stock)]))
 
 
-def stock_memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> StockMemory:
+def memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> Memory:
+    """An engine's KV memory in the planner's terms, whoever planned it.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+        config: the memory as planned.
+        memory_bytes: what it was planned for.
+    """
+    if not isinstance(config, planning.TidepoolKVCacheConfig):
+        return _stock_memory_of(vllm_config, config, memory_bytes)
+    groups = planning.core_groups(vllm_config, config.kv_cache_groups)
+    limits = (vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len)
+    return predict(groups, config.arena_bytes, config.partition, *limits)
+
+
+def _stock_memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> StockMemory:
     """vLLM's own plan in the planner's terms: one pool, whose blocks all groups draw."""
     block_bytes = config.kv_cache_tensors[0].size // config.num_blocks
     groups = []
@@ -92,7 +106,7 @@ def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> 
     return lines
 
 
-def _capacity(ours: Memory, stock: StockMemory) -> list[str]:
+def _capacity(ours: Memory, stock: Memory) -> list[str]:
     most = ours.max_num_seqs
     block = max(group.block_tokens for group in stock.groups if group.token_bytes)
     return [
