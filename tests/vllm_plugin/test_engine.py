@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,6 +193,27 @@ def test_a_refused_request_is_looked_up_again_when_a_block_came_free(
     manager.free(running.pop())
     assert ask(waiting)
     assert lookups
+
+
+@pytest.mark.parametrize("partition", ["elastic", "fixed"])
+def test_memory_to_measure_graphs_with_is_small(engine: Any, monkeypatch: pytest.MonkeyPatch, partition: str) -> None:
+    """vLLM asks for a block for each request that may run, which are extents here."""
+    from tidepool.vllm_plugin.planning import PROFILING_EXTENTS, make_kv_cache_config, plan_of
+    from tidepool.vllm_plugin.worker import limit_requests
+
+    vllm_config, groups = engine.vllm_config, engine.scheduler.kv_cache_config.kv_cache_groups
+    monkeypatch.setattr(vllm_config.cache_config, "num_gpu_blocks_override", 512)
+    monkeypatch.setattr(vllm_config.scheduler_config, "max_num_seqs", 512)
+    config = make_kv_cache_config(vllm_config, replace(plan_of(vllm_config), partition=partition), groups, 0)
+    assert config.arena_bytes == PROFILING_EXTENTS * config.geometry.extent_bytes
+    # Not more requests than there are states: vLLM's kernels would read past the memory.
+    runner = SimpleNamespace(vllm_config=vllm_config)
+    limit_requests(runner, config)
+    states = PROFILING_EXTENTS * config.geometry.cuts[0].slots - 1
+    assert vllm_config.scheduler_config.max_num_seqs == states < 512
+    # What was asked for counts again once the real memory is there.
+    limit_requests(runner, replace(config, num_blocks=1000))
+    assert vllm_config.scheduler_config.max_num_seqs == 512
 
 
 def test_an_id_without_its_group_is_refused(engine: Any) -> None:

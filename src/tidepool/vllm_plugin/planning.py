@@ -48,6 +48,9 @@ STRIDE_ALIGN = 64
 CHECKPOINT_TOKENS = 512
 """How far apart states are kept at most; it costs no padding. Chosen by replay (docs/prefix-caching.md): few enough for
 shared system prompts, many enough that states are seldom copied."""
+PROFILING_EXTENTS = 64
+"""Extents at most in the KV cache that vLLM makes to measure CUDA graphs with, and throws away again: one for each
+request of a captured step, it thinks, which would take gigabytes."""
 _PLAN = "tidepool_plan"
 
 
@@ -217,9 +220,12 @@ def make_kv_cache_config(
     geometry = choose_geometry(core)
     override = vllm_config.cache_config.num_gpu_blocks_override
     extents = override if override is not None else memory_bytes // geometry.extent_bytes
+    profiling = override is not None and memory_bytes == 0
+    if profiling:
+        extents = min(extents, PROFILING_EXTENTS)
     arena_bytes = extents * geometry.extent_bytes
     shares: tuple[Share, ...] = ()
-    if plan.partition == "fixed":
+    if plan.partition == "fixed" and not profiling:
         # A fixed partition isn't cut into extents, so it needn't end with a whole one.
         arena_bytes = arena_bytes if override is not None else memory_bytes
         shares = fixed_shares(
