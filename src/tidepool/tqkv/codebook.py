@@ -28,6 +28,14 @@ class Codebook:
     distortion: float
     """Expected square of the error of a standard normal number."""
 
+    @property
+    def noise(self) -> float:
+        """The same after the levels were stretched so that the error isn't correlated with the number: D / (1 - D).
+
+        A number x and its level c have E[x c] = E[c^2] = 1 - D, so that stretches by 1 / (1 - D).
+        """
+        return self.distortion / (1 - self.distortion)
+
 
 @cache
 def lloyd_max(bits: int) -> Codebook:

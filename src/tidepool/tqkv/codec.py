@@ -19,6 +19,8 @@ from tidepool.tqkv.packing import pack, unpack
 SEED = 0
 """Of the rotation: caches are never exchanged between processes, but equal runs should give equal outputs."""
 
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @cache
 def rotation(size: int, seed: int = SEED) -> torch.Tensor:
@@ -54,13 +56,15 @@ class VectorCodec:
 
         Returns:
             Packed codes, ``[..., bytes]`` uint8, and norms, ``[...]`` float32: what to multiply the levels by so that
-            they come as near to the vector as they can. That is its length over the root of its size, but for the
-            codes' own error; a vector of zeros has norm 0.
+            the error is at right angles to the vector. Plain lengths would make every score and every output smaller
+            by the distortion; this makes them right on average, as in RaBitQ (arXiv 2405.12497). A vector of zeros
+            has norm 0.
         """
         spread = rotated.norm(dim=-1, keepdim=True) / sqrt(self.size)
-        codes = torch.bucketize(rotated / spread.clamp_min(torch.finfo(torch.float32).tiny), self.book.bounds)
+        codes = torch.bucketize(rotated / spread.clamp_min(_TINY), self.book.bounds)
         levels = self.book.levels[codes]
-        return pack(codes, self.bits), (rotated * levels).sum(-1) / levels.square().sum(-1)
+        along = (rotated * levels).sum(-1).clamp_min(_TINY)  # no product is negative
+        return pack(codes, self.bits), rotated.square().sum(-1) / along
 
     def levels(self, packed: torch.Tensor) -> torch.Tensor:
         """The coded vectors before their norms: ``[..., size]`` float32."""
@@ -93,5 +97,6 @@ class HeadCodec:
 
     def norms(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Norms of keys and of values, ``[...]`` float32 each. In a page they lie at any byte, so they are copied."""
-        keys, values = packed[..., -2 * NORM_BYTES :].contiguous().view(torch.float32).unbind(-1)
+        whole = packed[..., -2 * NORM_BYTES :].clone(memory_format=torch.contiguous_format)
+        keys, values = whole.view(torch.float32).unbind(-1)
         return keys, values
