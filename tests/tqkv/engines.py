@@ -41,6 +41,8 @@ def run(job: dict[str, Any], engines: list[Any]) -> dict[str, Any]:
         additional_config={"tidepool": {"kv": job["kv"]}},
     )
     engines.append(llm)
+    if job["damage"]:
+        turn_keys_around(llm)
     sampling = SamplingParams(temperature=0, max_tokens=job["output_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
@@ -61,6 +63,13 @@ def run(job: dict[str, Any], engines: list[Any]) -> dict[str, Any]:
             for group, page in zip(config.kv_cache_groups, page_bytes, strict=True)
         ],
     }
+
+
+def turn_keys_around(llm: Any) -> None:
+    """The deliberate fault: keys are read in the wrong order."""
+    for layer in llm.llm_engine.vllm_config.compilation_config.static_forward_context.values():
+        if codec := getattr(getattr(layer, "impl", None), "codec", None):
+            codec.key_levels = lambda packed, codec=codec: codec.keys.levels(packed[..., : codec.keys.bytes]).flip(-1)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def job(kv: str, side: str, prompts: list[Prompt], **changes: Any) -> dict[str, 
         "step_tokens": 16_384,
         "chunk_tokens": 0,
         "caching": False,
+        "damage": False,
         "output_tokens": ANSWER_TOKENS,
         "prompts": [prompt.tokens for prompt in prompts],
     } | changes
@@ -55,6 +56,7 @@ TIGHT = {"kv_bytes": 14_000_000, "step_tokens": 1_024, "chunk_tokens": 200, "cac
 JOBS = {
     "stock k4v4": job("tqkv-k4v4", "off", APART),
     "elastic k4v4": job("tqkv-k4v4", "elastic", APART),
+    "damaged": job("tqkv-k4v4", "elastic", APART, damage=True),
     "stock k3v3": job("tqkv-k3v3", "off", APART[:1]),
     "elastic k8v8": job("tqkv-k8v8", "elastic", SHARED, **TIGHT),
     "elastic k8v8, poison": job("tqkv-k8v8", "elastic", SHARED, **TIGHT, poison=True),
@@ -101,6 +103,7 @@ def test_outputs_equal_stock_vllms_with_the_same_backend(answers: dict[str, dict
 def test_answers_are_right(answers: dict[str, dict[str, Any]]) -> None:
     assert right(APART, answers["elastic k4v4"]) == len(APART)
     assert right(SHARED, answers["elastic k8v8"]) == len(SHARED)
+    assert right(APART, answers["damaged"]) < 0.7 * len(APART), "facts need their keys"
 
 
 def test_nobody_reads_what_it_does_not_own(answers: dict[str, dict[str, Any]]) -> None:
