@@ -124,6 +124,8 @@ def test_heads_that_do_not_divide_are_an_error() -> None:
         ("turboquant_k8v4", 128 + 64 + 4),
         ("turboquant_4bit_nc", 66 + 68),
         ("turboquant_3bit_nc", 50 + 52),
+        ("tqkv-k4v4", 64 + 64 + 8),
+        ("tqkv-k8v3", 128 + 48 + 8),
     ],
 )
 def test_bytes_of_a_head(dtype: str, expected: int) -> None:
@@ -136,8 +138,9 @@ def test_unknown_dtype_names_those_that_exist() -> None:
 
 
 def test_packed_heads_are_refused_for_latent_attention() -> None:
-    with pytest.raises(ModelConfigError, match="latent attention"):
-        kinds("Kimi-Linear-48B-A3B", CacheOptions(kv_dtype="nvfp4"))
+    for kv_dtype in ("nvfp4", "tqkv-k4v4"):
+        with pytest.raises(ModelConfigError, match="latent attention"):
+            kinds("Kimi-Linear-48B-A3B", CacheOptions(kv_dtype=kv_dtype))
 
 
 @given(layers=st.integers(1, 200), data=st.data())

@@ -17,7 +17,7 @@ from tidepool.cache import (
     fixed_shares,
     group_layers,
 )
-from tidepool.models import KV_DTYPES, CacheOptions, ModelConfigError, entry, names
+from tidepool.models import COMPARED_KV_DTYPES, KV_DTYPES, CacheOptions, ModelConfigError, entry, names
 from tidepool.plan import (
     Card,
     ElasticMemory,
@@ -267,7 +267,8 @@ def test_a_partition_that_does_not_fit_says_why() -> None:
 def test_dtypes_are_compared_where_attention_can_have_them() -> None:
     rows = make_plan("x", "", entry("Qwen3.5-4B").model(), PlanOptions(kv_bytes=20 << 30)).dtypes
     by_name = {name: row for row in rows for name in (row.kv_dtype, *row.also)}
-    assert set(by_name) == set(KV_DTYPES)
+    assert set(by_name) == set(COMPARED_KV_DTYPES)
+    assert "tqkv-k3v3" in by_name
     assert by_name["fp8"].token_bytes * 2 == by_name["auto"].token_bytes
     assert by_name["fp8"].tokens["elastic"] > 1.9 * by_name["auto"].tokens["elastic"]
     latent = make_plan("x", "", entry("Kimi-Linear-48B-A3B").model(), PlanOptions(kv_bytes=20 << 30)).dtypes

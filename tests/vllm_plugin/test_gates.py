@@ -130,3 +130,49 @@ class TestLayers:
         for words, all_specs in cases.items():
             for specs in all_specs:
                 assert words in str(unservable_specs(specs))
+
+    @pytest.mark.parametrize("kv_dtype", ["turboquant_k8v4", "turboquant_3bit_nc"])
+    def test_turboquant_is_planned_at_its_natural_page(self, kv_dtype: str) -> None:
+        """By its specs: no GPU is needed for that. Its blocks are at most 128 tokens, or vLLM would split them."""
+        import torch
+        from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, get_kv_quant_mode
+        from vllm.v1.worker.utils import customize_attention_spec
+
+        from tidepool.cache import CacheConfigError, FullAttention, choose_geometry
+        from tidepool.models.dtypes import head_bytes
+        from tidepool.vllm_plugin.planning import core_groups, group_by_layer_cache
+
+        def groups(block_tokens: int) -> list[KVCacheGroupSpec]:
+            plain = FullAttentionSpec(
+                block_size=block_tokens,
+                num_kv_heads=3,
+                head_size=128,
+                dtype=torch.uint8,
+                kv_quant_mode=get_kv_quant_mode(kv_dtype),
+            )
+            specs = self.specs() | {"a": customize_attention_spec(TurboQuantAttentionBackend, plain)}
+            assert unservable_specs(specs) is None
+            return group_by_layer_cache(specs)
+
+        engine = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=4096),
+            cache_config=SimpleNamespace(mamba_cache_mode="none"),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+            speculative_config=None,
+        )
+        per_token = 3 * head_bytes(kv_dtype, 128, 128, 2)
+        attention, state = core_groups(engine, groups(16))
+        assert attention.cache == FullAttention(per_token)
+        assert attention.page_bytes == 16 * per_token
+        assert choose_geometry([attention, state]).padding < 0.01
+        with pytest.raises(CacheConfigError, match="block of 256 tokens is more than the attention kernels take"):
+            core_groups(engine, groups(256))
+
+
+def test_turboquant_is_for_gpus() -> None:
+    engine = config()
+    engine.cache_config.cache_dtype = "turboquant_4bit_nc"
+    assert [reason.partition(":")[0] for reason in closed_gates(engine)] == ["kv-cache-dtype"]
+    engine.device_config.device_type = "cuda"
+    assert [reason.partition(":")[0] for reason in closed_gates(engine)] == ["device"]

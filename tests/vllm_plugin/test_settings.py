@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tidepool.vllm_plugin.settings import Settings, SettingsError, poison_requested, read_settings
+from tidepool.tqkv.formats import FORMATS
+from tidepool.vllm_plugin.settings import Settings, SettingsError, check_kv, poison_requested, read_settings
 
 
 def test_defaults() -> None:
@@ -38,6 +39,7 @@ def test_the_environment_wins(given: dict[str, Any], switch: str, enabled: bool,
         ({"block_tokens": 0}, "'block_tokens'.*can't be 0"),
         ({"checkpoint_tokens": 1.5}, "'checkpoint_tokens'.*can't be 1.5"),
         ({"allow": ["everything"]}, "can't be 'everything'"),
+        ({"kv": "tqkv-k5v4"}, r"'kv'.*can't be 'tqkv-k5v4': String should match pattern '\^tqkv-k"),
         ("elastic", "must be a table of settings, not 'elastic'"),
     ],
 )
@@ -50,6 +52,19 @@ def test_wrong_settings_are_one_sentence(given: Any, words: str) -> None:
 def test_wrong_switch_is_one_sentence() -> None:
     with pytest.raises(SettingsError, match="TIDEPOOL='on' isn't known; use one of elastic, fixed, off"):
         read_settings({}, {"TIDEPOOL": "on"})
+
+
+def test_formats_are_those_of_tqkv() -> None:
+    assert all(read_settings({"tidepool": {"kv": name}}, {}).kv == name for name in FORMATS)
+
+
+def test_a_format_is_for_the_cpu_and_excludes_other_dtypes() -> None:
+    check_kv(None, "cuda", "fp8")
+    check_kv("tqkv-k4v4", "cpu", "auto")
+    with pytest.raises(SettingsError, match="runs on the CPU only: on a GPU use --kv-cache-dtype turboquant_4bit_nc"):
+        check_kv("tqkv-k4v4", "cuda", "auto")
+    with pytest.raises(SettingsError, match="the KV cache dtype 'fp8' exclude each other"):
+        check_kv("tqkv-k4v4", "cpu", "fp8")
 
 
 def test_poison_switch() -> None:

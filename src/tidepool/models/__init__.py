@@ -5,12 +5,13 @@ Importing this needs neither torch nor vLLM nor transformers.
 
 from tidepool.models.catalogue import Entry, entry, find_model, names
 from tidepool.models.config import ModelConfigError, read_config
-from tidepool.models.dtypes import KV_DTYPES, STATE_DTYPES
+from tidepool.models.dtypes import COMPARED_KV_DTYPES, KV_DTYPES, STATE_DTYPES
 from tidepool.models.families import FAMILIES, model_from_config
 from tidepool.models.mixers import CacheOptions
 from tidepool.models.model import Layer, Model
 
 __all__ = [
+    "COMPARED_KV_DTYPES",
     "FAMILIES",
     "KV_DTYPES",
     "STATE_DTYPES",

@@ -1,12 +1,13 @@
 """Bytes of what a cache stores, by data type.
 
 The packed layouts are those of vLLM 0.32's attention backends: Triton (per-token-head scales), FlashInfer
-(NVFP4) and TurboQuant; each function names the formula.
+(NVFP4) and TurboQuant, and those of `tidepool.tqkv`; each function names the formula.
 """
 
 from __future__ import annotations
 
 from tidepool.models.config import ModelConfigError
+from tidepool.tqkv.formats import FORMATS
 
 FLOAT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one number, by floating point type."""
@@ -32,8 +33,14 @@ KV_DTYPES = (
     *PER_TOKEN_HEAD_BITS,
     *TURBOQUANT_BITS,
     "nvfp4",
+    *FORMATS,
 )
 """KV cache types that attention layers can be planned with."""
+
+COMPARED_KV_DTYPES = tuple(
+    name for name in KV_DTYPES if name not in FORMATS or FORMATS[name].key_bits == FORMATS[name].value_bits
+)
+"""Those that a plan compares: of tqkv's only the formats with as many bits for keys as for values."""
 
 STATE_DTYPES = ("auto", *FLOAT_BYTES)
 """Types of the recurrent part of a state."""
@@ -65,6 +72,8 @@ def head_bytes(kv_dtype: str, key_size: int, value_size: int, model_bytes: int) 
         key = key_size if key_bits == 8 else -(-key_size * key_bits // 8) + 2
         packed = key + -(-value_size * value_bits // 8) + 4
         return packed + packed % 2
+    if kv_dtype in FORMATS:
+        return FORMATS[kv_dtype].head_bytes(key_size, value_size)
     raise unknown("KV cache dtype", kv_dtype, KV_DTYPES)
 
 
@@ -74,7 +83,7 @@ def latent_bytes(kv_dtype: str, size: int, model_bytes: int) -> int:
     Raises:
         ModelConfigError: the dtype packs keys and values of heads, which a latent vector doesn't have.
     """
-    if kv_dtype in PER_TOKEN_HEAD_BITS or kv_dtype in TURBOQUANT_BITS or kv_dtype == "nvfp4":
+    if kv_dtype in PER_TOKEN_HEAD_BITS or kv_dtype in TURBOQUANT_BITS or kv_dtype == "nvfp4" or kv_dtype in FORMATS:
         raise ModelConfigError(
             f"The KV cache dtype {kv_dtype} packs keys and values head by head, and this model's latent "
             "attention keeps neither: use auto, bfloat16 or fp8."

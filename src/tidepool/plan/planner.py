@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tidepool.cache import CacheConfigError, LayerCache, group_layers
-from tidepool.models import KV_DTYPES, CacheOptions, Model, ModelConfigError
+from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfigError
 from tidepool.plan.account import Account, Requests, account, admit
 from tidepool.plan.inputs import Card, PlanError
 from tidepool.plan.memory import Kind, Memory
@@ -219,7 +219,7 @@ def _curve_counts(last: int) -> list[int]:
 def _dtypes(model: Model, options: PlanOptions, max_model_len: int, requests: int) -> list[DtypeRow]:
     """The same question for every KV cache type that the attention can have; one row for each size."""
     rows: dict[int, DtypeRow] = {}
-    for kv_dtype in KV_DTYPES:
+    for kv_dtype in COMPARED_KV_DTYPES:
         try:
             stages = model.stages(options.pp, options.cache_options(kv_dtype))
         except ModelConfigError:

@@ -23,6 +23,13 @@ class Gate:
     closed: Callable[[Any], bool]
 
 
+def _quantized(config: Any) -> bool:
+    """Whether attention keeps something else than the model's numbers; tidepool's own formats come with dtype auto."""
+    dtype = config.cache_config.cache_dtype
+    turboquant = dtype.startswith("turboquant_") and config.device_config.device_type != "cpu"
+    return dtype not in ("auto", "bfloat16") and not turboquant
+
+
 def _parallel(field: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config.parallel_config, field) > 1
 
@@ -39,7 +46,7 @@ GATES: tuple[Gate, ...] = (
     Gate("executor", "only vLLM's own single-node executors are tested", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp")),
     Gate("speculative-decoding", "speculative decoding is untested", lambda c: c.speculative_config is not None),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
-    Gate("kv-cache-dtype", "quantized KV caches are untested", lambda c: c.cache_config.cache_dtype not in ("auto", "bfloat16")),
+    Gate("kv-cache-dtype", "quantized KV caches are untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
     Gate("skip-layers", "KV caches of mixed dtypes are untested", lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers)),
     Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
     Gate("replayssm", "ReplaySSM keeps rings in place of states", lambda c: bool(c.cache_config.use_replayssm)),

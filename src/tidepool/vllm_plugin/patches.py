@@ -18,6 +18,7 @@ def install() -> None:
         return
     kv_cache_utils._tidepool_installed = True
     _patch_settings()
+    _patch_attention_backend()
     _patch_planning()
     _patch_scheduler()
     _patch_workers()
@@ -33,16 +34,45 @@ def _patch_settings() -> None:
     """Refuse wrong settings where the user's arguments are read, before any process starts."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from tidepool.vllm_plugin.settings import read_settings
+    from tidepool.vllm_plugin.settings import check_kv, read_settings
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-            read_settings(self.additional_config)
-            return original(self, *args, **kwargs)
+            settings = read_settings(self.additional_config)
+            config = original(self, *args, **kwargs)
+            check_kv(settings.kv, config.device_config.device_type, config.cache_config.cache_dtype)
+            return config
 
         return create_engine_config
 
     _wrap(EngineArgs, "create_engine_config", make)
+
+
+def _patch_attention_backend() -> None:
+    """Let an engine on the CPU choose its attention backend: vLLM's platform knows one there, whatever is asked for.
+
+    The choice is made here rather than in the platform, since vLLM remembers what that answers, and two engines of one
+    process may keep keys and values in different formats.
+    """
+    from vllm.v1.attention import selector
+
+    def select(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _cached_get_attn_backend(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> Any:
+            from vllm.config import get_current_vllm_config
+
+            from tidepool.vllm_plugin.settings import read_settings
+
+            kv = read_settings(get_current_vllm_config().additional_config).kv
+            if kv is None:
+                return original(backend, attn_selector_config, *args, **kwargs)
+            from tidepool.tqkv.backend import choose
+            from tidepool.tqkv.formats import FORMATS
+
+            return choose(FORMATS[kv], attn_selector_config)
+
+        return _cached_get_attn_backend
+
+    _wrap(selector, "_cached_get_attn_backend", select)
 
 
 def _patch_planning() -> None:

@@ -332,18 +332,31 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
         copies = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
         return Group(State(spec.page_size_bytes, copies), names, spec.block_size, STRIDE_ALIGN)
     assert isinstance(spec, AttentionSpec)
+    if spec.get_block_stride_alignment() > 1:
+        # vLLM splits such a block for its kernels, and takes blocks to be dense pages of one layer then.
+        raise CacheConfigError(
+            f"An attention block of {spec.block_size} tokens is more than the attention kernels take at once: change "
+            "block_tokens (or --block-size)."
+        )
     per_token = spec.copy_with_new_block_size(1).page_size_bytes
     return Group(FullAttention(per_token), names, spec.block_size, STRIDE_ALIGN, page_bytes=spec.page_size_bytes)
 
 
 def layer_specs_of(vllm_config: Any) -> dict[str, KVCacheSpec]:
-    """Layer name to KVCacheSpec, from the loaded model."""
+    """Layer name to KVCacheSpec, from the loaded model: as the model runner makes them, packed as its backends do."""
     from vllm.config.vllm import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.worker.utils import customize_attention_spec
 
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     specs = {name: layer.get_kv_cache_spec(vllm_config) for name, layer in layers.items()}
-    return {name: spec for name, spec in specs.items() if spec is not None}
+    return {
+        name: customize_attention_spec(layers[name].get_attn_backend(), spec)
+        if isinstance(spec, AttentionSpec)
+        else spec
+        for name, spec in specs.items()
+        if spec is not None
+    }
 
 
 def _smallest_kernel_block(platform: Any, vllm_config: Any) -> int:

@@ -35,6 +35,8 @@ class Settings(BaseModel):
     """Tokens between two states kept for prefix hits; 512 by default."""
     eviction: Eviction = "returns"
     """Which cached memory goes first: by learned times of return, or the least recently used."""
+    kv: str | None = Field(default=None, pattern="^tqkv-k[2348]v[2348]$")
+    """How attention keeps keys and values: a format of `tidepool.tqkv`, on the CPU; also without tidepool's memory."""
     allow: tuple[Literal["device"], ...] = ()
     """Gates to open at one's own risk: ``device`` serves devices other than the CPU."""
 
@@ -72,6 +74,24 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] = os.enviro
         raise SettingsError(
             f'additional_config["tidepool"][{key!r}] can\'t be {first["input"]!r}: {first["msg"]}.'
         ) from None
+
+
+def check_kv(kv: str | None, device: str, cache_dtype: str) -> None:
+    """Refuse a format of `tidepool.tqkv` where it can't be had.
+
+    Args:
+        kv: the setting ``kv``.
+        device, cache_dtype: vLLM's device type and KV cache dtype.
+
+    Raises:
+        SettingsError: the device isn't a CPU, or vLLM has been told to keep keys and values in another way.
+    """
+    if kv is not None and device != "cpu":
+        raise SettingsError(
+            f"kv {kv!r} runs on the CPU only: on a GPU use --kv-cache-dtype turboquant_4bit_nc or its like."
+        )
+    if kv is not None and cache_dtype != "auto":
+        raise SettingsError(f"kv {kv!r} and the KV cache dtype {cache_dtype!r} exclude each other: leave one out.")
 
 
 def poison_requested(environ: Mapping[str, str] = os.environ) -> bool:
