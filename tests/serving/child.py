@@ -36,6 +36,7 @@ def main() -> None:
         enforce_eager=True,
         seed=0,
         disable_log_stats=False,
+        **job.get("engine", {}),
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     answers = []
@@ -56,6 +57,7 @@ def main() -> None:
         "cached_tokens": cached,
         "served": arena is not None,
         "moves": arena.moves if arena else 0,
+        "pool_blocks": [pool.num_gpu_blocks for pool in scheduler.kv_cache_manager.block_pool.pools] if arena else [],
         "in_use_at_end": arena.usage().in_use if arena else 0,
     }
     with open(job["answer"], "w", encoding="utf-8") as file:

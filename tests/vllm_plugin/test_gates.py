@@ -18,7 +18,6 @@ def config() -> SimpleNamespace:
         cache_config=SimpleNamespace(
             kv_offloading_size=None,
             cache_dtype="auto",
-            kv_cache_dtype_skip_layers=[],
             mamba_cache_mode="align",
             use_replayssm=False,
             prefix_cache_retention_interval=0,
@@ -53,7 +52,6 @@ CLOSING: dict[str, tuple[str, Any]] = {
     "speculative-decoding": ("speculative_config", object()),
     "mla": ("model_config.use_mla", True),
     "kv-cache-dtype": ("cache_config.cache_dtype", "fp8"),
-    "skip-layers": ("cache_config.kv_cache_dtype_skip_layers", ["0"]),
     "mamba-cache-mode": ("cache_config.mamba_cache_mode", "all"),
     "replayssm": ("cache_config.use_replayssm", True),
     "retention-interval": ("cache_config.prefix_cache_retention_interval", None),
@@ -110,7 +108,12 @@ class TestLayers:
         }
 
     def test_states_beside_plain_attention_are_served(self) -> None:
+        import torch
+        from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
         assert unservable_specs(self.specs()) is None
+        window = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16, sliding_window=8)
+        assert unservable_specs(self.specs() | {"b": self.specs(head_size=128)["a"], "w": window}) is None
 
     def test_what_is_not(self) -> None:
         import torch
@@ -121,10 +124,11 @@ class TestLayers:
         sizes = {"block_size": 16, "num_kv_heads": 1, "head_size": 64, "dtype": torch.bfloat16}
         cases = {
             "doesn't keep states beside": [{"a": attention}, {"s": state}, {}],
-            "SlidingWindowSpec": [{"a": SlidingWindowSpec(**sizes, sliding_window=8), "s": state}],
+            "more tokens than they attend": [
+                {"a": SlidingWindowSpec(**sizes, sliding_window=8, extra_retained_tokens=1), "s": state}
+            ],
             "MLAAttentionSpec": [{"a": MLAAttentionSpec(**sizes), "s": state}],
             "windowed": [self.specs(sliding_window=64), self.specs(attention_chunk_size=64)],
-            "several sizes": [plain | {"b": self.specs(head_size=128)["a"]}],
             "FullAttentionSpec": [self.specs(page_size_padded=8192)],
         }
         for words, all_specs in cases.items():

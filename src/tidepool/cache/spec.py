@@ -36,22 +36,27 @@ class FullAttention:
 
 @dataclass(frozen=True)
 class SlidingWindow:
-    """A layer that keeps ``bytes_per_token`` for the last ``window`` tokens."""
+    """A layer that keeps ``bytes_per_token`` for the last ``window`` tokens.
+
+    ``step_tokens`` is how many tokens one step computes at most: they are held beside the window until it has ended.
+    """
 
     bytes_per_token: int
     window: int
+    step_tokens: int = 1
 
     def __post_init__(self) -> None:
         _require_positive("bytes_per_token", self.bytes_per_token)
         _require_positive("window", self.window)
+        _require_positive("step_tokens", self.step_tokens)
 
     def page_bytes(self, block_tokens: int) -> int:
         """Bytes of ``block_tokens`` tokens."""
         return self.bytes_per_token * block_tokens
 
     def blocks_for(self, tokens: int, block_tokens: int) -> int:
-        """Blocks that a sequence of ``tokens`` tokens holds: a window may straddle one block boundary more."""
-        return min(ceil(tokens / block_tokens), ceil((self.window - 1) / block_tokens) + 1)
+        """Blocks that a sequence of ``tokens`` tokens holds at most: they may straddle one block boundary more."""
+        return min(ceil(tokens / block_tokens), ceil((self.window - 1 + self.step_tokens) / block_tokens) + 1)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,9 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
                 self._charges = self._no_charges
                 return self.block_pool.num_gpu_blocks + 1
             # Managers count the cached blocks that a hit will touch among the needed; the arena wants them by name.
-            idle = [block.block_id for block in computed if block.ref_cnt == 0 and not block.is_null]
+            # What lies before a window was found and isn't touched.
+            skipped = manager.get_num_skipped_tokens(total_computed_tokens) // manager.block_size if computed else 0
+            idle = [block.block_id for block in computed[skipped:] if block.ref_cnt == 0 and not block.is_null]
             needs.append(need - len(idle))
             touched.append(idle)
             anything |= need > 0

@@ -47,7 +47,6 @@ GATES: tuple[Gate, ...] = (
     Gate("speculative-decoding", "speculative decoding is untested", lambda c: c.speculative_config is not None),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "quantized KV caches are untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
-    Gate("skip-layers", "KV caches of mixed dtypes are untested", lambda c: bool(c.cache_config.kv_cache_dtype_skip_layers)),
     Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
     Gate("replayssm", "ReplaySSM keeps rings in place of states", lambda c: bool(c.cache_config.use_replayssm)),
     Gate("retention-interval", "only vLLM's default retention of states is tested", lambda c: c.cache_config.prefix_cache_retention_interval != 0),
@@ -80,22 +79,26 @@ def closed_gates(vllm_config: Any, allow: Sequence[str] = ()) -> Iterator[str]:
 def unservable_specs(specs: Mapping[str, Any]) -> str | None:
     """Why these layers aren't served, or None.
 
-    Served are models whose layers keep states (``MambaSpec``) beside plain full attention with one layer cache.
+    Served are models whose layers keep states (``MambaSpec``) beside attention to everything before or to a window, in
+    any sizes and numbers of groups.
 
     Args:
         specs: layer name to vLLM's KVCacheSpec.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
     attention = {spec for spec in specs.values() if not isinstance(spec, MambaSpec)}
     states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
     if not attention or not states:
         return "layers: the model doesn't keep states beside attention"
     for spec in attention:
-        if type(spec) is not FullAttentionSpec or spec.tokens_per_state != 1 or spec.page_size_padded is not None:
+        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or spec.page_size_padded is not None:
             return f"layers: {type(spec).__name__} layers beside states are untested"
-        if spec.sliding_window is not None or spec.attention_chunk_size is not None or spec.non_causal:
-            return "layers: windowed, chunked or non-causal attention beside states is untested"
-    if len(attention) > 1:
-        return "layers: attention layers of several sizes beside states are untested"
+        if spec.tokens_per_state != 1 or getattr(spec, "non_causal", False):
+            return "layers: pooled or non-causal attention beside states is untested"
+        if isinstance(spec, SlidingWindowSpec):
+            if spec.extra_retained_tokens:
+                return "layers: windows that keep more tokens than they attend to are untested beside states"
+        elif spec.sliding_window is not None or spec.attention_chunk_size is not None:
+            return "layers: windowed or chunked attention that keeps every token is untested beside states"
     return None

@@ -62,8 +62,11 @@ def _patch_attention_backend() -> None:
 
             from tidepool.vllm_plugin.settings import read_settings
 
-            kv = read_settings(get_current_vllm_config().additional_config).kv
-            if kv is None:
+            vllm_config = get_current_vllm_config()
+            kv = read_settings(vllm_config.additional_config).kv
+            skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
+            plain = attn_selector_config.has_sliding_window and "sliding_window" in skipped
+            if kv is None or plain:
                 return original(backend, attn_selector_config, *args, **kwargs)
             from tidepool.tqkv.backend import choose
             from tidepool.tqkv.formats import FORMATS

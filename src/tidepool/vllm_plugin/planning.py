@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheSpec,
     KVCacheTensor,
     MambaSpec,
+    SlidingWindowSpec,
 )
 
 from tidepool.cache import (
@@ -34,6 +35,7 @@ from tidepool.cache import (
     Geometry,
     Group,
     Share,
+    SlidingWindow,
     State,
     choose_geometry,
     fixed_shares,
@@ -338,8 +340,12 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
             f"An attention block of {spec.block_size} tokens is more than the attention kernels take at once: change "
             "block_tokens (or --block-size)."
         )
-    per_token = spec.copy_with_new_block_size(1).page_size_bytes
-    return Group(FullAttention(per_token), names, spec.block_size, STRIDE_ALIGN, page_bytes=spec.page_size_bytes)
+    per_token = replace(spec, page_size_padded=None).copy_with_new_block_size(1).page_size_bytes
+    cache: FullAttention | SlidingWindow = FullAttention(per_token)
+    if isinstance(spec, SlidingWindowSpec):
+        # What is computed in a step is held beside the window until the step has ended.
+        cache = SlidingWindow(per_token, spec.sliding_window, vllm_config.max_in_flight_tokens)
+    return Group(cache, names, spec.block_size, STRIDE_ALIGN, page_bytes=spec.page_size_bytes)
 
 
 def layer_specs_of(vllm_config: Any) -> dict[str, KVCacheSpec]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from tidepool.cache import Group
+from tidepool.cache import Group, SlidingWindow
 from tidepool.plan.memory import Memory, PlannedGroup, StockMemory
-from tidepool.plan.predict import predict
+from tidepool.plan.predict import label, predict
 from tidepool.plan.words import size
 from tidepool.vllm_plugin import planning
 
@@ -35,10 +36,13 @@ def log_start(
     groups = planning.core_groups(vllm_config, config.kv_cache_groups)
     ours = memory_of(vllm_config, config, config.arena_bytes)
     specs = {name: group.kv_cache_spec for group in config.kv_cache_groups for name in group.layer_names}
-    stock_config = planning.stock_kv_cache_config(
-        vllm_config, plan, specs, config.arena_bytes, stock_grouping, stock_configure
-    )
-    stock = _stock_memory_of(vllm_config, stock_config, config.arena_bytes)
+    stock: Memory | None = None
+    # vLLM raises one of these where pages can't be made equal.
+    with suppress(ValueError, NotImplementedError):
+        stock_config = planning.stock_kv_cache_config(
+            vllm_config, plan, specs, config.arena_bytes, stock_grouping, stock_configure
+        )
+        stock = _stock_memory_of(vllm_config, stock_config, config.arena_bytes)
     logger.info("%s", "\n".join(["tidepool serves this model.", *_groups(config, groups), *_capacity(ours, stock)]))
 
 
@@ -62,17 +66,21 @@ def _stock_memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int)
     block_bytes = config.kv_cache_tensors[0].size // config.num_blocks
     groups = []
     for group in config.kv_cache_groups:
-        core = planning.core_groups(vllm_config, [group])[0]
+        # Layers of one group may keep pages of different sizes, which lie side by side in its blocks.
+        specs = {name: group.kv_cache_spec for name in group.layer_names}
+        specs |= getattr(group.kv_cache_spec, "kv_cache_specs", {})
+        layers = planning.core_groups(vllm_config, [KVCacheGroupSpec([name], spec) for name, spec in specs.items()])
+        natural = sum(layer.block_bytes for layer in layers)
         groups.append(
             PlannedGroup(
-                label="state" if isinstance(group.kv_cache_spec, MambaSpec) else "attention",
-                cache=core.cache,
-                layers=len(core.layers),
-                block_tokens=core.block_tokens,
-                token_bytes=0 if core.constant else len(core.layers) * core.cache.page_bytes(1),
-                natural_bytes=core.block_bytes,
+                label=label(layers[0].cache),
+                cache=layers[0].cache,
+                layers=len(layers),
+                block_tokens=layers[0].block_tokens,
+                token_bytes=sum(layer.cache.page_bytes(1) for layer in layers if not layer.constant),
+                natural_bytes=natural,
                 page_padding=0,
-                group_padding=block_bytes - core.block_bytes,
+                group_padding=block_bytes - natural,
                 blocks=config.num_blocks - 1,
             )
         )
@@ -96,6 +104,8 @@ def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> 
         lines = [f"  {config.partition} partition of {size(config.arena_bytes)}: every group keeps its share"]
     for index, group in enumerate(groups):
         kind = "states" if group.constant else f"attention, blocks of {group.block_tokens} tokens"
+        if isinstance(group.cache, SlidingWindow):
+            kind = f"attention to the last {group.cache.window:,} tokens, blocks of {group.block_tokens}"
         blocks = config.geometry.cuts[index].slots if config.geometry else config.shares[index].blocks
         share = f"{blocks:,} block{'' if blocks == 1 else 's'}" + (" in an extent" if config.geometry else "")
         padding = 1 - group.block_bytes / config.strides[index]
@@ -106,15 +116,22 @@ def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> 
     return lines
 
 
-def _capacity(ours: Memory, stock: Memory) -> list[str]:
+def _capacity(ours: Memory, stock: Memory | None) -> list[str]:
     most = ours.max_num_seqs
-    block = max(group.block_tokens for group in stock.groups if group.token_bytes)
-    return [
-        f"  tokens beside 1 request: {_tokens(ours, 1)} (vLLM alone, with blocks of {block:,} tokens in "
-        f"{len(stock.groups)} groups: {_tokens(stock, 1)})",
-        f"  tokens in {most:,} requests (max_num_seqs): {_tokens(ours, most)} (vLLM alone: {_tokens(stock, most)})",
-        f"  requests of 100 tokens at once: {ours.requests_of(100):,} (vLLM alone: {stock.requests_of(100):,})",
+    lines = [
+        f"  tokens beside 1 request: {_tokens(ours, 1)}",
+        f"  tokens in {most:,} requests (max_num_seqs): {_tokens(ours, most)}",
+        f"  requests of 100 tokens at once: {ours.requests_of(100):,}",
     ]
+    if stock is None:
+        return [*lines, "  vLLM alone: it can't make these pages equally large"]
+    block = max(group.block_tokens for group in stock.groups if group.token_bytes)
+    others = [
+        f"vLLM alone, with blocks of {block:,} tokens in {len(stock.groups)} groups: {_tokens(stock, 1)}",
+        f"vLLM alone: {_tokens(stock, most)}",
+        f"vLLM alone: {stock.requests_of(100):,}",
+    ]
+    return [f"{line} ({other})" for line, other in zip(lines, others, strict=True)]
 
 
 def _tokens(memory: Memory, requests: int) -> str:
