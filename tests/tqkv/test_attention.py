@@ -118,6 +118,8 @@ def test_a_token_without_a_place_is_not_kept() -> None:
     write(cache.pages, places, cache.key, cache.value, cache.codec)
     changed = (cache.pages != before).any(-1).nonzero().tolist()
     assert changed == [[int(cache.blocks[0]), 0, 1]]
+    write(cache.pages, torch.tensor([0]), cache.key, cache.value, cache.codec)
+    assert (cache.pages[0, 0, 0] != before[0, 0, 0]).any(), "0 is a place"
 
 
 @pytest.mark.parametrize(

@@ -126,11 +126,11 @@ def test_the_rotation_does_not_depend_on_what_torch_makes_by_default() -> None:
 def test_vectors_lose_what_theory_says(size: int, width: int, seed: int, length: float) -> None:
     """And not more on average: a norm of their own helps short vectors a little."""
     codec = VectorCodec(size, width)
-    given_vectors = vectors(seed, 512, size) * length
+    given_vectors = vectors(seed, 4096, size) * length
     codes, norms = codec.encode(given_vectors)
     errors = given_vectors - norms.unsqueeze(-1) * codec.levels(codes)
     lost = float(errors.square().sum() / given_vectors.square().sum())
-    assert (1 - 5 / size) * 0.95 < lost / codec.book.noise < 1.04
+    assert (1 - 5 / size) * 0.95 < lost / codec.book.noise < 1.1
 
 
 @settings(deadline=None, max_examples=40)

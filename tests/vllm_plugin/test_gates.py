@@ -141,11 +141,18 @@ class TestLayers:
         import torch
         from vllm.v1.attention.backends.turboquant_attn import TurboQuantAttentionBackend
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, get_kv_quant_mode
+        from vllm.v1.kv_cache_layout import KVCacheLayout
         from vllm.v1.worker.utils import customize_attention_spec
 
         from tidepool.cache import CacheConfigError, FullAttention, choose_geometry
         from tidepool.models.dtypes import head_bytes
-        from tidepool.vllm_plugin.planning import core_groups, group_by_layer_cache
+        from tidepool.vllm_plugin.planning import (
+            Plan,
+            StockBlocks,
+            core_groups,
+            group_by_layer_cache,
+            make_kv_cache_config,
+        )
 
         def groups(block_tokens: int) -> list[KVCacheGroupSpec]:
             plain = FullAttentionSpec(
@@ -161,17 +168,26 @@ class TestLayers:
 
         engine = SimpleNamespace(
             model_config=SimpleNamespace(max_model_len=4096),
-            cache_config=SimpleNamespace(mamba_cache_mode="none"),
+            cache_config=SimpleNamespace(
+                mamba_cache_mode="none",
+                num_gpu_blocks_override=None,
+                prefix_cache_retention_interval=None,
+                get_resolved_kv_cache_layout=lambda: KVCacheLayout.LBNHC,
+            ),
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=None,
         )
+        plan = Plan("elastic", "returns", StockBlocks(2688, None))
         per_token = 3 * head_bytes(kv_dtype, 128, 128, 2)
         attention, state = core_groups(engine, groups(16))
         assert attention.cache == FullAttention(per_token)
         assert attention.page_bytes == 16 * per_token
         assert choose_geometry([attention, state]).padding < 0.01
         with pytest.raises(CacheConfigError, match="block of 256 tokens is more than the attention kernels take"):
-            core_groups(engine, groups(256))
+            make_kv_cache_config(engine, plan, groups(256), 1 << 30)
+        config = make_kv_cache_config(engine, plan, groups(128), 1 << 30)
+        assert config.block_bytes[0] == 128 * per_token
+        assert core_groups(engine, groups(2688))[0].block_tokens == 2688, "stock vLLM's, for the comparison in the log"
 
 
 def test_turboquant_is_for_gpus() -> None:

@@ -6,6 +6,7 @@ One class for each format: vLLM asks classes, not objects, for the size of a pag
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -97,7 +98,7 @@ class TqkvMetadata(AttentionMetadata):
 class TqkvMetadataBuilder(AttentionMetadataBuilder[TqkvMetadata]):
     """Takes from vLLM's common description of a step what `TqkvImpl` reads."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # vLLM's own is abstract
         super().__init__(*args, **kwargs)
 
     def build(
@@ -171,10 +172,8 @@ class TqkvImpl(AttentionImpl[TqkvMetadata]):
             raise NotImplementedError("tqkv writes plain outputs only.")
         if attn_metadata is None:  # vLLM is warming up
             return output.zero_()
-        starts = attn_metadata.starts
-        for start, end, length, blocks in zip(
-            starts, starts[1:], attn_metadata.lengths, attn_metadata.block_table, strict=False
-        ):
+        requests = zip(pairwise(attn_metadata.starts), attn_metadata.lengths, attn_metadata.block_table, strict=True)
+        for (start, end), length, blocks in requests:
             output[start:end] = attend(query[start:end], kv_cache, blocks, length, self.scale, self.codec)
         return output
 

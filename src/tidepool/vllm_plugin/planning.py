@@ -210,7 +210,8 @@ def make_kv_cache_config(
     """Plan the arena and its views for ``memory_bytes`` of KV memory.
 
     Raises:
-        CacheConfigError: no geometry fits these sizes, or a fixed partition doesn't fit this memory.
+        CacheConfigError: no geometry fits these sizes, a fixed partition doesn't fit this memory, or blocks are larger
+            than the kernels take.
     """
     layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
     if not layout.is_block_compact:
@@ -218,6 +219,13 @@ def make_kv_cache_config(
             f"The KV cache layout {layout.name} spreads a page over the memory; set VLLM_KV_CACHE_LAYOUT=BLHNC, or "
             "TIDEPOOL=off."
         )
+    for spec in (group.kv_cache_spec for group in groups):
+        if isinstance(spec, AttentionSpec) and spec.get_block_stride_alignment() > 1:
+            # vLLM would split such a block for its kernels, which only works where blocks are dense pages of one layer.
+            raise CacheConfigError(
+                f"An attention block of {spec.block_size} tokens is more than the attention kernels take at once: "
+                "change block_tokens (or --block-size)."
+            )
     core = core_groups(vllm_config, groups)
     geometry = choose_geometry(core)
     override = vllm_config.cache_config.num_gpu_blocks_override
@@ -334,12 +342,6 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
         copies = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
         return Group(State(spec.page_size_bytes, copies), names, spec.block_size, STRIDE_ALIGN)
     assert isinstance(spec, AttentionSpec)
-    if spec.get_block_stride_alignment() > 1:
-        # vLLM splits such a block for its kernels, and takes blocks to be dense pages of one layer then.
-        raise CacheConfigError(
-            f"An attention block of {spec.block_size} tokens is more than the attention kernels take at once: change "
-            "block_tokens (or --block-size)."
-        )
     per_token = replace(spec, page_size_padded=None).copy_with_new_block_size(1).page_size_bytes
     cache: FullAttention | SlidingWindow = FullAttention(per_token)
     if isinstance(spec, SlidingWindowSpec):

@@ -67,7 +67,7 @@ def _stock_memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int)
     groups = []
     for group in config.kv_cache_groups:
         # Layers of one group may keep pages of different sizes, which lie side by side in its blocks.
-        specs = {name: group.kv_cache_spec for name in group.layer_names}
+        specs = dict.fromkeys(group.layer_names, group.kv_cache_spec)
         specs |= getattr(group.kv_cache_spec, "kv_cache_specs", {})
         layers = planning.core_groups(vllm_config, [KVCacheGroupSpec([name], spec) for name, spec in specs.items()])
         natural = sum(layer.block_bytes for layer in layers)
