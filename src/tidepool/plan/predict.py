@@ -75,7 +75,7 @@ def _elastic(stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, 
     return ElasticMemory(
         budget_bytes=budget,
         groups=tuple(
-            _planned(group, cut.stride, max(0, extents - 1) * cut.slots)
+            planned_group(group, cut.stride, max(0, extents - 1) * cut.slots)
             for group, cut in zip(groups, geometry.cuts, strict=True)
         ),
         max_num_seqs=max_num_seqs,
@@ -93,7 +93,9 @@ def _fixed(stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, ma
     )
     return FixedMemory(
         budget_bytes=budget,
-        groups=tuple(_planned(group, share.stride, share.blocks) for group, share in zip(groups, shares, strict=True)),
+        groups=tuple(
+            planned_group(group, share.stride, share.blocks) for group, share in zip(groups, shares, strict=True)
+        ),
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         null_bytes=max(share.stride for share in shares),
@@ -108,7 +110,8 @@ def _same_groups(stages: Sequence[Sequence[Group]]) -> list[list[Group]]:
     return [[stage.get(cache) or replace(examples[cache], layers=()) for cache in order] for stage in found]
 
 
-def _planned(group: Group, stride: int, blocks: int) -> PlannedGroup:
+def planned_group(group: Group, stride: int, blocks: int) -> PlannedGroup:
+    """A group whose blocks lie ``stride`` bytes apart, and of which it may hold ``blocks``."""
     natural = len(group.layers) * group.cache.page_bytes(group.block_tokens)
     per_token = 0 if isinstance(group.cache, State) else len(group.layers) * group.cache.bytes_per_token
     return PlannedGroup(

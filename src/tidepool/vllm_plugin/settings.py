@@ -34,8 +34,9 @@ class Settings(BaseModel):
     """Tokens between two states kept for prefix hits; 512 by default."""
     eviction: Eviction = "returns"
     """Which cached memory goes first: by learned times of return, or the least recently used."""
-    allow: tuple[Literal["device"], ...] = ()
-    """Gates to open at one's own risk: ``device`` serves devices other than the CPU."""
+    allow: tuple[Literal["device", "executor"], ...] = ()
+    """Gates to open at one's own risk: ``device`` serves devices other than the CPU, ``executor`` several nodes, Ray's
+    workers among them."""
 
 
 def read_settings(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
