@@ -142,6 +142,16 @@ def _patch_planning() -> None:
 
         return generate_scheduler_kv_cache_config
 
+    def layout(original: Callable[..., Any]) -> Callable[..., Any]:
+        def resolve_kv_cache_layout(vllm_config: Any, supported_layouts: Any, kv_cache_specs: Any = None) -> Any:
+            if planning.has_plan(kv_cache_specs or ()):
+                # vLLM wants all ranks to name the same layouts, but a pipeline stage without attention names them all,
+                # and one with attention those that its kernels take.
+                supported_layouts = [min(supported_layouts, key=len)]
+            return original(vllm_config, supported_layouts, kv_cache_specs)
+
+        return resolve_kv_cache_layout
+
     from vllm.v1.engine import core
 
     _wrap(utils, "get_kv_cache_groups", groups)
@@ -149,6 +159,7 @@ def _patch_planning() -> None:
     _wrap(utils, "_max_memory_usage_bytes_from_groups", longest_request)
     _wrap(utils, "get_kv_cache_config_from_groups", configure)
     _wrap(utils, "get_max_concurrency_for_kv_cache_config", concurrency)
+    _wrap(core, "resolve_kv_cache_layout", layout)
     _wrap(core, "get_kv_cache_configs", configs)
     _wrap(core, "generate_scheduler_kv_cache_config", scheduler_config)
     _wrap(core, "update_kv_cache_capacity", capacity)

@@ -11,7 +11,7 @@ ranks then work unchanged with the extent as the block that they divide memory b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any
@@ -139,6 +139,11 @@ def send_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> None:
     if plan is not None:
         for spec in specs.values():
             object.__setattr__(spec, _PLAN, plan)
+
+
+def has_plan(specs: Iterable[KVCacheSpec]) -> bool:
+    """Whether a plan came with the specs: tidepool serves their engine."""
+    return any(getattr(spec, _PLAN, None) for spec in specs)
 
 
 def receive_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> Plan | None:
