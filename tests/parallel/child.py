@@ -117,7 +117,9 @@ def check_rank(worker: Any) -> dict[str, Any]:
         poisoned = all(bool((view[source] != 1).all()) for view in views)
         kept = all(bool((view[target] == 2).all()) for view in views)
         arena.copy([(encode(index, source, groups), encode(index, target, groups))])
-        bits = [(view[source].reshape(-1).view(torch.uint8), view[target].reshape(-1).view(torch.uint8)) for view in views]
+        bits = [
+            (view[source].reshape(-1).view(torch.uint8), view[target].reshape(-1).view(torch.uint8)) for view in views
+        ]
         copied = all(bool((a == b).all()) for a, b in bits)
         arena.apply([encode(index, source, groups)])
         zeroed = all(bool((view[source] == 0).all()) for view in views)

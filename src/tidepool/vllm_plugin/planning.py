@@ -393,7 +393,7 @@ def _require_room_for_one(groups: Sequence[Group], shares: Sequence[Share], toke
     """
     for group, share in zip(groups, shares, strict=True):
         needed = group.blocks_for(tokens)
-        if share.blocks < needed:
+        if group.layers and share.blocks < needed:
             raise CacheConfigError(
                 f"The fixed partition leaves {share.blocks:,} blocks to {group.layers[0]!r} and its like, and one "
                 f"request of max_model_len ({tokens:,} tokens) needs {needed:,}: give it more memory, lower "
