@@ -247,10 +247,18 @@ def test_a_stage_without_a_group_takes_nothing_for_it() -> None:
     assert staged.units == predict(both, 1_000_000, "elastic", 8, 1000).units
 
 
-def test_no_stage_with_every_group_is_an_error() -> None:
+def test_blocks_take_extents_on_stages_without_the_groups_layers() -> None:
     stages = [group_layers({"a": FullAttention(100)}, 16), group_layers({"s": State(9_000)}, 16)]
-    with pytest.raises(CacheConfigError, match="fewer stages"):
-        predict_stages(stages, 1_000_000, "elastic", 8, 1000)
+    staged = predict_stages(stages, 1_000_000, "elastic", 8, 1000)
+    assert isinstance(staged, ElasticMemory)
+    assert sorted(group.layers for group in staged.groups) == [0, 1], "one stage is the tightest"
+    most = staged.extents - 1
+    for one, other in ((0, 1), (1, 0)):
+        blocks = [0, 0]
+        blocks[one] = most * staged.slots[one]
+        assert staged.fits(blocks)
+        blocks[other] = 1
+        assert not staged.fits(blocks)
 
 
 def test_a_model_of_windows_and_full_attention_is_left_to_vllm() -> None:

@@ -4,7 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, reject, settings, strategies as st
 
 from tidepool.cache import (
     CacheConfigError,
@@ -13,7 +13,9 @@ from tidepool.cache import (
     SlidingWindow,
     State,
     choose_geometry,
+    choose_stage_geometries,
     fixed_shares,
+    fixed_stage_shares,
 )
 from tidepool.cache.geometry import MAX_PADDING_MANY, MAX_PADDING_TWO
 
@@ -130,7 +132,6 @@ def test_specs_refuse_nonsense() -> None:
         lambda: FullAttention(0),
         lambda: State(-1),
         lambda: SlidingWindow(4, 0),
-        lambda: attention(4, 0),
     ):
         with pytest.raises(CacheConfigError):
             make()
@@ -170,3 +171,70 @@ class TestFixedShares:
         assert spans[0][0] >= max(s.stride for s in shares), "block 0 is everyone's null block"
         assert spans[-1][1] <= total
         assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+def stages_of(sizes: tuple[int, int], counts: list[tuple[int, int]], align: int) -> list[list[Group]]:
+    """Stages with ``counts`` layers of an attention and a state group; ``sizes`` are bytes of a token and a state."""
+    per_token, state_bytes = sizes
+    return [
+        [
+            Group(FullAttention(per_token), tuple(f"a{i}" for i in range(attn)), 16, align),
+            Group(State(state_bytes, 2), tuple(f"s{i}" for i in range(states)), 16, align),
+        ]
+        for attn, states in counts
+    ]
+
+
+STAGE_SIZES = st.tuples(st.integers(64, 4096), st.integers(10_000, 3_000_000))
+STAGE_LAYERS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 24)), min_size=1, max_size=4).filter(
+    lambda counts: any(attn for attn, _ in counts) and any(states for _, states in counts)
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(STAGE_SIZES, STAGE_LAYERS, st.lists(st.integers(10**9, 10**10), min_size=4, max_size=4))
+def test_stages_have_the_same_slots(sizes: tuple[int, int], counts: list[tuple[int, int]], budgets: list[int]) -> None:
+    stages = stages_of(sizes, counts, 64)
+    try:
+        geometries = choose_stage_geometries(stages, budgets[: len(stages)], 8192)
+    except CacheConfigError:
+        reject()
+    assert len({tuple(cut.slots for cut in geometry.cuts) for geometry in geometries}) == 1
+    for groups, geometry in zip(stages, geometries, strict=True):
+        for group, cut in zip(groups, geometry.cuts, strict=True):
+            assert cut.block_bytes == group.block_bytes
+            assert cut.stride % group.align == 0
+    complete = [geometry for (a, s), geometry in zip(counts, geometries, strict=True) if a and s]
+    if complete:
+        assert min(geometry.padding for geometry in complete) < 0.01, "the slots suit one stage"
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    STAGE_SIZES,
+    STAGE_LAYERS,
+    st.lists(st.integers(10**9, 10**10), min_size=4, max_size=4),
+    st.integers(1, 20),
+)
+def test_fixed_stages_have_the_same_blocks_and_no_overlap(
+    sizes: tuple[int, int], counts: list[tuple[int, int]], budgets: list[int], requests: int
+) -> None:
+    stages = stages_of(sizes, counts, 64)
+    try:
+        by_stage = fixed_stage_shares(stages, budgets[: len(stages)], requests, 8192)
+    except CacheConfigError:
+        reject()
+    assert len({tuple((share.first, share.blocks) for share in shares) for shares in by_stage}) == 1
+    for groups, shares, budget in zip(stages, by_stage, budgets, strict=False):
+        # The null blocks, the states, attention: in this order, and within the memory.
+        attn, state_share = shares
+        end = max(share.stride for share in shares)
+        for group, share in ((groups[1], state_share), (groups[0], attn)):
+            assert share.block_bytes == group.block_bytes <= share.stride
+            if share.stride:
+                assert share.first * share.stride >= end
+                end = (share.first + share.blocks) * share.stride
+        assert end <= budget
+    # Attention could not have one block more on the stage that is tightest.
+    slack = [budget - (s[0].first + s[0].blocks) * s[0].stride for s, budget in zip(by_stage, budgets, strict=False)]
+    assert any(s[0].stride and left < s[0].stride for s, left in zip(by_stage, slack, strict=True))

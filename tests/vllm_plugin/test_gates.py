@@ -24,12 +24,13 @@ def config() -> SimpleNamespace:
             prefix_match_unit=None,
         ),
         parallel_config=SimpleNamespace(
-            tensor_parallel_size=1,
-            pipeline_parallel_size=1,
+            tensor_parallel_size=2,
+            pipeline_parallel_size=2,
             data_parallel_size=1,
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
-            distributed_executor_backend="uni",
+            distributed_executor_backend="mp",
+            nnodes=1,
         ),
         model_config=SimpleNamespace(use_mla=False, is_encoder_decoder=False),
         attention_config=SimpleNamespace(hisparse_config=None),
@@ -43,8 +44,6 @@ CLOSING: dict[str, tuple[str, Any]] = {
     "kv-connector": ("kv_transfer_config", object()),
     "ec-connector": ("ec_transfer_config", object()),
     "kv-offload": ("cache_config.kv_offloading_size", 4.0),
-    "tensor-parallel": ("parallel_config.tensor_parallel_size", 2),
-    "pipeline-parallel": ("parallel_config.pipeline_parallel_size", 2),
     "data-parallel": ("parallel_config.data_parallel_size", 2),
     "decode-context-parallel": ("parallel_config.decode_context_parallel_size", 2),
     "prefill-context-parallel": ("parallel_config.prefill_context_parallel_size", 2),
@@ -86,7 +85,14 @@ def test_each_gate_closes_on_its_feature_alone(gate: Any) -> None:
 def test_an_allowed_gate_is_open() -> None:
     engine = config()
     engine.device_config.device_type = "cuda"
-    assert list(closed_gates(engine, allow=("device",))) == []
+    engine.parallel_config.distributed_executor_backend = "ray"
+    assert list(closed_gates(engine, allow=("device", "executor"))) == []
+
+
+def test_several_nodes_are_untested_whoever_starts_them() -> None:
+    engine = config()
+    engine.parallel_config.nnodes = 2
+    assert [reason.partition(":")[0] for reason in closed_gates(engine)] == ["executor"]
 
 
 def test_version() -> None:

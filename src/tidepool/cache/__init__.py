@@ -6,7 +6,16 @@ Read in this order: `spec` (what layers keep), `geometry` (how the memory is cut
 
 from tidepool.cache.arena import Arena, Keep, OutOfBlocksError, Usage
 from tidepool.cache.eviction import ExpectedReturn, Leaf, LeastRecentlyUsed, Policy, Standing
-from tidepool.cache.geometry import Cut, Geometry, Share, choose_geometry, fixed_shares
+from tidepool.cache.geometry import (
+    Cut,
+    Geometry,
+    Share,
+    choose_geometry,
+    choose_stage_geometries,
+    cut_by_slots,
+    fixed_shares,
+    fixed_stage_shares,
+)
 from tidepool.cache.returns import Returns
 from tidepool.cache.spec import (
     CacheConfigError,
@@ -39,6 +48,9 @@ __all__ = [
     "State",
     "Usage",
     "choose_geometry",
+    "choose_stage_geometries",
+    "cut_by_slots",
     "fixed_shares",
+    "fixed_stage_shares",
     "group_layers",
 ]

@@ -15,7 +15,7 @@ between groups an extent at a time, so the smallest E that pads little enough is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from heapq import heappop, heappush
 from itertools import islice
@@ -64,8 +64,8 @@ class Geometry:
 
     @property
     def padding(self) -> float:
-        """The worst group's padding, 0 to 1."""
-        return max(cut.padding for cut in self.cuts)
+        """The worst group's padding, 0 to 1; groups without a layer have nothing to pad."""
+        return max((cut.padding for cut in self.cuts if cut.block_bytes), default=0.0)
 
     def extents_for(self, blocks: Sequence[int]) -> int:
         """Extents that hold ``blocks[g]`` blocks of each group g, no extent shared."""
@@ -107,6 +107,49 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
         f"{distinct[-1][0]:,} to {distinct[0][0]:,} bytes with under {max_padding:.1%} padding: change the block "
         "size of a group, lower its alignment, or allow more padding."
     )
+
+
+def choose_stage_geometries(
+    stages: Sequence[Sequence[Group]], budgets: Sequence[int], max_tokens: int
+) -> tuple[Geometry, ...]:
+    """A geometry for every pipeline stage, with the same slots on all; extents may be larger on some than on others.
+
+    One scheduler counts blocks for all stages, so block ids must mean the same extent and slot everywhere. The slots
+    are those that suit one of the stages best, whichever lets most requests of ``max_tokens`` tokens run on all.
+
+    Args:
+        stages: for each stage, the same groups in the same order, with the layers that the stage has of each, which
+            may be none.
+        budgets: bytes of KV memory of each stage.
+        max_tokens: tokens of the longest request.
+
+    Raises:
+        CacheConfigError: no extent size suits the groups; see `choose_geometry`.
+    """
+    if len(stages) == 1:
+        return (choose_geometry(stages[0]),)
+    complete = [groups for groups in stages if all(group.layers for group in groups)]
+    # Where no stage has layers of every group, the whole model's proportions have to do.
+    whole = [replace(same[0], layers=sum((g.layers for g in same), ())) for same in zip(*stages, strict=True)]
+    best: tuple[Geometry, ...] = ()
+    most = float("-inf")
+    for reference in complete or [whole]:
+        slots = [cut.slots for cut in choose_geometry(reference).cuts]
+        geometries = tuple(cut_by_slots(groups, slots) for groups in stages)
+        extents = min(budget // each.extent_bytes for budget, each in zip(budgets, geometries, strict=True))
+        request = sum(group.blocks_for(max_tokens) / count for group, count in zip(whole, slots, strict=True))
+        if (requests := (extents - 1) / request) > most:
+            best, most = geometries, requests
+    return best
+
+
+def cut_by_slots(groups: Sequence[Group], slots: Sequence[int]) -> Geometry:
+    """The geometry of the smallest extent that holds ``slots[g]`` blocks of every group g."""
+    step = lcm(*(count * group.align for group, count in zip(groups, slots, strict=True)))
+    need = max(count * group.block_bytes for group, count in zip(groups, slots, strict=True))
+    extent = max(1, -(-need // step)) * step
+    cuts = (Cut(group.block_bytes, extent // count, count) for group, count in zip(groups, slots, strict=True))
+    return Geometry(extent, tuple(cuts))
 
 
 def _candidates(smallest: int, largest: int, align: int) -> Iterator[int]:
@@ -181,33 +224,62 @@ def fixed_shares(groups: Sequence[Group], arena_bytes: int, max_requests: int, m
     Raises:
         CacheConfigError: the O(1) groups alone don't fit, or a group would get no block for a whole request.
     """
-    strides = [-(-group.block_bytes // group.align) * group.align for group in groups]
-    end = max(strides)
-    shares: dict[int, Share] = {}
+    return fixed_stage_shares([groups], [arena_bytes], max_requests, max_tokens)[0]
+
+
+def fixed_stage_shares(
+    stages: Sequence[Sequence[Group]], arena_bytes: Sequence[int], max_requests: int, max_tokens: int
+) -> list[tuple[Share, ...]]:
+    """`fixed_shares` of every pipeline stage, with the same block ids on all: ``first`` and ``blocks`` are equal.
+
+    Args:
+        stages: for each stage, the same groups in the same order, with the layers that the stage has of each.
+        arena_bytes: of each stage.
+        max_requests, max_tokens: as in `fixed_shares`.
+
+    Raises:
+        CacheConfigError: as `fixed_shares`, for any stage.
+    """
+    strides = [[-(-group.block_bytes // group.align) * group.align for group in groups] for groups in stages]
+    ends = [max(row) for row in strides]
+    groups = stages[0]
+    places: dict[int, tuple[int, int]] = {}
+
+    def first_of(index: int) -> int:
+        return max(-(-end // row[index]) for end, row in zip(ends, strides, strict=True) if row[index])
+
     for index, group in enumerate(groups):
         if group.constant:
-            first = -(-end // strides[index])
-            blocks = max_requests * group.blocks_for(max_tokens)
-            shares[index] = Share(group.block_bytes, strides[index], first, blocks)
-            end = (first + blocks) * strides[index]
+            first, blocks = first_of(index), max_requests * group.blocks_for(max_tokens)
+            places[index] = (first, blocks)
+            ends = [max(end, (first + blocks) * row[index]) for end, row in zip(ends, strides, strict=True)]
     growing = [index for index, group in enumerate(groups) if not group.constant]
-    rest = arena_bytes - end
-    wanted = {index: groups[index].blocks_for(max_tokens) * strides[index] for index in growing}
+    wanted = [{index: groups[index].blocks_for(max_tokens) * row[index] for index in growing} for row in strides]
+    rests = [total - end for total, end in zip(arena_bytes, ends, strict=True)]
     for index in growing:
-        part = rest * wanted[index] // sum(wanted.values())
-        first = -(-end // strides[index])
-        blocks = (min(end + part, arena_bytes) // strides[index]) - first
-        if blocks < 1:
+        first = first_of(index)
+        parts = [rest * want[index] // (sum(want.values()) or 1) for rest, want in zip(rests, wanted, strict=True)]
+        counts = {
+            stage: min(ends[stage] + parts[stage], arena_bytes[stage]) // row[index] - first
+            for stage, row in enumerate(strides)
+            if row[index]
+        }
+        tightest = min(counts, key=counts.__getitem__)
+        if counts[tightest] < 1:
             raise CacheConfigError(
-                f"A fixed partition of {arena_bytes:,} bytes sets {end:,} aside for the states of {max_requests} "
-                "requests, and nothing is left for attention: give it more memory, lower max_num_seqs, or use the "
-                "elastic partition."
+                f"A fixed partition of {arena_bytes[tightest]:,} bytes sets {ends[tightest]:,} aside for the states of "
+                f"{max_requests} requests, and nothing is left for attention: give it more memory, lower max_num_seqs, "
+                "or use the elastic partition."
             )
-        shares[index] = Share(groups[index].block_bytes, strides[index], first, blocks)
-        end += part
-    if end > arena_bytes:
-        raise CacheConfigError(
-            f"A fixed partition needs {end:,} bytes for the states of {max_requests} requests, more than the "
-            f"{arena_bytes:,} there are: give it more memory, lower max_num_seqs, or use the elastic partition."
-        )
-    return tuple(shares[index] for index in range(len(groups)))
+        places[index] = (first, counts[tightest])
+        ends = [end + part for end, part in zip(ends, parts, strict=True)]
+    for end, total in zip(ends, arena_bytes, strict=True):
+        if end > total:
+            raise CacheConfigError(
+                f"A fixed partition needs {end:,} bytes for the states of {max_requests} requests, more than the "
+                f"{total:,} there are: give it more memory, lower max_num_seqs, or use the elastic partition."
+            )
+    return [
+        tuple(Share(group.block_bytes, row[index], *places[index]) for index, group in enumerate(groups_of_stage))
+        for groups_of_stage, row in zip(stages, strides, strict=True)
+    ]

@@ -97,6 +97,7 @@ class Group:
 
     cache: LayerCache
     layers: tuple[str, ...]
+    """None on a pipeline stage that has none of the group's; its blocks then take no bytes there."""
     block_tokens: int
     """Tokens a block covers. For a state: how far apart checkpoints lie; it doesn't change the page."""
     align: int = 1
@@ -107,15 +108,13 @@ class Group:
     def __post_init__(self) -> None:
         _require_positive("block_tokens", self.block_tokens)
         _require_positive("align", self.align)
-        if not self.layers:
-            raise CacheConfigError("A group needs at least one layer.")
         natural = self.cache.page_bytes(self.block_tokens)
         if self.page_bytes == 0:
             object.__setattr__(self, "page_bytes", natural)
         elif natural > self.page_bytes:
             raise CacheConfigError(
-                f"A block of {self.block_tokens} tokens needs {natural:,} bytes in each layer, but the page of group "
-                f"{self.layers[0]!r} has {self.page_bytes:,}: use smaller blocks or a larger page."
+                f"A block of {self.block_tokens} tokens needs {natural:,} bytes in each layer, but the page of "
+                f"group {next(iter(self.layers), None)!r} has {self.page_bytes:,}: use smaller blocks or a larger page."
             )
 
     @property

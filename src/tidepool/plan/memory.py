@@ -46,7 +46,7 @@ class PlannedGroup:
     @property
     def padding(self) -> float:
         """Share of the block that holds nothing, 0 to 1."""
-        return 1 - self.natural_bytes / self.stride
+        return 1 - self.natural_bytes / self.stride if self.stride else 0.0
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a request of ``tokens`` tokens holds."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import lcm
+from dataclasses import replace
 from typing import Literal
 
 from tidepool.cache import (
     CacheConfigError,
     FullAttention,
-    Geometry,
     Group,
     LayerCache,
     SlidingWindow,
     State,
-    choose_geometry,
-    fixed_shares,
+    choose_stage_geometries,
+    fixed_stage_shares,
 )
 from tidepool.plan.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup
 
@@ -50,13 +49,12 @@ def predict_stages(
 ) -> Memory:
     """Like `predict`, over pipeline stages of ``budget_bytes`` each: the tightest stage decides.
 
-    Blocks are counted by one scheduler for all stages, so every group has as many slots in an extent on
-    each stage. They are those of the stage with which most extents fit; on the others the extent is only as
-    large as its groups need. A group that has no layer on a stage takes nothing there.
+    One scheduler counts blocks for all stages: see `tidepool.cache.choose_stage_geometries` and `fixed_stage_shares`.
     """
     if budget_bytes <= 0 or max_num_seqs <= 0 or max_model_len <= 0:
         raise CacheConfigError("Memory, max_num_seqs and the longest request must all be positive.")
     memory: Memory
+    stages = _same_groups(stages)
     if partition == "elastic":
         memory = _elastic(stages, budget_bytes, max_num_seqs, max_model_len)
     else:
@@ -71,66 +69,49 @@ def predict_stages(
 
 
 def _elastic(stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, max_model_len: int) -> ElasticMemory:
-    caches = list(dict.fromkeys(group.cache for stage in stages for group in stage))
-    by_stage = [{group.cache: group for group in stage} for stage in stages]
-    best: tuple[int, int, dict[LayerCache, int], int] | None = None  # extents, extent bytes, slots, stage
-    for reference in by_stage:
-        if len(reference) < len(caches):
-            continue
-        geometry = choose_geometry(list(reference.values()))
-        slots: dict[LayerCache, int] = {c: cut.slots for c, cut in zip(reference, geometry.cuts, strict=True)}
-        sizes = [_extent_bytes(stage, slots, geometry, stage is reference) for stage in by_stage]
-        tightest = max(range(len(sizes)), key=sizes.__getitem__)
-        candidate = (budget // sizes[tightest], sizes[tightest], slots, tightest)
-        if best is None or candidate[0] > best[0]:
-            best = candidate
-    if best is None:
-        raise CacheConfigError("No pipeline stage has layers of every group: use fewer stages.")
-    extents, extent_bytes, slots, stage_index = best
-    stage = by_stage[stage_index]
-    planned = tuple(
-        _planned(stage[cache], extent_bytes // slots[cache], max(0, extents - 1) * slots[cache])
-        for cache in caches
-        if cache in stage
-    )
+    geometries = choose_stage_geometries(stages, [budget] * len(stages), max_model_len)
+    groups, geometry = max(zip(stages, geometries, strict=True), key=lambda stage: stage[1].extent_bytes)
+    extents = budget // geometry.extent_bytes
     return ElasticMemory(
         budget_bytes=budget,
-        groups=planned,
+        groups=tuple(
+            planned_group(group, cut.stride, max(0, extents - 1) * cut.slots)
+            for group, cut in zip(groups, geometry.cuts, strict=True)
+        ),
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
-        extent_bytes=extent_bytes,
+        extent_bytes=geometry.extent_bytes,
         extents=extents,
-        slots=tuple(slots[group.cache] for group in planned),
+        slots=tuple(cut.slots for cut in geometry.cuts),
     )
-
-
-def _extent_bytes(stage: dict[LayerCache, Group], slots: dict[LayerCache, int], geometry: Geometry, own: bool) -> int:
-    """Bytes of an extent on a stage: its own geometry's, or the least that every group's slots tile."""
-    if own:
-        return geometry.extent_bytes
-    need = max((slots[cache] * group.block_bytes for cache, group in stage.items()), default=1)
-    step = lcm(*(slots[cache] * group.align for cache, group in stage.items()))
-    return -(-need // step) * step
 
 
 def _fixed(stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, max_model_len: int) -> FixedMemory:
-    plans = []
-    for stage in stages:
-        shares = fixed_shares(stage, budget, max_num_seqs, max_model_len)
-        planned = tuple(_planned(group, share.stride, share.blocks) for group, share in zip(stage, shares, strict=True))
-        plans.append(
-            FixedMemory(
-                budget_bytes=budget,
-                groups=planned,
-                max_num_seqs=max_num_seqs,
-                max_model_len=max_model_len,
-                null_bytes=max(share.stride for share in shares),
-            )
-        )
-    return min(plans, key=lambda plan: [g.blocks for g in plan.groups if g.token_bytes])
+    by_stage = fixed_stage_shares(stages, [budget] * len(stages), max_num_seqs, max_model_len)
+    groups, shares = max(
+        zip(stages, by_stage, strict=True), key=lambda stage: sum(share.blocks * share.stride for share in stage[1])
+    )
+    return FixedMemory(
+        budget_bytes=budget,
+        groups=tuple(
+            planned_group(group, share.stride, share.blocks) for group, share in zip(groups, shares, strict=True)
+        ),
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        null_bytes=max(share.stride for share in shares),
+    )
 
 
-def _planned(group: Group, stride: int, blocks: int) -> PlannedGroup:
+def _same_groups(stages: Sequence[Sequence[Group]]) -> list[list[Group]]:
+    """The stages' groups in one order, that in which the model's layers come; a stage may have no layer of a group."""
+    examples = {group.cache: group for stage in reversed(stages) for group in stage}
+    order = dict.fromkeys(group.cache for stage in stages for group in stage)
+    found = [{group.cache: group for group in stage} for stage in stages]
+    return [[stage.get(cache) or replace(examples[cache], layers=()) for cache in order] for stage in found]
+
+
+def planned_group(group: Group, stride: int, blocks: int) -> PlannedGroup:
+    """A group whose blocks lie ``stride`` bytes apart, and of which it may hold ``blocks``."""
     natural = len(group.layers) * group.cache.page_bytes(group.block_tokens)
     per_token = 0 if isinstance(group.cache, State) else len(group.layers) * group.cache.bytes_per_token
     return PlannedGroup(

@@ -30,6 +30,7 @@ def apply_compat() -> list[str]:
         "torchvision-ops": declare_torchvision_ops,
         "hidden-media-packages": hide_media_packages,
         "mamba2-cpu-checkpoints": patch_mamba2_cpu_checkpoints,
+        "cpu-stage-buffers": patch_cpu_stage_buffers,
     }
     return [name for name, apply in workarounds.items() if apply()]
 
@@ -268,3 +269,32 @@ def store_prefill_checkpoint(
             end = start + offset
             conv_state[block, :, :state_len] = x[:, end - state_len : end].to(conv_state.dtype)
             ssm_state[block] = chunk_states[chunk].to(ssm_state.dtype)
+
+
+# Pipeline stages on the CPU ---------------------------------------------------------------------------------
+
+
+def patch_cpu_stage_buffers() -> bool:
+    """Give later pipeline stages the buffer for what they receive, on the CPU platform of vLLM 0.32.
+
+    Model runners make it in their warm-up, which the CPU worker leaves out in eager mode with a KV cache of given size.
+
+    Returns:
+        Whether the patch is in force.
+    """
+    if not _is_affected_vllm():
+        return False
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    gather = CPUModelRunner.sync_and_gather_intermediate_tensors
+    if not hasattr(gather, _MARK):
+
+        def sync_and_gather_intermediate_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.intermediate_tensors is None:
+                self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                    batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+                )
+            return gather(self, *args, **kwargs)
+
+        CPUModelRunner.sync_and_gather_intermediate_tensors = _marked(sync_and_gather_intermediate_tensors)
+    return True

@@ -79,6 +79,7 @@ def _patch_attention_backend() -> None:
 
 
 def _patch_planning() -> None:
+    from vllm.platforms import current_platform
     from vllm.platforms.interface import Platform
     from vllm.v1.core import kv_cache_utils as utils
 
@@ -93,6 +94,18 @@ def _patch_planning() -> None:
             inflate(cls, vllm_config, backend_cls)
 
     Platform._align_hybrid_block_size = classmethod(align_hybrid_block_size)
+
+    platform = type(current_platform)
+    update_block_size = platform.update_block_size_for_backend.__func__
+
+    def update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
+        update_block_size(cls, vllm_config)
+        model_config = vllm_config.model_config
+        if model_config and model_config.is_hybrid and not cls._find_non_ssm_backends(vllm_config):
+            # vLLM aligns nothing on a pipeline stage without attention. The others wait for its word.
+            planning.keep_pages_natural(cls, vllm_config, None)
+
+    platform.update_block_size_for_backend = classmethod(update_block_size_for_backend)
 
     stock_grouping, stock_configure = utils.get_kv_cache_groups, utils.get_kv_cache_config_from_groups
 
@@ -146,6 +159,32 @@ def _patch_planning() -> None:
 
         return update_kv_cache_capacity
 
+    def configs(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
+            planning.agree(vllm_config, kv_cache_specs, available_memory)
+            return original(vllm_config, kv_cache_specs, available_memory)
+
+        return get_kv_cache_configs
+
+    def scheduler_config(original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate_scheduler_kv_cache_config(kv_cache_configs: Any) -> Any:
+            config = original(kv_cache_configs)
+            if isinstance(config, planning.TidepoolKVCacheConfig):
+                planning.over_stages(config, kv_cache_configs)
+            return config
+
+        return generate_scheduler_kv_cache_config
+
+    def layout(original: Callable[..., Any]) -> Callable[..., Any]:
+        def resolve_kv_cache_layout(vllm_config: Any, supported_layouts: Any, kv_cache_specs: Any = None) -> Any:
+            if planning.has_plan(kv_cache_specs or ()):
+                # vLLM wants all ranks to name the same layouts, but a pipeline stage without attention names them all,
+                # and one with attention those that its kernels take.
+                supported_layouts = [min(supported_layouts, key=len)]
+            return original(vllm_config, supported_layouts, kv_cache_specs)
+
+        return resolve_kv_cache_layout
+
     from vllm.v1.engine import core
 
     _wrap(utils, "get_kv_cache_groups", groups)
@@ -153,6 +192,9 @@ def _patch_planning() -> None:
     _wrap(utils, "_max_memory_usage_bytes_from_groups", longest_request)
     _wrap(utils, "get_kv_cache_config_from_groups", configure)
     _wrap(utils, "get_max_concurrency_for_kv_cache_config", concurrency)
+    _wrap(core, "resolve_kv_cache_layout", layout)
+    _wrap(core, "get_kv_cache_configs", configs)
+    _wrap(core, "generate_scheduler_kv_cache_config", scheduler_config)
     _wrap(core, "update_kv_cache_capacity", capacity)
 
 
@@ -273,6 +315,8 @@ def _patch_workers() -> None:
                 # Before the copies come the zeroing and poisoning that vLLM does inside.
                 scheduler_output.kv_cache_block_copies = None
                 result = original(self, scheduler_output)
+                # Ray hands the same object on to the next pipeline stage.
+                scheduler_output.kv_cache_block_copies = copies
                 arena.copy(copies)
                 return result
             return original(self, scheduler_output)

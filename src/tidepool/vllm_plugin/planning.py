@@ -11,7 +11,7 @@ ranks then work unchanged with the extent as the block that they divide memory b
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any
@@ -38,10 +38,13 @@ from tidepool.cache import (
     SlidingWindow,
     State,
     choose_geometry,
+    choose_stage_geometries,
+    cut_by_slots,
     fixed_shares,
+    fixed_stage_shares,
 )
 from tidepool.vllm_plugin.gates import closed_gates, unservable_specs
-from tidepool.vllm_plugin.settings import Eviction, Partition, read_settings
+from tidepool.vllm_plugin.settings import Eviction, Partition, Settings, read_settings
 
 logger = init_logger("vllm.tidepool")
 
@@ -71,7 +74,23 @@ class Plan:
 
     partition: Partition
     eviction: Eviction
-    stock: StockBlocks
+    stock: StockBlocks | None
+    """None on a pipeline stage without attention, which vLLM doesn't inflate."""
+    slots: tuple[int, ...] = ()
+    """Blocks of each group in an extent, where several pipeline stages share them."""
+    places: tuple[tuple[int, int], ...] = ()
+    """(first block, blocks) of each group's fixed share, where several ranks share them."""
+
+
+@dataclass(frozen=True)
+class RankView:
+    """What one rank knows about an engine before anyone has decided on it."""
+
+    settings: Settings
+    specs: Mapping[str, KVCacheSpec]
+    """Of the layers that this rank has; none where it is switched off."""
+    kernel_tokens: int
+    """The fewest tokens of an attention block that its kernels take; 1 without attention."""
 
 
 @dataclass
@@ -127,9 +146,15 @@ def send_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> None:
             object.__setattr__(spec, _PLAN, plan)
 
 
+def has_plan(specs: Iterable[KVCacheSpec]) -> bool:
+    """Whether a plan came with the specs: tidepool serves their engine."""
+    return any(getattr(spec, _PLAN, None) for spec in specs)
+
+
 def receive_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> Plan | None:
     """In the engine core: take over the plan that came with the specs. Returns `plan_of`."""
-    plan = next((plan for spec in specs.values() if (plan := getattr(spec, _PLAN, None))), None)
+    plans = [plan for spec in specs.values() if (plan := getattr(spec, _PLAN, None))]
+    plan = next((plan for plan in plans if plan.stock), None)
     if plan is not None and plan_of(vllm_config) is None:
         object.__setattr__(vllm_config.cache_config, _PLAN, plan)
         if vllm_config.cache_config.mamba_cache_mode == "align":
@@ -138,16 +163,90 @@ def receive_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> Plan | N
     return plan_of(vllm_config)
 
 
-def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any], None]) -> bool:
+def agree(
+    vllm_config: Any, specs_of_ranks: Sequence[Mapping[str, KVCacheSpec]], memory_of_ranks: Sequence[int]
+) -> None:
+    """In the engine core: settle what all ranks' memory must have in common, before each is planned by itself.
+
+    One scheduler hands out blocks for all ranks, so a block id must name the same extent and slot on each.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine; its plan is completed.
+        specs_of_ranks: layer name to KVCacheSpec, for each rank.
+        memory_of_ranks: bytes of KV memory of each rank.
+
+    Raises:
+        CacheConfigError: tidepool serves only some ranks, or there is no plan that suits all.
+    """
+    plans = {
+        rank: getattr(next(iter(specs.values())), _PLAN, None) for rank, specs in enumerate(specs_of_ranks) if specs
+    }
+    views = {plan and (plan.partition, plan.eviction) for plan in plans.values()}
+    if len(views) > 1:
+        raise CacheConfigError(
+            "The ranks don't agree on whose memory this engine uses ("
+            + "; ".join(f"rank {rank}: {plan.partition if plan else 'vLLM'}" for rank, plan in plans.items())
+            + "): install the same tidepool and set the same TIDEPOOL on every node, or set TIDEPOOL=off on all."
+        )
+    specs = {name: spec for each in specs_of_ranks for name, spec in each.items()}
+    plan = receive_plan(vllm_config, specs)
+    if plan is None or len(specs_of_ranks) == 1:
+        return
+    groups = group_by_layer_cache(specs)
+    budgets: dict[tuple[str, ...], int] = {}
+    for each, memory in zip(specs_of_ranks, memory_of_ranks, strict=True):
+        budgets[tuple(each)] = min(memory, budgets.get(tuple(each), memory))
+    stages = [core_groups(vllm_config, _groups_on(groups, names)) for names in budgets]
+    longest = vllm_config.model_config.max_model_len
+    geometries = choose_stage_geometries(stages, list(budgets.values()), longest)
+    if len(stages) > 1:
+        plan = replace(plan, slots=tuple(cut.slots for cut in geometries[0].cuts))
+    if plan.partition == "fixed":
+        override = vllm_config.cache_config.num_gpu_blocks_override
+        arenas = [
+            memory if override is None else override * geometry.extent_bytes
+            for memory, geometry in zip(budgets.values(), geometries, strict=True)
+        ]
+        shares = fixed_stage_shares(stages, arenas, vllm_config.scheduler_config.max_num_seqs, longest)[0]
+        plan = replace(plan, places=tuple((share.first, share.blocks) for share in shares))
+    object.__setattr__(vllm_config.cache_config, _PLAN, plan)
+
+
+def over_stages(config: TidepoolKVCacheConfig, configs: Sequence[TidepoolKVCacheConfig]) -> None:
+    """Let the scheduler's configuration, a copy of one rank's, stand for all pipeline stages: bytes are sums over them.
+
+    Block ids are the same on every stage, so nothing but the accounts of bytes changes.
+    """
+    stages = list({tuple(tuple(g.layer_names) for g in each.kv_cache_groups): each for each in configs}.values())
+    if len(stages) == 1:
+        return
+    config.arena_bytes = sum(stage.arena_bytes for stage in stages)
+    config.block_bytes = tuple(map(sum, zip(*(stage.block_bytes for stage in stages), strict=True)))
+    strides = tuple(map(sum, zip(*(stage.strides for stage in stages), strict=True)))
+    if config.geometry:
+        cuts = zip(config.block_bytes, strides, config.geometry.cuts, strict=True)
+        config.geometry = Geometry(
+            sum(stage.geometry.extent_bytes for stage in stages if stage.geometry),
+            tuple(Cut(block_bytes, stride, cut.slots) for block_bytes, stride, cut in cuts),
+        )
+    config.shares = tuple(
+        Share(block_bytes, stride, share.first, share.blocks)
+        for block_bytes, stride, share in zip(config.block_bytes, strides, config.shares, strict=False)
+    )
+    for index, group in enumerate(config.kv_cache_groups):
+        group.layer_names = [name for stage in stages for name in stage.kv_cache_groups[index].layer_names]
+
+
+def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any], None] | None) -> bool:
     """Decide whether tidepool serves this engine, and if so set its block sizes.
 
-    Called in place of the inflation, with the model loaded. Attention blocks become as small as the kernels take
-    (or as the user said), checkpoints lie `CHECKPOINT_TOKENS` apart, and no page is padded.
+    Called in place of the inflation, with the model loaded, on every rank; all decide alike. Attention blocks become as
+    small as the kernels take (or as the user said), checkpoints lie `CHECKPOINT_TOKENS` apart, and no page is padded.
 
     Args:
         platform: vLLM's platform class.
         vllm_config: vLLM's configuration of the engine; changed only when the answer is True.
-        inflate: vLLM's own inflation of a configuration.
+        inflate: vLLM's own inflation of a configuration; None on a pipeline stage without attention.
 
     Returns:
         False if the engine is left to vLLM; one log line has said why.
@@ -156,21 +255,27 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
     if plan_of(vllm_config) is not None:
         return True
     settings = read_settings(vllm_config.additional_config)
+    closed = next(closed_gates(vllm_config, settings.allow), None)
+    # Gates look at the configuration, which is the same on every rank; the environment and the layers may not be.
+    views = [] if closed else views_of_ranks(vllm_config, _view(platform, vllm_config, settings))
+    if len({view.settings for view in views}) > 1:
+        raise CacheConfigError("TIDEPOOL isn't the same on every node: set it alike, or TIDEPOOL=off on all.")
     if not settings.enabled:
-        logger.info("tidepool is switched off: vLLM's own KV cache is used.")
+        logger.info_once("tidepool is switched off: vLLM's own KV cache is used.", scope="global")
         return False
-    specs = layer_specs_of(vllm_config)
-    closed = next(closed_gates(vllm_config, settings.allow), None) or unservable_specs(specs)
+    closed = closed or unservable_specs({name: spec for view in views for name, spec in view.specs.items()})
     if closed:
-        logger.warning("tidepool steps aside, vLLM's own KV cache is used. %s.", closed)
+        logger.warning_once("tidepool steps aside, vLLM's own KV cache is used. %s.", closed, scope="global")
         return False
 
-    stock_config = copy.copy(vllm_config)
-    stock_config.cache_config = copy.copy(cache_config)
-    inflate(stock_config)
-    stock = StockBlocks(stock_config.cache_config.block_size, stock_config.cache_config.mamba_page_size_padded)
+    stock = None
+    if inflate is not None:
+        stock_config = copy.copy(vllm_config)
+        stock_config.cache_config = copy.copy(cache_config)
+        inflate(stock_config)
+        stock = StockBlocks(stock_config.cache_config.block_size, stock_config.cache_config.mamba_page_size_padded)
 
-    kernel = _smallest_kernel_block(platform, vllm_config)
+    kernel = lcm(*(view.kernel_tokens for view in views))
     block_tokens = settings.block_tokens or (
         cache_config.block_size if cache_config.user_specified_block_size else kernel
     )
@@ -189,6 +294,25 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
     cache_config.block_size = block_tokens
     object.__setattr__(cache_config, _PLAN, Plan(settings.partition, settings.eviction, stock))
     return True
+
+
+def views_of_ranks(vllm_config: Any, mine: RankView) -> list[RankView]:
+    """What every rank knows, in order of ranks; the same list on all. Waits for all ranks."""
+    if vllm_config.parallel_config.world_size == 1:
+        return [mine]
+    from torch.distributed import all_gather_object
+    from vllm.distributed import get_world_group
+
+    world = get_world_group()
+    views: list[RankView] = [mine] * world.world_size
+    all_gather_object(views, mine, group=world.cpu_group)
+    return views
+
+
+def _view(platform: Any, vllm_config: Any, settings: Settings) -> RankView:
+    if not settings.enabled:
+        return RankView(settings, {}, 1)
+    return RankView(settings, layer_specs_of(vllm_config), _smallest_kernel_block(platform, vllm_config))
 
 
 def group_by_layer_cache(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
@@ -227,7 +351,7 @@ def make_kv_cache_config(
                 "change block_tokens (or --block-size)."
             )
     core = core_groups(vllm_config, groups)
-    geometry = choose_geometry(core)
+    geometry = _geometry(plan, core)
     override = vllm_config.cache_config.num_gpu_blocks_override
     extents = override if override is not None else memory_bytes // geometry.extent_bytes
     profiling = override is not None and memory_bytes == 0
@@ -238,12 +362,19 @@ def make_kv_cache_config(
     if plan.partition == "fixed" and not profiling:
         # A fixed partition isn't cut into extents, so it needn't end with a whole one.
         arena_bytes = arena_bytes if override is not None else memory_bytes
-        shares = fixed_shares(
-            core,
-            arena_bytes,
-            vllm_config.scheduler_config.max_num_seqs,
-            vllm_config.model_config.max_model_len,
-        )
+        if plan.places:
+            shares = tuple(
+                Share(group.block_bytes, -(-group.block_bytes // group.align) * group.align, *place)
+                for group, place in zip(core, plan.places, strict=True)
+            )
+            arena_bytes = max((share.first + share.blocks) * share.stride for share in shares)
+        else:
+            shares = fixed_shares(
+                core,
+                arena_bytes,
+                vllm_config.scheduler_config.max_num_seqs,
+                vllm_config.model_config.max_model_len,
+            )
         _require_room_for_one(core, shares, vllm_config.model_config.max_model_len)
     cuts: Sequence[Cut | Share] = shares or geometry.cuts
     tensors = [
@@ -254,6 +385,7 @@ def make_kv_cache_config(
             block_stride=cut.stride,
         )
         for group, member, cut in zip(groups, core, cuts, strict=True)
+        if group.layer_names
     ]
     return TidepoolKVCacheConfig(
         num_blocks=extents,
@@ -277,7 +409,7 @@ def _require_room_for_one(groups: Sequence[Group], shares: Sequence[Share], toke
     """
     for group, share in zip(groups, shares, strict=True):
         needed = group.blocks_for(tokens)
-        if share.blocks < needed:
+        if group.layers and share.blocks < needed:
             raise CacheConfigError(
                 f"The fixed partition leaves {share.blocks:,} blocks to {group.layers[0]!r} and its like, and one "
                 f"request of max_model_len ({tokens:,} tokens) needs {needed:,}: give it more memory, lower "
@@ -287,14 +419,25 @@ def _require_room_for_one(groups: Sequence[Group], shares: Sequence[Share], toke
 
 def extent_bytes(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> int:
     """Bytes of an extent."""
-    return choose_geometry(core_groups(vllm_config, groups)).extent_bytes
+    return _geometry(plan_of(vllm_config), core_groups(vllm_config, groups)).extent_bytes
 
 
 def extents_of_longest_request(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> int:
     """Extents that one request of max_model_len tokens needs."""
     core = core_groups(vllm_config, groups)
     longest = vllm_config.model_config.max_model_len
-    return choose_geometry(core).extents_for([group.blocks_for(longest) for group in core])
+    return _geometry(plan_of(vllm_config), core).extents_for([group.blocks_for(longest) for group in core])
+
+
+def _geometry(plan: Plan | None, core: Sequence[Group]) -> Geometry:
+    """How this rank's extents are cut."""
+    return cut_by_slots(core, plan.slots) if plan and plan.slots else choose_geometry(core)
+
+
+def _groups_on(groups: Sequence[KVCacheGroupSpec], layers: Sequence[str]) -> list[KVCacheGroupSpec]:
+    """The groups with the layers that one rank has."""
+    held = set(layers)
+    return [KVCacheGroupSpec([n for n in group.layer_names if n in held], group.kv_cache_spec) for group in groups]
 
 
 def max_concurrency(vllm_config: Any, config: TidepoolKVCacheConfig) -> float:
@@ -317,20 +460,22 @@ def stock_kv_cache_config(
     configure: Callable[[Any, list[KVCacheGroupSpec], int], KVCacheConfig],
 ) -> KVCacheConfig:
     """What vLLM alone would have planned on the same bytes, by its own functions ``grouping`` and ``configure``."""
+    stock = plan.stock
+    assert stock, "the engine core's plan comes from a rank with attention"
     stock_config = copy.copy(vllm_config)
     stock_config.cache_config = copy.copy(vllm_config.cache_config)
-    stock_config.cache_config.block_size = plan.stock.block_tokens
+    stock_config.cache_config.block_size = stock.block_tokens
     stock_config.cache_config.num_gpu_blocks_override = None
     object.__setattr__(stock_config.cache_config, _PLAN, None)
     aligned = vllm_config.cache_config.mamba_cache_mode == "align"
     stock_specs: dict[str, KVCacheSpec] = {
         name: replace(
             spec,
-            block_size=plan.stock.block_tokens if aligned else spec.block_size,
-            page_size_padded=plan.stock.state_page_bytes,
+            block_size=stock.block_tokens if aligned else spec.block_size,
+            page_size_padded=stock.state_page_bytes,
         )
         if isinstance(spec, MambaSpec)
-        else replace(spec, block_size=plan.stock.block_tokens)
+        else replace(spec, block_size=stock.block_tokens)
         for name, spec in specs.items()
     }
     return configure(stock_config, grouping(stock_config, stock_specs), memory_bytes)

@@ -37,8 +37,9 @@ class Settings(BaseModel):
     """Which cached memory goes first: by learned times of return, or the least recently used."""
     kv: str | None = Field(default=None, pattern="^tqkv-k[2348]v[2348]$")
     """How attention keeps keys and values: a format of `tidepool.tqkv`, on the CPU; also without tidepool's memory."""
-    allow: tuple[Literal["device"], ...] = ()
-    """Gates to open at one's own risk: ``device`` serves devices other than the CPU."""
+    allow: tuple[Literal["device", "executor"], ...] = ()
+    """Gates to open at one's own risk: ``device`` serves devices other than the CPU, ``executor`` several nodes, Ray's
+    workers among them."""
 
 
 def read_settings(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -10,8 +10,8 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from tidepool.cache import Group, SlidingWindow
-from tidepool.plan.memory import Memory, PlannedGroup, StockMemory
-from tidepool.plan.predict import label, predict
+from tidepool.plan.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup, StockMemory
+from tidepool.plan.predict import label, planned_group
 from tidepool.plan.words import size
 from tidepool.vllm_plugin import planning
 
@@ -34,16 +34,19 @@ def log_start(
     plan = planning.plan_of(vllm_config)
     assert plan is not None
     groups = planning.core_groups(vllm_config, config.kv_cache_groups)
-    ours = memory_of(vllm_config, config, config.arena_bytes)
-    specs = {name: group.kv_cache_spec for group in config.kv_cache_groups for name in group.layer_names}
+    stages = vllm_config.parallel_config.pipeline_parallel_size
     stock: Memory | None = None
     # vLLM raises one of these where pages can't be made equal.
     with suppress(ValueError, NotImplementedError):
-        stock_config = planning.stock_kv_cache_config(
-            vllm_config, plan, specs, config.arena_bytes, stock_grouping, stock_configure
-        )
-        stock = _stock_memory_of(vllm_config, stock_config, config.arena_bytes)
-    logger.info("%s", "\n".join(["tidepool serves this model.", *_groups(config, groups), *_capacity(ours, stock)]))
+        if stages == 1:
+            specs = {name: group.kv_cache_spec for group in config.kv_cache_groups for name in group.layer_names}
+            stock_config = planning.stock_kv_cache_config(
+                vllm_config, plan, specs, config.arena_bytes, stock_grouping, stock_configure
+            )
+            stock = _stock_memory_of(vllm_config, stock_config, config.arena_bytes)
+    served = "tidepool serves this model." + (f" Bytes are sums over {stages} pipeline stages." if stages > 1 else "")
+    capacity = _capacity(memory_of(vllm_config, config, config.arena_bytes), stock)
+    logger.info("%s", "\n".join([served, *_groups(config, groups), *capacity]))
 
 
 def memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> Memory:
@@ -56,9 +59,18 @@ def memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> Mem
     """
     if not isinstance(config, planning.TidepoolKVCacheConfig):
         return _stock_memory_of(vllm_config, config, memory_bytes)
+    blocks = [share.blocks for share in config.shares]
+    if config.geometry:
+        blocks = [(config.num_blocks - 1) * cut.slots for cut in config.geometry.cuts]
     groups = planning.core_groups(vllm_config, config.kv_cache_groups)
+    planned = tuple(planned_group(*each) for each in zip(groups, config.strides, blocks, strict=True))
     limits = (vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len)
-    return predict(groups, config.arena_bytes, config.partition, *limits)
+    if config.geometry is None:
+        return FixedMemory(config.arena_bytes, planned, *limits, null_bytes=max(config.strides))
+    slots = tuple(cut.slots for cut in config.geometry.cuts)
+    return ElasticMemory(
+        config.arena_bytes, planned, *limits, config.geometry.extent_bytes, extents=config.num_blocks, slots=slots
+    )
 
 
 def _stock_memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> StockMemory:
@@ -118,20 +130,19 @@ def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> 
 
 def _capacity(ours: Memory, stock: Memory | None) -> list[str]:
     most = ours.max_num_seqs
-    lines = [
-        f"  tokens beside 1 request: {_tokens(ours, 1)}",
-        f"  tokens in {most:,} requests (max_num_seqs): {_tokens(ours, most)}",
-        f"  requests of 100 tokens at once: {ours.requests_of(100):,}",
+
+    def line(words: str, answer: Callable[[Memory], str], blocks: str = "") -> str:
+        return f"  {words}: {answer(ours)}" + (f" (vLLM alone{blocks}: {answer(stock)})" if stock else "")
+
+    blocks = ""
+    if stock:
+        largest = max(group.block_tokens for group in stock.groups if group.token_bytes)
+        blocks = f", with blocks of {largest:,} tokens in {len(stock.groups)} groups"
+    return [
+        line("tokens beside 1 request", lambda memory: _tokens(memory, 1), blocks),
+        line(f"tokens in {most:,} requests (max_num_seqs)", lambda memory: _tokens(memory, most)),
+        line("requests of 100 tokens at once", lambda memory: f"{memory.requests_of(100):,}"),
     ]
-    if stock is None:
-        return [*lines, "  vLLM alone: it can't make these pages equally large"]
-    block = max(group.block_tokens for group in stock.groups if group.token_bytes)
-    others = [
-        f"vLLM alone, with blocks of {block:,} tokens in {len(stock.groups)} groups: {_tokens(stock, 1)}",
-        f"vLLM alone: {_tokens(stock, most)}",
-        f"vLLM alone: {stock.requests_of(100):,}",
-    ]
-    return [f"{line} ({other})" for line, other in zip(lines, others, strict=True)]
 
 
 def _tokens(memory: Memory, requests: int) -> str:

@@ -69,14 +69,16 @@ class ArenaBytes:
 
     Args:
         config: the worker's KV cache configuration.
-        any_view: the KV cache of any layer; all views share the arena's storage.
+        any_view: the KV cache of any layer; all views share the arena's storage. None on a pipeline stage without any.
     """
 
-    def __init__(self, config: TidepoolKVCacheConfig, any_view: torch.Tensor) -> None:
+    def __init__(self, config: TidepoolKVCacheConfig, any_view: torch.Tensor | None) -> None:
         from vllm.v1.kv_cache_interface import MambaSpec
 
-        arena = torch.empty(0, dtype=torch.uint8, device=any_view.device).set_(any_view.untyped_storage())
-        self.arena = arena[: config.arena_bytes]
+        self.arena = torch.empty(0, dtype=torch.uint8)
+        if any_view is not None:
+            arena = torch.empty(0, dtype=torch.uint8, device=any_view.device).set_(any_view.untyped_storage())
+            self.arena = arena[: config.arena_bytes]
         self.strides = config.strides
         self.block_bytes = config.block_bytes
         self.extent_bytes = config.geometry.extent_bytes if config.geometry else 0
@@ -97,6 +99,8 @@ class ArenaBytes:
         """
         groups = len(self.strides)
         for (poison, whole_extents, group), same in groupby(operations, lambda each: _kind(each, groups)):
+            if not self.block_bytes[group]:
+                continue  # a pipeline stage without the group's layers
             if whole_extents:
                 rows = self._rows(self.extent_bytes, self.extent_bytes)
             else:
@@ -135,7 +139,7 @@ def arena_bytes_of(runner: Any) -> ArenaBytes | None:
         return None
     cached = getattr(runner, "_tidepool_arena", None)
     if cached is None or cached[0] is not config:
-        cached = runner._tidepool_arena = (config, ArenaBytes(config, runner.kv_caches[0]))
+        cached = runner._tidepool_arena = (config, ArenaBytes(config, next(iter(runner.kv_caches), None)))
     arena: ArenaBytes = cached[1]
     return arena
 

@@ -1,0 +1,145 @@
+"""Serves batches with real vLLM over several workers; run by test_parallel.py.
+
+Reads a list of engines to start, one after the other, on standard input, and writes what each answered and allocated
+to the file named in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from typing import Any
+
+
+def main() -> None:
+    job: dict[str, Any] = json.load(sys.stdin)
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    results = {name: run(job, shape) for name, shape in job["engines"].items()}
+    with open(job["answer"], "w", encoding="utf-8") as file:
+        json.dump(results, file)
+
+
+def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
+    os.environ["TIDEPOOL"] = shape["side"]
+    os.environ["TIDEPOOL_POISON"] = "1" if shape.get("poison") else "0"
+    os.environ.pop("VLLM_PP_LAYER_PARTITION", None)
+    if "layers" in shape:
+        os.environ["VLLM_PP_LAYER_PARTITION"] = shape["layers"]
+    from vllm import LLM
+
+    llm = LLM(
+        model=job["model"],
+        max_model_len=2048,
+        max_num_seqs=shape.get("max_num_seqs", 64),
+        kv_cache_memory_bytes=shape["kv_bytes"],
+        tensor_parallel_size=shape.get("tp", 1),
+        pipeline_parallel_size=shape.get("pp", 1),
+        distributed_executor_backend="mp",
+        # Prompts are never cut, so that every engine computes the same chunks.
+        max_num_batched_tokens=65_536,
+        enable_prefix_caching=shape.get("caching", False),
+        enforce_eager=True,
+        seed=0,
+        disable_log_stats=False,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    result: dict[str, Any] = {"in_flight": core.batch_queue_size}
+    for workload in shape["workloads"]:
+        result[workload] = serve(llm, job["workloads"][workload])
+    metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    result["preemptions"] = metrics["vllm:num_preemptions"]
+    if arena := getattr(core.scheduler.kv_cache_manager.block_pool, "arena", None):
+        config = core.scheduler.kv_cache_config
+        result |= {
+            "extents": config.num_blocks,
+            "blocks": [
+                (config.num_blocks - 1 if config.geometry else 1) * (cut.slots if config.geometry else cut.blocks)
+                for cut in (config.geometry.cuts if config.geometry else config.shares)
+            ],
+            "moves": arena.moves,
+            "in_use_at_end": arena.usage().in_use,
+            "ranks": core.model_executor.collective_rpc(check_rank),
+        }
+    llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def serve(llm: Any, workload: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    rng = random.Random(3)
+
+    def some(count: int) -> list[int]:
+        return [rng.randrange(5, 500) for _ in range(count)]
+
+    shared = [some(length) for length in workload["shared_lengths"]]
+    prompts = [
+        (rng.choice(shared) if shared else []) + some(rng.choice(workload["own_lengths"]))
+        for _ in range(workload["requests"])
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=workload["output_tokens"], ignore_eos=True, logprobs=20)
+    answers, cached = [], 0
+    for _ in range(workload["rounds"]):
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        cached += sum(output.num_cached_tokens or 0 for output in outputs)
+        for output in outputs:
+            completion = output.outputs[0]
+            logprobs = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
+            answers.append({"tokens": list(completion.token_ids), "logprobs": logprobs})
+    return {"answers": answers, "cached_tokens": cached}
+
+
+def check_rank(worker: Any) -> dict[str, Any]:
+    """On a worker: what it allocated, and whether zeroing, poisoning and copying hit what its layers see, no more."""
+    import torch
+
+    from tidepool.vllm_plugin.worker import arena_bytes_of, encode, encode_poison
+
+    runner = worker.model_runner
+    config, arena = runner.kv_cache_config, arena_bytes_of(runner)
+    groups = len(config.kv_cache_groups)
+    layers = runner.compilation_config.static_forward_context
+    hits = []
+    for index, group in enumerate(config.kv_cache_groups):
+        first = config.shares[index].first if config.shares else 2 * config.geometry.cuts[index].slots
+        source, target = first, first + 1
+        views = [view for name in group.layer_names for view in tensors(layers[name].kv_cache)]
+        for block, value in ((source, 1), (target, 2)):
+            for view in views:
+                view[block].fill_(value)
+        arena.apply([encode_poison(index, source, groups)])
+        poisoned = all(bool((view[source] != 1).all()) for view in views)
+        kept = all(bool((view[target] == 2).all()) for view in views)
+        arena.copy([(encode(index, source, groups), encode(index, target, groups))])
+        bits = [
+            (view[source].reshape(-1).view(torch.uint8), view[target].reshape(-1).view(torch.uint8)) for view in views
+        ]
+        copied = all(bool((a == b).all()) for a, b in bits)
+        arena.apply([encode(index, source, groups)])
+        zeroed = all(bool((view[source] == 0).all()) for view in views)
+        left = all(bool((view[target] != 0).all()) for view in views)
+        hits.append([poisoned, kept, copied, zeroed, left])
+    return {
+        "layers": [len(group.layer_names) for group in config.kv_cache_groups],
+        "extents": config.num_blocks,
+        "pool_blocks": list(config.pool_blocks),
+        "arena_bytes": config.arena_bytes,
+        "allocated": runner.kv_caches[0].untyped_storage().nbytes() if runner.kv_caches else 0,
+        "max_num_seqs": runner.vllm_config.scheduler_config.max_num_seqs,
+        "hits": hits,
+    }
+
+
+def tensors(cache: Any) -> list[Any]:
+    """A layer's cache as a list of tensors, blocks first: one for attention, several for a state."""
+    return list(cache) if isinstance(cache, list | tuple) else [cache]
+
+
+if __name__ == "__main__":  # workers import this file
+    main()

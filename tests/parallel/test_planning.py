@@ -1,0 +1,163 @@
+"""How several ranks come to one plan; no model runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tidepool.cache import CacheConfigError, FullAttention, State
+from tidepool.models import CacheOptions, entry
+from tidepool.tiny import Family, make_checkpoint
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.mark.parametrize("partition", ["elastic", "fixed"])
+@pytest.mark.parametrize(
+    ("family", "cut", "memory"),
+    [
+        ("qwen3.5", 4, (90_000_000, 70_000_000)),
+        ("qwen3.5", 3, (70_000_000, 90_000_000)),  # no attention on the first stage
+        ("nemotron-h", 7, (60_000_001, 60_000_000)),  # less than an extent apart
+        ("nemotron-h", 14, (90_000_000, 90_000_000)),  # no cache at all on the second stage
+    ],
+)
+def test_stages_of_unequal_memory_get_the_same_blocks(
+    family: Family, cut: int, memory: tuple[int, int], partition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    from tidepool.replay.engine import EngineShape, NoModelExecutor, make_engine
+
+    configs: list[Any] = []
+
+    def stages(self: Any) -> list[dict[str, Any]]:
+        return [
+            {name: spec for name, spec in self.specs.items() if (extract_layer_index(name) < cut) == begins}
+            for begins in (True, False)
+        ]
+
+    monkeypatch.setattr(NoModelExecutor, "get_kv_cache_specs", stages)
+    monkeypatch.setattr(NoModelExecutor, "determine_available_memory", lambda self: list(memory))
+    monkeypatch.setattr(NoModelExecutor, "initialize_from_config", lambda self, given: configs.extend(given))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TIDEPOOL", os.environ.get("TIDEPOOL", ""))
+    model = json.loads((make_checkpoint(family, tmp_path) / "config.json").read_text())
+    engine = make_engine(EngineShape(model, memory[0], partition, max_num_seqs=8, max_model_len=4096))
+
+    scheduler = engine.scheduler.kv_cache_config
+    assert [config.pool_blocks for config in configs] == [scheduler.pool_blocks] * 2
+    assert [config.num_blocks for config in configs] == [scheduler.num_blocks] * 2
+    assert scheduler.arena_bytes == sum(config.arena_bytes for config in configs)
+    assert sum(len(group.layer_names) for group in scheduler.kv_cache_groups) == sum(
+        len(group.layer_names) for config in configs for group in config.kv_cache_groups
+    )
+    left = [have - config.arena_bytes for have, config in zip(memory, configs, strict=True)]
+    assert min(left) >= 0
+    if partition == "elastic":
+        assert any(rest < each.geometry.extent_bytes for rest, each in zip(left, configs, strict=True)), "all is used"
+    else:
+        attention = 1
+        assert any(rest < config.strides[attention] for rest, config in zip(left, configs, strict=True)), "all is used"
+    for config in configs:
+        assert all(tensor.layers for tensor in config.kv_cache_tensors)
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_a_large_models_ranks_keep_what_vllm_says(tp: int, tmp_path: Path) -> None:
+    """Qwen3.5-27B has 4 KV heads: from 8 ranks on they are replicated."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.qwen3_5 import Qwen3_5ForCausalLM
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+    path = tmp_path / "config.json"
+    hf_config = {"architectures": ["Qwen3_5ForCausalLM"], "dtype": "bfloat16"} | dict(entry("Qwen3.5-27B").config)
+    path.write_text(json.dumps(hf_config))
+    config = EngineArgs(
+        model=str(tmp_path),
+        skip_tokenizer_init=True,
+        tensor_parallel_size=tp,
+        max_model_len=4096,
+        distributed_executor_backend="mp",
+    ).create_engine_config()
+    attention = FullAttentionSpec(
+        block_size=1,
+        num_kv_heads=config.model_config.get_num_kv_heads(config.parallel_config),
+        head_size=config.model_config.get_head_size(),
+        dtype=config.model_config.dtype,
+    )
+    state = MambaSpec(
+        block_size=1,
+        shapes=Qwen3_5ForCausalLM.get_mamba_state_shape_from_config(config),
+        dtypes=Qwen3_5ForCausalLM.get_mamba_state_dtype_from_config(config),
+    )
+    caches = entry("Qwen3.5-27B").model().layer_caches(CacheOptions(tp=tp))
+    assert set(caches.values()) == {FullAttention(attention.page_size_bytes), State(state.page_size_bytes)}
+    assert attention.num_kv_heads == max(1, 4 // tp)
+
+
+class TestAgreement:
+    def specs(self, **changes: Any) -> dict[str, Any]:
+        import torch
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+        attention = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
+        return {
+            "a": FullAttentionSpec(**attention | changes),
+            "s": MambaSpec(block_size=16, shapes=((4, 4),), dtypes=(torch.float32,)),
+        }
+
+    def test_ranks_that_differ_are_refused(self) -> None:
+        from tidepool.vllm_plugin.planning import Plan, StockBlocks, agree, send_plan
+
+        def rank(plan: Plan | None) -> dict[str, Any]:
+            specs = self.specs()
+            config = SimpleNamespace(cache_config=SimpleNamespace(tidepool_plan=plan))
+            send_plan(config, specs)
+            return specs
+
+        elastic, fixed = (Plan(partition, "returns", StockBlocks(640, None)) for partition in ("elastic", "fixed"))
+        core = SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode="none"))
+        for one, other in ((elastic, None), (None, elastic), (elastic, fixed)):
+            with pytest.raises(CacheConfigError, match=r"rank 0: .*; rank 1: .*install the same tidepool"):
+                agree(core, [rank(one), rank(other)], [1 << 30, 1 << 30])
+        agree(core, [rank(None), {}, rank(None)], [1 << 30] * 3)
+        assert not hasattr(core.cache_config, "tidepool_plan")
+
+    def decide(self, monkeypatch: pytest.MonkeyPatch, others: list[Any], **environment: str) -> bool:
+        from tidepool.vllm_plugin import planning
+        from tidepool.vllm_plugin.planning import RankView
+        from tidepool.vllm_plugin.settings import read_settings
+
+        views = [RankView(read_settings({}, environment), specs, 16) for specs, environment in others]
+        monkeypatch.setattr(planning, "views_of_ranks", lambda config, mine: [mine, *views])
+        monkeypatch.setattr(planning, "layer_specs_of", lambda config: {"s": self.specs()["s"]})
+        monkeypatch.setattr(planning, "_smallest_kernel_block", lambda platform, config: 1)
+        monkeypatch.setattr(planning, "closed_gates", lambda config, allow: iter(()))
+        monkeypatch.delenv("TIDEPOOL", raising=False)
+        cache_config = SimpleNamespace(mamba_cache_mode="none", block_size=128, user_specified_block_size=False)
+        config = SimpleNamespace(additional_config={}, cache_config=cache_config)
+        served = planning.keep_pages_natural(None, config, None)
+        assert cache_config.block_size == (16 if served else 128)
+        assert (planning.plan_of(config) is not None) == served
+        return served
+
+    def test_a_stage_of_states_alone_is_served_where_another_has_the_attention(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert self.decide(monkeypatch, [({"a": self.specs()["a"]}, {})])
+
+    def test_a_layer_that_is_not_served_on_one_stage_lets_all_step_aside(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        windowed = self.specs(attention_chunk_size=64)["a"]
+        assert not self.decide(monkeypatch, [({"a": windowed}, {})])
+
+    def test_switches_that_differ_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for value in ("off", "fixed"):
+            with pytest.raises(CacheConfigError, match="isn't the same on every node"):
+                self.decide(monkeypatch, [({"a": self.specs()["a"]}, {"TIDEPOOL": value})])
