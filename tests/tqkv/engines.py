@@ -1,4 +1,4 @@
-"""Engines of several formats and kinds of memory, one after the other in one process; run by test_engine.py.
+"""Engines of several formats and kinds of memory, one after the other in one process; run by test_tqkv_engine.py.
 
 Reads a JSON list of jobs on standard input, writes a JSON list of answers to the file named on the command line.
 """
