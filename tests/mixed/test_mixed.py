@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from mixed_model import WINDOW, make_mixed_checkpoint
 
+from answers import assert_same_answers, gaps, tokens
 from tidepool.cache import FullAttention, Group, SlidingWindow, State
+from tidepool.compare.agreement import BFLOAT16_GAP
 from tidepool.plan.predict import predict
 
 pytestmark = pytest.mark.vllm
-BFLOAT16_GAP = 1.0
-"""See tests/serving."""
 COMMON = {"side": "elastic", "poison": False, "corrupt": False, "rounds": 1, "prefix_caching": False, "seed": 3}
 MIXED = COMMON | {
     "requests": 48,
@@ -79,15 +79,11 @@ def serve(model: Path, workload: dict[str, Any], **changes: Any) -> dict[str, An
     return result
 
 
-def tokens(result: dict[str, Any]) -> list[list[int]]:
-    return [answer["tokens"] for answer in result["answers"]]
-
-
 def test_four_groups_give_stocks_tokens(model: Path) -> None:
     stock = serve(model, MIXED, side="stock")
     assert len({tuple(answer) for answer in tokens(stock)}) == MIXED["requests"]
     result = serve(model, MIXED, poison=True)
-    assert tokens(result) == tokens(stock)
+    assert_same_answers(stock, result)
     assert result["moves"] > 0, "no extent changed hands"
     assert stock["preemptions"] > 0
 
@@ -117,12 +113,7 @@ def test_prefix_hits_give_the_same_answers(model: Path) -> None:
     result = serve(model, SHARED, prefix_caching=True, poison=True)
     assert result["cached_tokens"] > 10_000
     assert result["moves"] > 0
-    for expected, got in zip(stock["answers"], result["answers"], strict=True):
-        steps = zip(expected["tokens"], got["tokens"], expected["logprobs"], strict=True)
-        for ours, theirs, logprobs in steps:
-            if ours != theirs:
-                assert logprobs[str(ours)] - logprobs.get(str(theirs), float("-inf")) <= BFLOAT16_GAP
-                break
+    assert all(gap <= BFLOAT16_GAP for gap in gaps(stock, result)), gaps(stock, result)
 
 
 def test_codes_beside_bfloat16(model: Path) -> None:
@@ -130,7 +121,7 @@ def test_codes_beside_bfloat16(model: Path) -> None:
     roomy = serve(model, CODED, kv_bytes=400_000_000)
     tight = serve(model, CODED, poison=True)
     assert tight["moves"] > 0
-    assert tokens(tight) == tokens(roomy)
+    assert_same_answers(roomy, tight)
     plain = serve(model, MIXED, poison=True)
     assert tokens(tight) != tokens(plain), "codes are rounder than bfloat16"
     # Four bits and a norm for 32 or so numbers of two bytes: more blocks of full attention fit, not of windows.

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from answers import assert_same_answers, tokens
 from tidepool.cache import group_layers
 from tidepool.models import CacheOptions, model_from_config
 from tidepool.plan.memory import Memory
@@ -95,24 +96,20 @@ def results(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return found
 
 
-def tokens(result: dict[str, Any], workload: str) -> list[list[int]]:
-    return [answer["tokens"] for answer in result[workload]["answers"]]
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_answer_as_one_process_does(results: dict[str, Any], name: str) -> None:
     """Under poison, with two batches in flight: a block is freed while an earlier batch may still read it."""
     (workload,) = ENGINES[name]["workloads"]
     assert results[name]["in_flight"] == 2
-    assert tokens(results[name], workload) == tokens(results["one process"], workload)
+    assert_same_answers(results["one process"][workload], results[name][workload])
 
 
 def test_tensor_ranks_answer_as_those_of_stock_vllm(results: dict[str, Any]) -> None:
-    assert tokens(results["tensors"], "short") == tokens(results["stock tensors"], "short")
+    assert_same_answers(results["stock tensors"]["short"], results["tensors"]["short"])
 
 
 def test_the_runs_were_hard_enough(results: dict[str, Any]) -> None:
-    assert len({tuple(answer) for answer in tokens(results["one process"], "mixed")}) == MIXED["requests"]
+    assert len({tuple(answer) for answer in tokens(results["one process"]["mixed"])}) == MIXED["requests"]
     assert results["stages, prefix caching"]["shared"]["cached_tokens"] > 5000
     assert results["stages, one without attention"]["preemptions"] > 0
     assert all(results[name]["moves"] > 0 for name in ("stages, one without attention", "tensors"))

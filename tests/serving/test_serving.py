@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
+from answers import assert_same_answers, gaps, tokens
+from tidepool.compare.agreement import BFLOAT16_GAP
 from tidepool.tiny import Family, make_checkpoint
 
 pytestmark = pytest.mark.vllm
 FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
-BFLOAT16_GAP = 1.0
-"""Logits of these models reach 64, where neighbouring bfloat16 numbers lie 0.25 apart; four such steps."""
 
 MIXED = {
     "requests": 72,
@@ -95,25 +95,6 @@ def serve(
     return _serve(family, side, workload, poison, corrupt, caching)
 
 
-def tokens(result: dict[str, Any]) -> list[list[int]]:
-    return [answer["tokens"] for answer in result["answers"]]
-
-
-def gaps(reference: dict[str, Any], result: dict[str, Any]) -> list[float]:
-    """For every request that differs: by how much the reference prefers its own token where they first differ.
-
-    Log-probabilities. A token not among the reference's best 20 counts as infinitely far.
-    """
-    found = []
-    for expected, got in zip(reference["answers"], result["answers"], strict=True):
-        for step, (ours, theirs) in enumerate(zip(expected["tokens"], got["tokens"], strict=True)):
-            if ours != theirs:
-                logprobs = expected["logprobs"][step]
-                found.append(logprobs[str(ours)] - logprobs.get(str(theirs), float("-inf")))
-                break
-    return found
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_stock_through_preemption(family: Family) -> None:
     stock = serve(family, "stock", "mixed")
@@ -121,7 +102,7 @@ def test_tokens_equal_stock_through_preemption(family: Family) -> None:
     preemptions = 0
     for side in ("elastic", "fixed"):
         result = serve(family, side, "mixed")
-        assert tokens(result) == tokens(stock), (side, gaps(stock, result))
+        assert_same_answers(stock, result)
         preemptions += result["preemptions"]
     assert stock["preemptions"] > 0
     assert preemptions > 0

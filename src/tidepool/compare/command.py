@@ -160,7 +160,7 @@ def _print(results: Sequence[report.ModelResult], console: Console) -> None:
     for problem in problems:
         console.print(f"FAILED: {problem}", style="red")
     if not problems:
-        console.print("Holds: identical outputs, and never fewer requests at once than stock.")
+        console.print("Holds: the same outputs, and never fewer requests at once than stock.")
 
 
 def _fail(message: str, code: int) -> None:

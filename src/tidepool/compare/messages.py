@@ -52,5 +52,5 @@ class Run:
     output_tokens: int
     outputs: dict[str, list[int]]
     """Token ids, by request."""
-    preempted: list[str]
-    """Requests that were preempted at least once."""
+    logprobs: dict[str, list[dict[str, float]]]
+    """`tidepool.compare.agreement.Logprobs` of each request."""

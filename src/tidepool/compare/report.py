@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tidepool.compare.agreement import BFLOAT16_GAP, first_gap
 from tidepool.compare.drive import Measured
 from tidepool.compare.messages import Facts, Run, Side
 from tidepool.compare.workloads import Workload, describe
@@ -17,17 +18,17 @@ from tidepool.compare.workloads import Workload, describe
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many requests got the same tokens as on the stock side, in every repeat.
-
-    A preempted request is computed again, prompt and answer in one piece, and bfloat16 rounds that differently from
-    token by token. So requests that either side preempted are counted apart.
-    """
+    """How many requests got the same tokens as on the stock side, in every repeat."""
 
     requests: int
     identical: int
-    preempted: int
-    """Requests that a side preempted, not among ``requests``."""
-    preempted_identical: int
+    rounded: int
+    """Requests whose answers part where stock found both tokens as good as equal; see `tidepool.compare.agreement`."""
+
+    @property
+    def wrong(self) -> int:
+        """Requests whose answers differ by more than rounding accounts for."""
+        return self.requests - self.identical - self.rounded
 
 
 @dataclass(frozen=True)
@@ -86,23 +87,19 @@ def summarize(measured: Measured) -> ModelResult:
 def failures(results: Sequence[ModelResult]) -> list[str]:
     """What should hold and doesn't, a sentence each.
 
-    With prefix caching off, outputs must be stock's, and the elastic partition must never run fewer requests at once.
-    The fixed partition may: that is what its walls cost. With prefix caching on, sides find different prefixes,
-    which cuts prompts in different places, so outputs agree up to bfloat16 only.
+    Outputs must be stock's, up to rounding. With prefix caching off, the elastic partition must never run fewer
+    requests at once. The fixed partition may: that is what its walls cost.
     """
     found = []
     for result in results:
         for measured in result.workloads:
-            if measured.workload.caching:
-                continue
             title = f"{result.model}, {measured.workload.title}"
             stock = measured.sides["stock"]
             for side, values in measured.sides.items():
-                agreement = values.agreement
-                if agreement.identical < agreement.requests:
-                    differing = agreement.requests - agreement.identical
-                    found.append(f"{title}: {differing} outputs of {side} differ from stock's.")
-                if side == "elastic" and values.peak_requests < stock.peak_requests:
+                if wrong := values.agreement.wrong:
+                    found.append(f"{title}: {wrong} outputs of {side} differ from stock's.")
+                promised = side == "elastic" and not measured.workload.caching
+                if promised and values.peak_requests < stock.peak_requests:
                     found.append(
                         f"{title}: {side} ran {values.peak_requests} requests at once, stock {stock.peak_requests}."
                     )
@@ -167,7 +164,7 @@ def print_result(result: ModelResult, console: Console) -> None:
                 f"{values.preemptions:,}",
                 f"{values.hit_tokens:,}" if workload.caching else "-",
                 "" if side == "stock" else f"{values.speed_ratio:.2f}x",
-                "" if side == "stock" else _agreement(values.agreement, workload.caching),
+                "" if side == "stock" else _agreement(values.agreement),
             )
     console.print(table)
 
@@ -190,33 +187,32 @@ def _side(runs: Sequence[Run], stock: Sequence[Run]) -> SideResult:
 
 
 def _agree(runs: Sequence[Run], stock: Sequence[Run]) -> Agreement:
-    preempted = {request for run in (*runs, *stock) for request in run.preempted}
-    identical = {
-        request
-        for request in stock[0].outputs
-        if all(run.outputs.get(request) == other.outputs[request] for run, other in zip(runs, stock, strict=True))
-    }
-    requests = stock[0].outputs.keys() - preempted
-    return Agreement(len(requests), len(identical & requests), len(preempted), len(identical & preempted))
+    identical = rounded = 0
+    for request in stock[0].outputs:
+        gaps = [
+            first_gap(other.outputs[request], other.logprobs[request], run.outputs.get(request, ()))
+            for run, other in zip(runs, stock, strict=True)
+        ]
+        largest = max((gap for gap in gaps if gap is not None), default=None)
+        identical += largest is None
+        rounded += largest is not None and largest <= BFLOAT16_GAP
+    return Agreement(len(stock[0].outputs), identical, rounded)
 
 
 def _peak(side: Side, values: SideResult) -> str:
     return f"{values.peak_requests}" if side == "stock" else f"{values.peak_requests} ({values.peak_ratio:.2f}x)"
 
 
-def _agreement(agreement: Agreement, caching: bool) -> str:
-    """Yes or no where outputs must agree, and how many did."""
-    if caching:
-        same = agreement.identical + agreement.preempted_identical
-        return f"{same} of {agreement.requests + agreement.preempted}**"
-    verdict = "yes" if agreement.identical == agreement.requests else "NO"
-    star = "*" if agreement.preempted else ""
+def _agreement(agreement: Agreement) -> str:
+    """Whether outputs agree, and how many are the same to the last token."""
+    verdict = "NO" if agreement.wrong else "yes"
+    star = "*" if agreement.rounded else ""
     return f"{verdict}, {agreement.identical} of {agreement.requests}{star}"
 
 
 NOTES = (
     "output tok/s: per second of computing time, median of the ratios of neighbouring runs.",
-    "*  not counting requests that a side preempted: they are recomputed, and bfloat16 rounds otherwise.",
-    "** with prefix caching, hits cut prompts in different places, and bfloat16 rounds otherwise.",
+    "* the others part where stock found both tokens as good as equal: in batches of other sizes, or cut in other",
+    "  places, the same numbers round otherwise in bfloat16.",
 )
 """Under the tables."""

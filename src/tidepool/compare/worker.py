@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
+from tidepool.compare.agreement import ALTERNATIVES
 from tidepool.compare.messages import Facts, Job, Run
 from tidepool.compare.workloads import MAX_MODEL_LEN, Turn, Workload, make_conversations
 
@@ -109,6 +110,7 @@ def _run(engine: Any, conversations: Sequence[Sequence[Turn]], at_once: int | No
     engine.reset_prefix_cache()
     waiting = deque(range(len(conversations)))
     outputs: dict[str, list[int]] = {}
+    logprobs: dict[str, list[dict[str, float]]] = {}
     preemptions: dict[str, int] = {}
     prompt_tokens = hit_tokens = steps = peak = total = 0
 
@@ -134,7 +136,11 @@ def _run(engine: Any, conversations: Sequence[Sequence[Turn]], at_once: int | No
             if request.num_preemptions
         }
         for result in finished:
-            outputs[result.request_id] = list(result.outputs[0].token_ids)
+            answer = result.outputs[0]
+            outputs[result.request_id] = list(answer.token_ids)
+            logprobs[result.request_id] = [
+                {str(token): entry.logprob for token, entry in likely.items()} for likely in answer.logprobs
+            ]
             hit_tokens += result.num_cached_tokens or 0
             conversation, turn = map(int, result.request_id.split("."))
             if turn + 1 < len(conversations[conversation]):
@@ -152,8 +158,7 @@ def _run(engine: Any, conversations: Sequence[Sequence[Turn]], at_once: int | No
         hit_tokens=hit_tokens,
         output_tokens=sum(map(len, outputs.values())),
         outputs=outputs,
-        # Inside, vLLM adds a suffix to the name of a request.
-        preempted=sorted(request_id.partition("-")[0] for request_id in preemptions),
+        logprobs=logprobs,
     )
 
 
@@ -166,6 +171,7 @@ def _sampling(tokens: int) -> Any:
         max_tokens=tokens,
         ignore_eos=True,
         detokenize=False,
+        logprobs=ALTERNATIVES,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
