@@ -124,6 +124,7 @@ def test_workloads_share_what_their_names_say() -> None:
     assert endless_hit_rate("agent") > 0.8
     assert 0.5 < endless_hit_rate("tree") < 0.95
     assert 0.2 < endless_hit_rate("chat") < 0.9
+    assert 0.4 < endless_hit_rate("documents") < 0.8
 
 
 def test_a_turn_contains_what_the_last_one_generated() -> None:

@@ -77,6 +77,15 @@ def test_the_table_shows_every_mode(results: dict[Mode, Result]) -> None:
     assert set(json.loads(json.dumps(report.to_dict()))["modes"]) == {"stock", "elastic", "bound"}
 
 
+def test_prompts_that_part_before_their_ends_find_a_state() -> None:
+    """Questions about documents: the first few teach where prompts part, and later documents leave a state there. A
+    state at the end and one where prompts were seen to part would give 19% here, attention alone 61%."""
+    asked = replace(job("elastic"), workload="documents", requests=80, kv_bytes=8 << 30, gpu="H100")
+    made, failures = run_jobs([asked], 80, QUIET)
+    assert not failures
+    assert made[0].hit_rate > 0.45
+
+
 def test_too_little_memory_is_said() -> None:
     made, failures = run_jobs([replace(job("stock"), kv_bytes=50 << 20)], REQUESTS, QUIET)
     assert not made

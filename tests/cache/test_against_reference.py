@@ -135,7 +135,7 @@ class Twins:
         """A request starts, with hits or without, and stays, or is refused and ends."""
         rng, name = self.random, f"r{self.names}"
         self.names += 1
-        continued = self.returns.began([rng.randrange(40) for _ in range(3)], self.arena.turnover)
+        continued = self.returns.began([rng.randrange(40) for _ in range(3)], self.arena.turnover) == 0
         self.call(self.arena.start, name, continued=continued)
         self.account.start(name, continued=continued)
         self.holdings[name] = [[] for _ in self.groups]
@@ -255,7 +255,8 @@ class Twins:
             self.ended_later.append(holdings)
         self.call(self.arena.finish, name)
         self.account.finish(name)
-        self.returns.ended([rng.randrange(40) for _ in range(2)], self.arena.turnover, continued=rng.random() < 0.5)
+        places = [(rng.randrange(40), distance) for distance in range(2)]
+        self.returns.ended(places, self.arena.turnover, continued=rng.random() < 0.5)
 
     def release_late(self) -> None:
         if self.ended_later:

@@ -20,8 +20,8 @@ def conversations(returns: Returns, count: int, gap: int | None, start: int = 0)
         now += UNIT
         while due and due[0][0] <= now:
             when, key = due.pop(0)
-            assert returns.began([key], when)
-        returns.ended([start + number], now, continued=False)
+            assert returns.began([key], when) == 0
+        returns.ended([(start + number, 0)], now, continued=False)
         if gap is not None:
             due.append((now + gap, start + number))
     return now
@@ -57,16 +57,24 @@ def test_kinds_are_learned_apart() -> None:
 
 def test_where_many_go_on_from_is_no_end_of_a_conversation() -> None:
     returns = Returns(UNIT)
-    returns.ended(["system prompt"], 0, continued=False)
-    assert [returns.began(["longer", "system prompt"], now) for now in (1, 2, 3, 4)] == [True, True, False, False]
+    returns.ended([("system prompt", 0)], 0, continued=False)
+    assert [returns.began(["longer", "system prompt"], now) for now in (1, 2, 3, 4)] == [0, 0, None, None]
 
 
 def test_the_longest_known_prefix_counts() -> None:
     returns = Returns(UNIT)
-    returns.ended(["end", "checkpoint"], 0, continued=False)
-    assert returns.began(["unknown", "end", "checkpoint"], 10)
-    assert returns.began(["checkpoint"], 20), "both belong to one prompt, which was counted already"
-    assert not returns.began(["checkpoint"], 30)
+    returns.ended([("end", 0), ("checkpoint", 5)], 0, continued=False)
+    assert returns.began(["unknown", "end", "checkpoint"], 10) == 0
+    assert returns.began(["checkpoint"], 20) == 5, "both belong to one prompt, which was counted already"
+    assert returns.began(["checkpoint"], 30) is None
+
+
+def test_ends_are_forgotten_in_the_order_in_which_they_came() -> None:
+    returns = Returns(UNIT)
+    for number in range(20_000):
+        returns.ended([(number, 0)], number, continued=False)
+    assert returns.began([0], 20_000) is None
+    assert returns.began([19_999], 20_000) == 0
 
 
 @given(
@@ -78,7 +86,7 @@ def test_promises_stay_finite_and_positive(steps: list[tuple[int, bool, int]], u
     for key, ends, pause in steps:
         now += pause
         if ends:
-            returns.ended([key], now, continued=bool(key % 2))
+            returns.ended([(key, 0), (key + 100, 1)], now, continued=bool(key % 2))
         else:
             returns.began([key], now)
     for continued in (False, True):

@@ -1,7 +1,8 @@
 """The core: block pools of natural page size over one elastic memory. Integers in, integers out.
 
 Read in this order: `spec` (what layers keep), `geometry` (how the memory is cut), `pool` (one group's blocks),
-`arena` (who owns which extent), `eviction` (which cached memory goes first), `returns` (when people come back).
+`arena` (who owns which extent), `eviction` (which cached memory goes first), `returns` (when people come back),
+`partings` (where a prompt leaves a second state).
 """
 
 from tidepool.cache.arena import Arena, Keep, OutOfBlocksError, Usage
@@ -16,6 +17,7 @@ from tidepool.cache.geometry import (
     fixed_shares,
     fixed_stage_shares,
 )
+from tidepool.cache.partings import Partings
 from tidepool.cache.returns import Returns
 from tidepool.cache.spec import (
     CacheConfigError,
@@ -40,6 +42,7 @@ __all__ = [
     "Leaf",
     "LeastRecentlyUsed",
     "OutOfBlocksError",
+    "Partings",
     "Policy",
     "Returns",
     "Share",

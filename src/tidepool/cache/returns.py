@@ -20,8 +20,8 @@ from math import exp
 
 _BINS = 12
 """Ages: under one unit, then up to 2, 4, ... units; older than 2048 units counts as never."""
-_REMEMBERED = 4096
-"""Ends of prompts that are remembered at most."""
+_REMEMBERED = 16_384
+"""Keys that are remembered at most, some six for each prompt."""
 _LEARN_EVERY = 64
 """Prompts after which the table is made anew."""
 _PRIOR_WEIGHT = 0.1
@@ -55,7 +55,10 @@ class Returns:
 
     def __init__(self, unit: int) -> None:
         self._unit = max(unit, 1)
-        self._ends: OrderedDict[Hashable, _End] = OrderedDict()
+        self._ends: OrderedDict[Hashable, tuple[_End, int]] = OrderedDict()
+        """By key the end that it is of, and how far before it."""
+        self._waiting: dict[_End, None] = {}
+        """Ends that aren't counted yet."""
         # By kind (0 new, 1 continued) and bin: returns, and units of time spent there without one, of ends forgotten.
         self._returns = [[0] * _BINS, [0] * _BINS]
         self._exposure = [[0.0] * _BINS, [0.0] * _BINS]
@@ -63,33 +66,44 @@ class Returns:
         self._since_learned = 0
         self._learn(0)
 
-    def began(self, keys: Sequence[Hashable], now: int) -> bool:
+    def began(self, keys: Sequence[Hashable], now: int) -> int | None:
         """A prompt with these keys came, the key of its longest prefix first.
 
         Returns:
-            Whether it goes on from where an earlier prompt ended.
+            How far before the end of an earlier prompt it parts from it, as told to `ended`: 0 if it goes on from
+            there, None if it goes on from no earlier prompt.
         """
         ends = self._ends
         for key in keys:
-            end = ends.get(key)
-            if end is None or end.uses >= _TRUNK_USES:
+            found = ends.get(key)
+            if found is None or found[0].uses >= _TRUNK_USES:
                 continue
+            end, before = found
             end.uses += 1
             if not end.counted:
                 self._returns[end.continued][self._bin(now - end.since)] += 1
                 self._count(end, now)
-            return True
-        return False
+            return before
+        return None
 
-    def ended(self, keys: Sequence[Hashable], now: int, *, continued: bool) -> None:
-        """A prompt was served; ``keys`` are of the places where a later one may go on, the last one first."""
+    def ended(self, places: Sequence[tuple[Hashable, int]], now: int, *, continued: bool) -> None:
+        """A prompt was served.
+
+        Args:
+            places: the keys of places where a later prompt may go on, and how far before the end each is, in any unit;
+                the last place first.
+            now: the time.
+            continued: whether it went on from an earlier one.
+        """
         end: _End | None = None
-        for key in keys:
+        for key, before in places:
             if key not in self._ends:
                 # One prompt counts once, by its last end that isn't known yet.
-                self._ends[key] = end = end or _End(now, continued)
+                end = end or _End(now, continued)
+                self._ends[key] = end, before
+                self._waiting[end] = None
         while len(self._ends) > _REMEMBERED:
-            _, old = self._ends.popitem(last=False)
+            _, (old, _) = self._ends.popitem(last=False)
             if not old.counted:
                 self._count(old, now)
         self._since_learned += 1
@@ -105,6 +119,7 @@ class Returns:
 
     def _count(self, end: _End, now: int) -> None:
         end.counted = True
+        del self._waiting[end]
         self._expose(self._exposure, end, now)
 
     def _expose(self, table: list[list[float]], end: _End, now: int) -> None:
@@ -120,12 +135,11 @@ class Returns:
             start, stop = stop, 2 * stop
 
     def _learn(self, now: int) -> None:
-        """Make the table anew: O(ends remembered), once in `_LEARN_EVERY` prompts."""
+        """Make the table anew: O(ends that wait), once in `_LEARN_EVERY` prompts."""
         self._since_learned = 0
         exposure = [row.copy() for row in self._exposure]
-        for end in {id(end): end for end in self._ends.values()}.values():
-            if not end.counted:
-                self._expose(exposure, end, now)
+        for end in self._waiting:
+            self._expose(exposure, end, now)
         for kind in (0, 1):
             risks = []
             for index in range(_BINS):

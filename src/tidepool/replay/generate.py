@@ -82,6 +82,18 @@ def sharing_tree(writer: Writer, count: int) -> None:
         writer.request(arrival, [*path, writer.text(100, 800)], writer.rng.randint(50, 400))
 
 
+def documents(writer: Writer, count: int) -> None:
+    """Documents of 4,000 to 40,000 tokens, one every 4 seconds; each gets 2 to 4 questions of 100 to 1,500 tokens, a
+    minute apart. No prompt goes on from the end of another: they part where the document ends."""
+    for began in writer.arrivals(0.25):
+        if len(writer.requests) >= count:
+            return
+        document, now = writer.text(4_000, 40_000), began
+        for _ in range(writer.rng.randint(2, 4)):
+            writer.request(now, [document, writer.text(100, 1_500)], writer.rng.randint(50, 400))
+            now += writer.rng.expovariate(1 / 60)
+
+
 def short_chats(writer: Writer, count: int) -> None:
     """Conversations of 1 to 8 short turns, 200 of them started at once and then 2 a second; one system prompt of 200
     tokens for all."""
@@ -99,6 +111,7 @@ WORKLOADS: dict[str, Callable[[Writer, int], None]] = {
     "hot-prefix": hot_prefix,
     "agent": agent_sessions,
     "tree": sharing_tree,
+    "documents": documents,
     "chat": short_chats,
 }
 """Generators by name."""

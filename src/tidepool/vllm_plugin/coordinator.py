@@ -154,12 +154,10 @@ class TidepoolKVCacheManager(KVCacheManager):
         super().__init__(*args, **kwargs)
         self._continued: dict[str, bool] = {}
         """For each request that was offered memory and hasn't ended, whether it goes on from an earlier one."""
-        pool: ArenaBlockPool = self.block_pool
         self._found: tuple[KVCacheBlocks, int, int] = (self.empty_kv_cache_blocks, 0, 0)
         """What the last lookup found."""
         self._refused: tuple[Request, int, tuple[KVCacheBlocks, int, int]] | None = None
         """The last waiting request that there was no memory for, `Arena.released` then, and what it found cached."""
-        self._ends = sorted({pool.pools[0].hash_block_size, *(p.checkpoint_tokens or 0 for p in pool.pools)} - {0})
         # Without a drafter, vLLM keeps a state where prompts part only at multiples of the checkpoint spacing, which is
         # wide here; its switch for the exact place works without one too.
         self.mamba_shared_prefix_checkpoint = self.enable_caching and self.coordinator.enable_partial_hash_hits
@@ -173,24 +171,40 @@ class TidepoolKVCacheManager(KVCacheManager):
         continued = self._continued.get(request.request_id)
         if continued is None:
             pool: ArenaBlockPool = self.block_pool
-            continued = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
-            self._continued[request.request_id] = continued
+            distance = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
+            if distance is not None:
+                pool.partings.saw(distance)
+            continued = self._continued[request.request_id] = distance == 0
             pool.arena.start(request.request_id, continued=continued)
         return continued
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
-        """As vLLM's, but no place to part where a long prompt goes on from an earlier one.
+        """As vLLM's, but another place for the state that it would keep where prompts part.
 
-        It shares that one's answer as well, which looks like a place where prompts part; but the answer was given once,
-        and a state there costs each turn a step and a block.
+        None where a long prompt goes on from an earlier one: it shares that one's answer as well, which looks like a
+        place where prompts part; but the answer was given once, and a state there costs each turn a step and a block.
+        And where no prompt has parted from this one yet, the place where later ones are expected to.
         """
         if found := self._refused_before(request):
             return found
-        blocks, tokens, parting = super().get_computed_blocks(request)
-        if parting >= LONG_PROMPT and self._continues(request):
-            parting = 0
-        self._found = blocks, tokens, parting
-        return blocks, tokens, parting
+        blocks, tokens, junction = super().get_computed_blocks(request)
+        if junction >= LONG_PROMPT and self._continues(request):
+            junction = 0
+        pool: ArenaBlockPool = self.block_pool
+        if junction:
+            pool.remember_junction(request.block_hashes[junction // pool.pools[0].hash_block_size - 1])
+        elif self.mamba_shared_prefix_checkpoint:
+            junction = self._second_state(request, tokens)
+        self._found = blocks, tokens, junction
+        return blocks, tokens, junction
+
+    def _second_state(self, request: Request, computed: int) -> int:
+        """Tokens up to which a prompt should leave a second state, of which ``computed`` are cached; 0 for none."""
+        pool: ArenaBlockPool = self.block_pool
+        end = (request.num_prompt_tokens - 1) // pool.checkpoint_tokens * pool.checkpoint_tokens
+        distance = pool.partings.second_state(end, pool.state_tokens)
+        place = end - distance
+        return place if distance and place > computed and place >= LONG_PROMPT else 0
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """As vLLM's; it files what the request leaves in the cache under its name."""
@@ -200,8 +214,6 @@ class TidepoolKVCacheManager(KVCacheManager):
             return None
         pool: ArenaBlockPool = self.block_pool
         pool.finds_trunk = not self._continues(request)
-        if parting := request.shared_prefix_boundary:
-            pool.remember_parting(request.block_hashes[parting // pool.pools[0].hash_block_size - 1])
         pool.request = request.request_id
         slots = super().allocate_slots(request, *args, **kwargs)
         pool.request = None
@@ -243,8 +255,10 @@ class TidepoolKVCacheManager(KVCacheManager):
         pool.arena.finish(request.request_id)
         # The last token is always computed anew, so nobody can go on from behind it.
         last, unit = request.num_prompt_tokens - 1, pool.pools[0].hash_block_size
-        ends = [last // spacing * spacing // unit for spacing in self._ends]
-        keys = [request.block_hashes[end - 1] for end in ends if end > 0]
+        checkpoint = last // pool.checkpoint_tokens * pool.checkpoint_tokens
+        places = [(last // unit * unit, 0), (checkpoint, 0)]
+        places += [(checkpoint - distance, distance) for distance in pool.partings.distances]
+        keys = [(request.block_hashes[place // unit - 1], distance) for place, distance in places if place > 0]
         pool.returns.ended(keys, pool.arena.turnover, continued=continued)
 
     @property

@@ -16,7 +16,7 @@ from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, get_block_hash
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from tidepool.cache import Arena, ExpectedReturn, Keep, LeastRecentlyUsed, Returns
+from tidepool.cache import Arena, ExpectedReturn, Keep, LeastRecentlyUsed, Partings, Returns
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
 
@@ -24,10 +24,12 @@ logger = init_logger("vllm.tidepool")
 
 SPARE_SHARE = 2
 """A prompt's second state is a spare where it saves less than this part of the prompt."""
-PARTINGS = 4096
+JUNCTIONS = 4096
 """Places where prompts parted that are remembered at most."""
 RETURN_UNITS = 16
 """Ages up to this part of the memory aren't told apart; see `Returns`."""
+SECOND_STATES = (1, 2, 4, 8)
+"""How far before its last checkpoint a prompt may leave a second state, in checkpoints; see `Partings`."""
 
 
 class GroupBlockPool(BlockPool):
@@ -123,7 +125,7 @@ class GroupBlockPool(BlockPool):
         if block.block_hash is None:
             return Keep.NO
         tokens, spacing = block.block_hash_num_tokens, self.checkpoint_tokens
-        if not spacing or not tokens or get_block_hash(block.block_hash) in self.memory.partings:
+        if not spacing or not tokens or get_block_hash(block.block_hash) in self.memory.junctions:
             return Keep.YES
         if block.block_id in self.handed_on:
             self.handed_on.remove(block.block_id)
@@ -193,7 +195,7 @@ class ArenaBlockPool:
         )
         self.request: str | None = None
         """The request that the coordinator is at work for; None without prefix caching, where nobody needs to know."""
-        self.partings: OrderedDict[BlockHash, None] = OrderedDict()
+        self.junctions: OrderedDict[BlockHash, None] = OrderedDict()
         """Hashes of the places where prompts parted."""
         self.finds_trunk = False
         """Whether what this request finds in the cache is a trunk."""
@@ -212,14 +214,27 @@ class ArenaBlockPool:
             pool for pool, spec in zip(self.arena.pools, specs, strict=True) if not isinstance(spec, MambaSpec)
         ]
         """The core's pools of groups whose need grows with the text."""
+        self.checkpoint_tokens = max(pool.checkpoint_tokens or 0 for pool in self.pools)
+        """Tokens from one checkpoint to the next."""
+        self.partings = Partings([self.checkpoint_tokens * steps for steps in SECOND_STATES])
+        state_bytes = sum(
+            stride for stride, pool in zip(config.strides, self.pools, strict=True) if pool.checkpoint_tokens
+        )
+        token_bytes = sum(
+            stride / spec.block_size
+            for stride, spec in zip(config.strides, specs, strict=True)
+            if not isinstance(spec, MambaSpec)
+        )
+        self.state_tokens = state_bytes / token_bytes
+        """Tokens whose attention takes as many bytes as a state."""
         self.null_block = self.pools[0].null_block
 
-    def remember_parting(self, key: BlockHash) -> None:
+    def remember_junction(self, key: BlockHash) -> None:
         """Other prompts went on differently from here: the state at this place is no spare."""
-        self.partings[key] = None
-        self.partings.move_to_end(key)
-        if len(self.partings) > PARTINGS:
-            self.partings.popitem(last=False)
+        self.junctions[key] = None
+        self.junctions.move_to_end(key)
+        if len(self.junctions) > JUNCTIONS:
+            self.junctions.popitem(last=False)
 
     def _on_evict(self, group: int, block: int) -> None:
         self.pools[group].drop_contents(block)

@@ -1,0 +1,59 @@
+"""Where a prompt should leave a second state: learned from how far before their ends prompts are parted from.
+
+A prompt leaves a state at its last checkpoint, for the next turn of a conversation. But one document may come with one
+question after another, and some agents end each prompt with a note that the next one lacks: those part *before* the
+end, the state there is of no use to them, and without another one in reach they hit nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_HALVE_AFTER = 256
+"""Prompts that went on from earlier ones, after which older counts weigh half."""
+_PRIOR = 8.0
+"""Prompts that went on from the very end, to begin with."""
+
+
+class Partings:
+    """The record of distances.
+
+    Args:
+        distances: how far before its end, in tokens, a prompt may leave a second state; the nearest first.
+    """
+
+    def __init__(self, distances: Sequence[int]) -> None:
+        self.distances = tuple(distances)
+        self._counts = dict.fromkeys((0, *distances), 0.0)
+        self._since_halved = 0
+
+    def saw(self, distance: int) -> None:
+        """A prompt parted from an earlier one so far before its end: 0, or the next of ``distances`` up."""
+        self._counts[distance] += 1
+        self._since_halved += 1
+        if self._since_halved >= _HALVE_AFTER:
+            self._since_halved = 0
+            for each in self._counts:
+                self._counts[each] /= 2
+
+    def second_state(self, end: int, state_tokens: float) -> int:
+        """How far before ``end`` a prompt should leave a second state; 0 for nowhere.
+
+        That is where the tokens saved for each byte kept are the most, if later prompts part as earlier ones did. A
+        state at a distance serves those that part nearer to the end, too.
+
+        Args:
+            end: tokens up to the first state.
+            state_tokens: tokens whose attention takes as many bytes as a state.
+        """
+        saved = (self._counts[0] + _PRIOR) * end
+        best, chosen = saved / (end + state_tokens), 0
+        parted = 0.0
+        for distance in self.distances:
+            parted += self._counts[distance]
+            if end <= distance:
+                break
+            value = (saved + parted * (end - distance)) / (end + 2 * state_tokens)
+            if value > best:
+                best, chosen = value, distance
+        return chosen

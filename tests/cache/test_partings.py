@@ -1,0 +1,78 @@
+"""Where a prompt leaves a second state."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from tidepool.cache import Partings
+
+DISTANCES = (512, 1024, 2048, 4096)
+
+
+def record(counts: dict[int, int]) -> Partings:
+    partings = Partings(DISTANCES)
+    for distance, count in counts.items():
+        for _ in range(count):
+            partings.saw(distance)
+    return partings
+
+
+def test_without_evidence_no_prompt_leaves_a_second_state() -> None:
+    assert [Partings(DISTANCES).second_state(end, 1_000) for end in (512, 10_000, 100_000)] == [0, 0, 0]
+
+
+def test_conversations_leave_none() -> None:
+    partings = record({0: 200, 512: 2, 4096: 3})
+    assert [partings.second_state(end, 1_500) for end in (2_048, 8_192, 32_768)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_documents_with_questions_leave_one_before_the_question(distance: int) -> None:
+    partings = record({0: 20, distance: 60})
+    assert partings.second_state(32_768, 1_500) == distance
+
+
+def test_a_state_serves_those_that_part_nearer_to_the_end() -> None:
+    partings = record({0: 50, 512: 30, 1024: 30})
+    assert partings.second_state(32_768, 1_500) == 1024
+
+
+def test_the_larger_a_state_the_longer_a_prompt_must_be() -> None:
+    partings = record({0: 100, 512: 20})
+    shortest = [
+        min(end for end in range(1024, 100_000, 512) if partings.second_state(end, s)) for s in (500, 2_000, 8_000)
+    ]
+    assert shortest == sorted(set(shortest)), "each larger than the one before"
+
+
+def test_old_counts_fade() -> None:
+    partings = record({512: 100})
+    assert partings.second_state(32_768, 1_500) == 512
+    for _ in range(5_000):
+        partings.saw(0)
+    assert partings.second_state(32_768, 1_500) == 0
+
+
+@given(
+    st.dictionaries(st.sampled_from((0, *DISTANCES)), st.integers(0, 600), max_size=5),
+    st.integers(0, 200_000),
+    st.floats(1, 50_000),
+)
+def test_the_choice_saves_the_most_for_each_byte(counts: dict[int, int], end: int, state_tokens: float) -> None:
+    """Against every choice, with counts that are too few to fade."""
+    counts = {distance: count // 5 for distance, count in counts.items()}
+    if sum(counts.values()) >= 256:
+        counts = dict.fromkeys(counts, 10)
+    chosen = record(counts).second_state(end, state_tokens)
+
+    def saved_per_byte(distance: int) -> float:
+        first = (counts.get(0, 0) + 8) * end
+        if not distance:
+            return first / (end + state_tokens)
+        second = sum(n for d, n in counts.items() if 0 < d <= distance) * (end - distance)
+        return (first + second) / (end + 2 * state_tokens)
+
+    assert chosen in (0, *(d for d in DISTANCES if d < end))
+    best = max(saved_per_byte(d) for d in (0, *DISTANCES) if d == 0 or d < end)
+    assert saved_per_byte(chosen) == pytest.approx(best)
