@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidepool.cache import CacheConfigError, LayerCache, group_layers
+from tidepool.cache import CacheConfigError, Group, LayerCache, block_align, group_layers
 from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfigError
 from tidepool.plan.account import Account, Requests, account, admit
 from tidepool.plan.inputs import Card, PlanError
@@ -15,8 +15,6 @@ from tidepool.plan.stock import stock_memory
 
 SHORT_REQUEST = 12
 """Tokens of the request whose cost a plan names."""
-BLOCK_ALIGN = 64
-"""Bytes that the distance of blocks is a multiple of, as in the plugin: a cache line, and any kernel's load."""
 REQUEST_COUNTS = (1, 8, 64)
 """Running requests beside which a plan counts tokens, besides the most that may run."""
 DTYPE_REQUESTS = 8
@@ -186,8 +184,14 @@ def divide(
             need = (1 + sum(memory.needs([(1, 1)]))) * memory.block_bytes
             raise CacheConfigError(f"One request needs {need:,} bytes: a block for every group and the null block.")
         return memory
-    groups = [group_layers(stage, options.block_tokens, align=BLOCK_ALIGN) for stage in stages]
+    groups = [plan_groups(stage, options.block_tokens) for stage in stages]
     return predict_stages(groups, options.kv_bytes, kind, options.max_num_seqs, max_model_len)
+
+
+def plan_groups(layers: Mapping[str, LayerCache], block_tokens: int) -> tuple[Group, ...]:
+    """One group for each layer cache, its blocks aligned as the plugin aligns them."""
+    groups = group_layers(layers, block_tokens)
+    return tuple(replace(group, align=block_align(group.page_bytes)) for group in groups)
 
 
 def _column(memory: Memory, options: PlanOptions) -> Column:
