@@ -155,11 +155,12 @@ def cut_by_slots(groups: Sequence[Group], slots: Sequence[int]) -> Geometry:
 def _least_waste(kinds: Sequence[tuple[int, int]], limit: float) -> Geometry | None:
     """The extent for which size x padding is least, padding under ``limit``; see `_least_padded`."""
     best: Geometry | None = None
-    bound = limit
     for count in range(1, MAX_BLOCKS_OF_LARGEST + 1):
         if best is not None:
-            bound = min(bound, best.padding * best.extent_bytes / (count * kinds[-1][0]))
-        found = _least_padded(kinds, count, bound, enough=0.0)
+            bounds = [min(limit, best.padding * best.extent_bytes / (count * kinds[-1][0]))]
+        else:
+            bounds = [limit / 2, limit]  # A search takes as long as the square of its bound.
+        found = next(filter(None, (_least_padded(kinds, count, bound, enough=0.0) for bound in bounds)), None)
         if found is not None and (
             best is None or found.padding * found.extent_bytes < best.padding * best.extent_bytes
         ):

@@ -56,7 +56,7 @@ def setting(plan: Plan) -> str:
     """One line on how the model is served."""
     options = plan.options
     parts = [
-        f"KV dtype {options.kv_dtype}",
+        f"KV dtype {options.kv_dtype}" + (" but for single layers" if options.layer_kv_dtypes else ""),
         f"state dtype {options.state_dtype}",
         f"blocks of {options.block_tokens} tokens",
         f"prefix caching {'on' if options.prefix_caching else 'off'}",

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import get_group_id
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
 
 from tidepool.replay.job import GroupLayout
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
@@ -81,11 +81,11 @@ def layouts(config: Any, kv_bytes: int) -> list[GroupLayout]:
         sizes = list(zip(config.strides, config.block_bytes, strict=True))
     else:
         # One pool: every group's block is as large as the largest group's.
-        block = max(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in groups)
+        block = max(sum(spec.page_size_bytes for spec in _specs(group)) for group in groups)
         sizes = [(block, _natural_bytes(group)) for group in groups]
     return [
         GroupLayout(
-            kind="state" if isinstance(group.kv_cache_spec, MambaSpec) else "attention",
+            kind="state" if isinstance(_specs(group)[0], MambaSpec) else "attention",
             layers=len(group.layer_names),
             block_tokens=group.kv_cache_spec.block_size,
             block_bytes=block_bytes,
@@ -96,5 +96,12 @@ def layouts(config: Any, kv_bytes: int) -> list[GroupLayout]:
 
 
 def _natural_bytes(group: KVCacheGroupSpec) -> int:
-    page = replace(group.kv_cache_spec, page_size_padded=None).page_size_bytes
-    return len(group.layer_names) * int(page)
+    return sum(int(replace(spec, page_size_padded=None).page_size_bytes) for spec in _specs(group))
+
+
+def _specs(group: KVCacheGroupSpec) -> list[KVCacheSpec]:
+    """One for each layer; vLLM puts layers with pages of several sizes into one group."""
+    spec = group.kv_cache_spec
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return [spec.kv_cache_specs[name] for name in group.layer_names]
+    return [spec] * len(group.layer_names)
