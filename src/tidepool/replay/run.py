@@ -138,7 +138,7 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
     # The clock is the hybrid model's in every mode, so that times differ by what the memory policy does alone.
     costs = cost_model(job.config, find_roofline(job.gpu)[1], job.layer_kv_dtypes)
     replay = Replay(engine, costs, requests, job.rate)
-    meter = MemoryMeter(engine.scheduler, job.kv_bytes)
+    meter = MemoryMeter(engine.scheduler, job.kv_bytes, engine.model_executor.specs)
 
     def look() -> Sample:
         scheduler = engine.scheduler
