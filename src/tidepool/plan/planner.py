@@ -111,6 +111,8 @@ class Plan:
     options: PlanOptions
     max_model_len: int
     card: Card | None
+    latent: bool = False
+    """Whether attention is latent (MLA); the plugin leaves such models to vLLM."""
     columns: dict[Kind, Column] = field(default_factory=dict)
     missing: dict[Kind, str] = field(default_factory=dict)
     """Why a way of dividing the memory has no column."""
@@ -155,6 +157,7 @@ def make_plan(model_name: str, source: str, model: Model, options: PlanOptions, 
         options=options,
         max_model_len=max_model_len,
         card=card,
+        latent=model.latent,
         columns=columns,
         missing=missing,
         dtypes=[] if options.layer_kv_dtypes else _dtypes(model, options, max_model_len, beside),

@@ -86,6 +86,12 @@ def mix(plan: Plan) -> str:
     return " and ".join(f"{item.count:,} x {item.tokens:,} tokens" for item in plan.options.mix)
 
 
+LATENT = (
+    "Attention is latent (MLA) in this model, which is untested beside states, so the plugin leaves it to vLLM; "
+    "tidepool's columns say what its partitions would make of it."
+)
+"""Said of models with latent attention beside states."""
+
 STEPS_ASIDE = (
     "No state lies beside attention in this model, so the plugin leaves it to vLLM; tidepool's columns say "
     "what its partitions would make of it."
