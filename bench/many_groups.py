@@ -6,7 +6,8 @@ Two models with the caches of GLM-5.3-Flash's language model (34 layers with sta
 
 drafter   two more layers of a drafter, with pages of their own. vLLM makes all groups as large as the smallest kind,
           two layers, and so cuts the others into pieces.
-kinds     every attention layer keeps its tokens in another odd size, as with codes of different widths: 22 kinds.
+kinds     22 attention layers, each of which keeps its tokens in another odd size, as with codes of different widths
+          (bench/glm_like). `--layer-kv-dtype` gives the same to tidepool plan and tidepool replay.
 
 Each engine is in a process of its own. Only the model is left out; see docs/replay.md.
 """
@@ -19,6 +20,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,32 +32,36 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "V
 OUTPUT_TOKENS = 8
 
 
-def config() -> dict[str, Any]:
-    """A Qwen3.5 whose layers keep as much as those of GLM-5.3-Flash; no weights are made."""
-    from tidepool.models import entry
+GLM_LIKE = Path(__file__).with_name("glm_like")
 
-    return entry("Qwen3.5-4B").config | {
-        "num_hidden_layers": 45,
-        "layer_types": ["full_attention" if index % 4 == 3 else "linear_attention" for index in range(45)],
-        "linear_num_key_heads": 64,
-        "linear_num_value_heads": 64,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-    }
+
+def config(model: str) -> dict[str, Any]:
+    """A Qwen3.5 whose layers keep as much as those of GLM-5.3-Flash; no weights are made."""
+    from tidepool.models import read_config
+
+    made = read_config(GLM_LIKE)
+    if model == "kinds":
+        return made
+    layer_types = ["full_attention" if index % 4 == 3 else "linear_attention" for index in range(45)]
+    return made | {"num_hidden_layers": 45, "layer_types": layer_types}
+
+
+def kinds() -> list[tuple[int | str, str]]:
+    """How each attention layer of `GLM_LIKE` keeps its tokens."""
+    layers = [index for index, kind in enumerate(config("kinds")["layer_types"]) if kind == "full_attention"]
+    return [(layer, f"{516 + 12 * number}B") for number, layer in enumerate(layers)]
 
 
 def change_specs(model: str, specs: dict[str, Any]) -> dict[str, Any]:
-    """vLLM's specs of the model's layers, and what this model has on top."""
+    """vLLM's specs of the model's layers, changed to what this model has."""
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    attention = {name: spec for name, spec in specs.items() if isinstance(spec, AttentionSpec)}
-    plain = next(iter(attention.values()))
-    if model == "drafter":
-        return specs | {f"drafter.{index}": replace(plain, num_kv_heads=2, head_size=128) for index in range(2)}
-    names = [*attention, *(f"more.{index}" for index in range(22 - len(attention)))]
-    kinds = {name: replace(plain, state_content_bytes=516 + 12 * index) for index, name in enumerate(names)}
-    return {name: spec for name, spec in specs.items() if name not in attention} | kinds
+    from tidepool.replay.engine import typed_layers
+
+    if model == "kinds":
+        return typed_layers(specs, kinds())
+    plain = next(spec for spec in specs.values() if isinstance(spec, AttentionSpec))
+    return specs | {f"drafter.{index}": replace(plain, num_kv_heads=2, head_size=128) for index in range(2)}
 
 
 def is_state(spec: Any) -> bool:
@@ -69,11 +75,16 @@ def child(model: str, side: str, memory: int, prompt: int, requests: int) -> dic
     """Serve one batch; the most requests that ran at once."""
     from tidepool.replay import engine as replay
     from tidepool.replay.step import take_step
-    from tidepool.vllm_plugin import planning
 
-    specs_of_model = planning.layer_specs_of
-    replay.layer_specs_of = lambda vllm_config: change_specs(model, specs_of_model(vllm_config))
-    shape = replay.EngineShape(config(), memory, side, max_num_seqs=1024, max_model_len=32_768, prefix_caching=False)
+    shape = replay.EngineShape(
+        config(model),
+        memory,
+        side,
+        max_num_seqs=1024,
+        max_model_len=32_768,
+        prefix_caching=False,
+        change_specs=partial(change_specs, model),
+    )
     engine = replay.make_engine(shape)
     layout = engine.scheduler.kv_cache_config
     for index in range(requests):
@@ -119,7 +130,10 @@ def main() -> None:
         print(MARK + json.dumps(child(*args.child, parse_size(args.memory), args.prompt, args.requests)), flush=True)
         return
     print(f"Requests of {args.prompt} tokens at once on {args.memory} of KV memory.")
-    print(f"{'model':<9} {'side':<9} {'groups':>7} {'attention block':>16} {'at once':>8} {'scheduler a request':>20}")
+    print(
+        f"{'model':<9} {'side':<9} {'groups':>7} {'attention block':>16} {'padding':>8} {'at once':>8} "
+        f"{'scheduler a request':>20}"
+    )
     results = {}
     for model in MODELS:
         for side in SIDES:
@@ -129,7 +143,8 @@ def main() -> None:
                 print(f"{model:<9} {side:<9} refuses: {made['refused'][:200]}", flush=True)
                 continue
             print(
-                f"{model:<9} {side:<9} {made['groups']:>7} {made['block_tokens']:>9,} tokens {made['at_once']:>8} "
+                f"{model:<9} {side:<9} {made['groups']:>7} {made['block_tokens']:>9,} tokens "
+                f"{'-' if made['padding'] is None else format(made['padding'], '.2%'):>8} {made['at_once']:>8} "
                 f"{made['scheduler_us_per_request']:>17.0f} us",
                 flush=True,
             )

@@ -70,6 +70,18 @@ def test_models_without_states_are_said_to_be_left_to_vllm() -> None:
     assert "leaves it to vLLM" in " ".join(run("Gemma-3-4B", "--memory", "9GiB").split())
 
 
+def test_latent_attention_is_said_to_be_left_to_vllm() -> None:
+    said = "Attention is latent (MLA) in this model"
+    assert said in " ".join(run("GLM-5.3-Flash", "--memory", "24GB").split())
+    assert said not in " ".join(run("Qwen3.5-4B", "--memory", "24GB").split())
+
+
+def test_single_layers_take_a_dtype_of_their_own() -> None:
+    layers = ("--kv-cache-dtype", "fp8", "--layer-kv-dtype", "3=auto,31=auto")
+    columns = json.loads(run("Qwen3.5-4B", "--memory", "9GiB", *layers, "--json"))["columns"]
+    assert [group["layers"] for group in columns["elastic"]["memory"]["groups"]] == [24, 2, 6]
+
+
 class _Page(HTMLParser):
     """Open elements and every attribute that could fetch something."""
 
@@ -106,6 +118,11 @@ ERRORS = {
     "unknown model": (["Qwen9", "--memory", "1GiB"], "There is no model 'Qwen9'"),
     "no model": (["--memory", "1GiB"], "Name a model"),
     "no memory": (["Qwen3.5-4B"], "--memory, or a card with --gpu"),
+    "layers without a dtype": (["Qwen3.5-4B", "--memory", "1GiB", "--layer-kv-dtype", "3"], "'3' types no layers"),
+    "a layer without attention": (
+        ["Qwen3.5-4B", "--memory", "1GiB", "--layer-kv-dtype", "4=fp8"],
+        "Layer 4 has no attention",
+    ),
     "two memories": (["Qwen3.5-4B", "--memory", "1GiB", "--gpu", "H100"], "and not both"),
     "negative memory": (["Qwen3.5-4B", "--memory", "-1GiB"], "is no size"),
     "too little memory": (["Qwen3.5-4B", "--memory", "10MiB"], "don't hold one request"),

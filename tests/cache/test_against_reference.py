@@ -40,7 +40,10 @@ class Twins:
         self.random = rng = random.Random(f"{partition} {policy} {seed}")
         self.roomy = seed % 4 == 3
         """Many small extents, and requests that hold more than a dozen of them, in place of few large ones."""
-        slots = tuple(rng.randint(1, 4 if self.roomy else 12) for _ in range(rng.randint(1, 5)))
+        self.many = seed % 5 == 4
+        """Up to 30 groups."""
+        groups = rng.randint(12, 30) if self.many else rng.randint(1, 5)
+        slots = tuple(rng.randint(1, 4 if self.roomy else 12) for _ in range(groups))
         self.returns = Returns(rng.choice([1, 100, 10_000, 1_000_000]))
         self.policy_name = policy
         self.policy = LeastRecentlyUsed() if policy == "lru" else ExpectedReturn(self.returns)
@@ -64,6 +67,7 @@ class Twins:
     def _build_elastic(self, slots: tuple[int, ...]) -> Layout:
         rng = self.random
         extents = rng.randint(20, 40) if self.roomy else rng.randint(2, 12)
+        extents += 2 * len(slots) if self.many else 0
         size = lcm(*slots) * rng.randint(1, 3)
         cuts = tuple(Cut(rng.randint(max(1, size // n // 2), size // n), size // n, n) for n in slots)
         self.arena = Arena.elastic(

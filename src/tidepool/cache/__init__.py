@@ -26,6 +26,7 @@ from tidepool.cache.spec import (
     LayerCache,
     SlidingWindow,
     State,
+    block_align,
     group_layers,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "Standing",
     "State",
     "Usage",
+    "block_align",
     "choose_geometry",
     "choose_stage_geometries",
     "cut_by_slots",

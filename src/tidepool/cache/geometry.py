@@ -14,11 +14,8 @@ between groups an extent at a time, so the smallest E that pads little enough is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from heapq import heappop, heappush
-from itertools import islice
 from math import lcm
 
 from tidepool.cache.spec import CacheConfigError, Group
@@ -26,12 +23,13 @@ from tidepool.cache.spec import CacheConfigError, Group
 MAX_PADDING_TWO = 0.01
 """Padding that every group stays under where there are at most two."""
 MAX_PADDING_MANY = 0.02
-"""Padding that every group stays under where there are more."""
+"""The same where there are more, and an extent of `PATIENCE_MANY` of the largest blocks allows it."""
+MAX_PADDING = 0.08
+"""Padding that every group stays under in any case."""
 MAX_BLOCKS_OF_LARGEST = 128
 """An extent holds at most so many blocks of the group with the largest ones."""
-_EXACT_CANDIDATES = 4096
-_SMOOTH_CANDIDATES = 200_000
-_SMALL_PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
+PATIENCE_MANY = 4
+"""How many of them, where there are more than two groups, `MAX_PADDING_MANY` is worth."""
 
 
 @dataclass(frozen=True)
@@ -73,40 +71,42 @@ class Geometry:
 
 
 def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None) -> Geometry:
-    """Choose the smallest extent that pads every group by less than ``max_padding``.
+    """Choose the smallest extent that pads every group by less than 1% (two groups) or 2% (more), where that is wise.
 
-    Extents that the smallest blocks fill without padding are tried first: that group has the most blocks, so
-    padding costs the most there. Then come sizes with many divisors, which many groups can share.
+    Tried are the extents that n of the largest blocks fill up to padding, for n = 1, 2, ...; for one n those first
+    that the smallest blocks fill exactly: that group has the most blocks, so padding costs the most there.
+
+    Dozens of small blocks of odd sizes may stay under 2% in huge extents only, and extents cost too: each group leaves
+    the last of its own partly empty. So where there are more than two groups and extents of 4 of the largest blocks
+    aren't enough, the choice is the extent for which size x padding is least. `Geometry.padding` says what it is.
 
     Args:
         groups: the groups, of any block sizes.
-        max_padding: 0 to 1; by default 1% for one or two groups and 2% for more.
+        max_padding: 0 to 1; the limit in place of these, which then holds in extents of any size.
 
     Raises:
-        CacheConfigError: no extent size up to 128 blocks of the largest group pads so little.
+        CacheConfigError: no extent of up to 128 blocks of the largest group pads by less than ``max_padding``, or 8%.
     """
     if not groups:
         raise CacheConfigError("A geometry needs at least one group.")
-    if max_padding is None:
-        max_padding = MAX_PADDING_TWO if len(groups) <= 2 else MAX_PADDING_MANY
-    natural = [-(-group.block_bytes // group.align) * group.align for group in groups]
-    largest = max(natural)
-    # Groups of equal blocks and alignment cut alike; the largest blocks reject most sizes, so they are asked first.
-    distinct = sorted(set(zip((g.block_bytes for g in groups), (g.align for g in groups), strict=True)), reverse=True)
-    for extent in _candidates(min(natural), largest, lcm(*(group.align for group in groups))):
-        cuts: dict[tuple[int, int], Cut] = {}
-        for block_bytes, align in distinct:
-            cut = _cut(extent, block_bytes, align, max_padding)
-            if cut is None:
-                break
-            cuts[block_bytes, align] = cut
-        else:
-            return Geometry(extent, tuple(cuts[group.block_bytes, group.align] for group in groups))
-    raise CacheConfigError(
-        f"No extent of up to {MAX_BLOCKS_OF_LARGEST} x {largest:,} bytes holds {len(distinct)} block sizes from "
-        f"{distinct[-1][0]:,} to {distinct[0][0]:,} bytes with under {max_padding:.1%} padding: change the block "
-        "size of a group, lower its alignment, or allow more padding."
-    )
+    # Groups of equal blocks and alignment cut alike.
+    kinds = sorted({(group.block_bytes, group.align) for group in groups})
+    if max_padding is not None:
+        target, limit, patience = max_padding, max_padding, MAX_BLOCKS_OF_LARGEST
+    elif len(groups) <= 2:
+        target, limit, patience = MAX_PADDING_TWO, MAX_PADDING, MAX_BLOCKS_OF_LARGEST
+    else:
+        target, limit, patience = MAX_PADDING_MANY, MAX_PADDING, PATIENCE_MANY
+    small = (_least_padded(kinds, count, target, enough=target) for count in range(1, patience + 1))
+    best = next(filter(None, small), None) or (_least_waste(kinds, limit) if limit > target else None)
+    if best is None:
+        raise CacheConfigError(
+            f"No extent of up to {MAX_BLOCKS_OF_LARGEST} x {kinds[-1][0]:,} bytes holds {len(kinds)} block sizes from "
+            f"{kinds[0][0]:,} to {kinds[-1][0]:,} bytes with under {limit:.1%} padding: change the block size of a "
+            "group, lower its alignment, or allow more padding."
+        )
+    cuts = dict(zip(kinds, best.cuts, strict=True))
+    return Geometry(best.extent_bytes, tuple(cuts[group.block_bytes, group.align] for group in groups))
 
 
 def choose_stage_geometries(
@@ -152,53 +152,83 @@ def cut_by_slots(groups: Sequence[Group], slots: Sequence[int]) -> Geometry:
     return Geometry(extent, tuple(cuts))
 
 
-def _candidates(smallest: int, largest: int, align: int) -> Iterator[int]:
-    """Extent sizes to try, in bytes: first exact for the smallest blocks, then with many divisors, ascending."""
-    limit = largest * MAX_BLOCKS_OF_LARGEST
-    first = -(-largest // smallest)
-    exact = range(first * smallest, limit + 1, smallest)
-    yield from exact[:_EXACT_CANDIDATES]
-    smooth = (align * number for number in _smooth_numbers(-(-largest // align)))
-    for extent in islice(smooth, _SMOOTH_CANDIDATES):
-        if extent > limit:
-            return
-        yield extent
+def _least_waste(kinds: Sequence[tuple[int, int]], limit: float) -> Geometry | None:
+    """The extent for which size x padding is least, padding under ``limit``; see `_least_padded`."""
+    best: Geometry | None = None
+    for count in range(1, MAX_BLOCKS_OF_LARGEST + 1):
+        if best is not None:
+            bounds = [min(limit, best.padding * best.extent_bytes / (count * kinds[-1][0]))]
+        else:
+            bounds = [limit / 2, limit]  # A search takes as long as the square of its bound.
+        found = next(filter(None, (_least_padded(kinds, count, bound, enough=0.0) for bound in bounds)), None)
+        if found is not None and (
+            best is None or found.padding * found.extent_bytes < best.padding * best.extent_bytes
+        ):
+            best = found
+    return best
 
 
-def _cut(extent: int, block_bytes: int, align: int, max_padding: float) -> Cut | None:
-    """The least padded cut of ``extent`` by blocks of ``block_bytes``, or None if all pad too much."""
-    kept = 1 - Fraction(max_padding).limit_denominator(10**6)
-    widest = (kept.denominator * block_bytes - 1) // kept.numerator
-    most, fewest = extent // block_bytes, -(-extent // widest)
-    narrowest = -(-block_bytes // align) * align
+def _least_padded(kinds: Sequence[tuple[int, int]], count: int, bound: float, enough: float) -> Geometry | None:
+    """The least padded extent that ``count`` of the largest blocks fill up to padding, or the first that is enough.
+
+    Exact: every such extent is a multiple of some stride of the smallest blocks, and all of those are tried. A result
+    lowers the bound for those that follow, so few remain.
+
+    Args:
+        kinds: block bytes and alignment of each group, ascending.
+        count: blocks of the largest kind in an extent.
+        bound: padding, 0 to 1, that every kind must stay under.
+        enough: padding below which nothing better is looked for.
+    """
+    (smallest, align), (largest, largest_align) = kinds[0], kinds[-1]
+    first = count * _round_up(largest, largest_align)
+    # Whoever has the fewest strides (or slots) to try is asked first.
+    order = sorted(kinds, key=lambda kind: min(kind[0] / kind[1], largest / max(1, kind[0])))
+    best: Geometry | None = None
+    stride = _round_up(smallest, align)
+    while 1 - smallest / stride < bound:
+        step = lcm(stride, count * largest_align)
+        extent = _round_up(first, step)
+        while 1 - count * largest / extent < bound:
+            cuts = _cuts(extent, order, bound)
+            if cuts is not None:
+                best = Geometry(extent, tuple(cuts[kind] for kind in kinds))
+                bound = best.padding
+                if bound < enough or not bound:
+                    return best
+            extent += step
+        stride += align
+    return best
+
+
+def _cuts(extent: int, kinds: Sequence[tuple[int, int]], bound: float) -> dict[tuple[int, int], Cut] | None:
+    """The least padded cut of ``extent`` for every kind, or None if one can't be padded by less than ``bound``."""
+    cuts = {}
+    for kind in kinds:
+        cut = _cut(extent, *kind, bound)
+        if cut is None:
+            return None
+        cuts[kind] = cut
+    return cuts
+
+
+def _cut(extent: int, block_bytes: int, align: int, bound: float) -> Cut | None:
+    """The least padded cut of ``extent`` by blocks of ``block_bytes``, or None if all pad by ``bound`` or more."""
+    narrowest, widest = _round_up(block_bytes, align), int(block_bytes / (1 - bound)) + 1
+    most, fewest = extent // narrowest, max(1, extent // widest)
+    cut: Cut | None = None
     # Either count slots downwards or widen the stride: whichever list is shorter finds the same first hit.
     if most - fewest <= (widest - narrowest) // align:
-        for slots in range(most, max(fewest, 1) - 1, -1):
-            if extent % (slots * align) == 0:
-                return Cut(block_bytes, extent // slots, slots)
+        counts = range(most, fewest - 1, -1)
+        cut = next((Cut(block_bytes, extent // n, n) for n in counts if extent % (n * align) == 0), None)
     else:
-        for stride in range(narrowest, widest + 1, align):
-            if extent % stride == 0:
-                return Cut(block_bytes, stride, extent // stride)
-    return None
+        strides = range(narrowest, widest + 1, align)
+        cut = next((Cut(block_bytes, stride, extent // stride) for stride in strides if extent % stride == 0), None)
+    return cut if cut and cut.padding < bound else None
 
 
-def _smooth_numbers(start: int) -> Iterator[int]:
-    """Numbers from ``start`` on whose prime factors are all small, ascending; they have the most divisors."""
-    heap: list[tuple[int, int]] = []
-    # Each number is generated once: from its largest prime factor upwards. Enter the stream at ``start``.
-    stack = [(1, 0)]
-    while stack:
-        number, first_prime = stack.pop()
-        if number >= start:
-            heappush(heap, (number, first_prime))
-            continue
-        stack.extend((number * _SMALL_PRIMES[i], i) for i in range(first_prime, len(_SMALL_PRIMES)))
-    while heap:
-        number, first_prime = heappop(heap)
-        yield number
-        for i in range(first_prime, len(_SMALL_PRIMES)):
-            heappush(heap, (number * _SMALL_PRIMES[i], i))
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 @dataclass(frozen=True)

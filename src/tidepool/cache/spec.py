@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import ceil
+from math import ceil, gcd
 
 
 class CacheConfigError(ValueError):
@@ -172,6 +172,15 @@ def group_layers(
         )
         for cache, names in members.items()
     )
+
+
+def block_align(page_bytes: int) -> int:
+    """Bytes that the distance of blocks is a multiple of: 64, 32 or 16, the largest that divides a page, or 16.
+
+    64 bytes are a cache line. Layers lie a page apart within a block, so blocks needn't lie better than pages do; 16
+    bytes are the widest load that kernels do.
+    """
+    return max(16, gcd(64, page_bytes))
 
 
 def _require_positive(name: str, value: int) -> None:

@@ -7,7 +7,7 @@ from tidepool.models.catalogue import Entry, entry, find_model, names
 from tidepool.models.config import ModelConfigError, read_config
 from tidepool.models.dtypes import COMPARED_KV_DTYPES, KV_DTYPES, STATE_DTYPES
 from tidepool.models.families import FAMILIES, model_from_config
-from tidepool.models.mixers import CacheOptions
+from tidepool.models.mixers import WINDOWS, CacheOptions
 from tidepool.models.model import Layer, Model
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FAMILIES",
     "KV_DTYPES",
     "STATE_DTYPES",
+    "WINDOWS",
     "CacheOptions",
     "Entry",
     "Layer",

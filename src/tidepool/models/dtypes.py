@@ -50,7 +50,7 @@ def head_bytes(kv_dtype: str, key_size: int, value_size: int, model_bytes: int) 
     """Bytes that one KV head keeps for one token.
 
     Args:
-        kv_dtype: one of `KV_DTYPES`.
+        kv_dtype: one of `KV_DTYPES`, or the answer itself for any other format, like ``528B``.
         key_size: numbers in a key.
         value_size: numbers in a value.
         model_bytes: bytes of one number of the model's own type, which ``auto`` means.
@@ -74,6 +74,8 @@ def head_bytes(kv_dtype: str, key_size: int, value_size: int, model_bytes: int) 
         return packed + packed % 2
     if kv_dtype in FORMATS:
         return FORMATS[kv_dtype].head_bytes(key_size, value_size)
+    if kv_dtype.endswith("B") and kv_dtype[:-1].isdecimal() and int(kv_dtype[:-1]):
+        return int(kv_dtype[:-1])
     raise unknown("KV cache dtype", kv_dtype, KV_DTYPES)
 
 

@@ -28,6 +28,12 @@ class CacheOptions:
     """States that a running request holds in every state layer."""
     speculative_tokens: int = 0
     """Draft tokens of a step: convolution states get as many columns more."""
+    layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
+    """``kv_dtype`` of single layers, by number, or of all with a sliding window by `WINDOWS`; the last word counts."""
+
+
+WINDOWS = "sliding_window"
+"""Names all layers with a sliding window, as in vLLM's ``kv_cache_dtype_skip_layers``."""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tidepool.cache.spec import LayerCache
 from tidepool.models.config import ModelConfigError
-from tidepool.models.mixers import CacheOptions, LatentAttention, Mixer, Numerics
+from tidepool.models.mixers import WINDOWS, Attention, CacheOptions, LatentAttention, Mixer, Numerics
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,32 @@ class Model:
         return any(isinstance(mixer, LatentAttention) for layer in self.layers for mixer in layer.mixers.values())
 
     def layer_caches(self, options: CacheOptions) -> dict[str, LayerCache]:
-        """What every layer keeps on one device, by layer name."""
+        """What every layer keeps on one device, by layer name.
+
+        Raises:
+            ModelConfigError: a layer can't be cut or typed as ``options`` ask.
+        """
+        self._check_layers(options.layer_kv_dtypes)
         return {
-            f"layers.{index}.{name}": mixer.cache(options, self.numerics)
+            f"layers.{index}.{name}": mixer.cache(_options_of(index, mixer, options), self.numerics)
             for index, layer in enumerate(self.layers)
             for name, mixer in layer.mixers.items()
         }
+
+    def _check_layers(self, layer_kv_dtypes: Sequence[tuple[int | str, str]]) -> None:
+        mixers = {index: layer.mixers.values() for index, layer in enumerate(self.layers)}
+        attention = [
+            index for index, each in mixers.items() if any(isinstance(m, Attention | LatentAttention) for m in each)
+        ]
+        windowed = any(isinstance(m, Attention) and m.window for each in mixers.values() for m in each)
+        for layer, _ in layer_kv_dtypes:
+            if layer == WINDOWS and not windowed:
+                raise ModelConfigError("This model has no layers with a sliding window.")
+            if layer != WINDOWS and layer not in attention:
+                raise ModelConfigError(
+                    f"Layer {layer} has no attention whose KV cache could be typed; layers with it: "
+                    f"{', '.join(map(str, attention)) or 'none'}."
+                )
 
     def stages(self, pp: int, options: CacheOptions) -> list[dict[str, LayerCache]]:
         """What every layer keeps, one dict for each pipeline stage."""
@@ -93,6 +114,13 @@ def stage_bounds(layers: int, pp: int) -> list[tuple[int, int]]:
         sizes[-(index + 2)] += 1
     ends = [sum(sizes[: stage + 1]) for stage in range(pp)]
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+def _options_of(index: int, mixer: Mixer, options: CacheOptions) -> CacheOptions:
+    """The options of one layer."""
+    windowed = isinstance(mixer, Attention) and mixer.window
+    chosen = [dtype for layer, dtype in options.layer_kv_dtypes if layer == index or (layer == WINDOWS and windowed)]
+    return replace(options, kv_dtype=chosen[-1], layer_kv_dtypes=()) if chosen else options
 
 
 def _parameters(layer: Layer) -> int:

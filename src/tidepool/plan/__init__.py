@@ -5,7 +5,16 @@ Importing this needs neither torch nor vLLM nor transformers.
 """
 
 from tidepool.plan.account import Account, Requests, account, admit
-from tidepool.plan.inputs import GPU_MIB, Card, PlanError, find_card, parse_lengths, parse_mix, parse_size
+from tidepool.plan.inputs import (
+    GPU_MIB,
+    Card,
+    PlanError,
+    find_card,
+    parse_layer_dtypes,
+    parse_lengths,
+    parse_mix,
+    parse_size,
+)
 from tidepool.plan.memory import ElasticMemory, FixedMemory, Kind, Memory, PlannedGroup, StockMemory
 from tidepool.plan.planner import Column, DtypeRow, Plan, PlanOptions, make_plan
 from tidepool.plan.predict import Partition, predict, predict_stages
@@ -33,6 +42,7 @@ __all__ = [
     "admit",
     "find_card",
     "make_plan",
+    "parse_layer_dtypes",
     "parse_lengths",
     "parse_mix",
     "parse_size",

@@ -12,7 +12,16 @@ import typer
 
 from tidepool.cache import CacheConfigError
 from tidepool.models import KV_DTYPES, STATE_DTYPES, Model, ModelConfigError, find_model, names
-from tidepool.plan.inputs import GPU_MIB, Card, PlanError, find_card, parse_lengths, parse_mix, parse_size
+from tidepool.plan.inputs import (
+    GPU_MIB,
+    Card,
+    PlanError,
+    find_card,
+    parse_layer_dtypes,
+    parse_lengths,
+    parse_mix,
+    parse_size,
+)
 from tidepool.plan.planner import Plan, PlanOptions, make_plan
 from tidepool.plan.words import size
 
@@ -31,6 +40,10 @@ def plan(
         typer.Option(help="With --gpu: weights on one device; by default estimated from the shapes."),
     ] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help=f"Of attention: {', '.join(KV_DTYPES)}.")] = "auto",
+    layer_kv_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of single layers: 3=fp8,7-11=tqkv-k4v4,sliding_window=auto; see docs/many-groups.md."),
+    ] = None,
     state_dtype: Annotated[str, typer.Option(help=f"Of states: {', '.join(STATE_DTYPES)}.")] = "auto",
     block_size: Annotated[int, typer.Option(help="Tokens of an attention block; CPU kernels need 32.")] = 16,
     prefix_caching: Annotated[
@@ -60,6 +73,7 @@ def plan(
             block_tokens=block_size,
             prefix_caching=prefix_caching,
             kv_dtype=kv_cache_dtype,
+            layer_kv_dtypes=parse_layer_dtypes(layer_kv_dtype),
             state_dtype=state_dtype,
             tp=tp,
             pp=pp,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from tidepool.models import WINDOWS
 from tidepool.plan.account import Requests
 
 
@@ -92,6 +93,27 @@ def parse_mix(text: str) -> list[Requests]:
             raise PlanError(f"{part!r} is no part of a mix: write how many and how long, like 32x2k.")
         mix.append(Requests(_count(count, "number of requests"), _count(tokens, "context length")))
     return mix
+
+
+def parse_layer_dtypes(text: str | None) -> tuple[tuple[int | str, str], ...]:
+    """KV cache dtypes of single layers: ``3=fp8,7-11=auto,sliding_window=auto``; none for None.
+
+    Raises:
+        PlanError: a part is not of that form.
+    """
+    chosen: list[tuple[int | str, str]] = []
+    for part in text.split(",") if text else ():
+        layers, equals, dtype = part.strip().partition("=")
+        first, _, last = layers.partition("-")
+        if equals and dtype and layers == WINDOWS:
+            chosen.append((WINDOWS, dtype))
+        elif equals and dtype and first.isdecimal() and (last or first).isdecimal():
+            chosen += [(layer, dtype) for layer in range(int(first), int(last or first) + 1)]
+        else:
+            raise PlanError(
+                f"{part.strip()!r} types no layers: write a number or a range of layers, or {WINDOWS}, = and a dtype."
+            )
+    return tuple(chosen)
 
 
 def find_card(name: str) -> int:

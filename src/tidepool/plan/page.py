@@ -19,6 +19,8 @@ def render_page(plan: Plan) -> str:
     notes = [f"{words.TITLES[kind]}: {reason}" for kind, reason in plan.missing.items()]
     if not plan.hybrid:
         notes.insert(0, words.STEPS_ASIDE)
+    elif plan.latent:
+        notes.insert(0, words.LATENT)
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidepool.cache import CacheConfigError, LayerCache, group_layers
+from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, block_align, group_layers
 from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfigError
 from tidepool.plan.account import Account, Requests, account, admit
 from tidepool.plan.inputs import Card, PlanError
@@ -15,8 +15,6 @@ from tidepool.plan.stock import stock_memory
 
 SHORT_REQUEST = 12
 """Tokens of the request whose cost a plan names."""
-BLOCK_ALIGN = 64
-"""Bytes that the distance of blocks is a multiple of, as in the plugin: a cache line, and any kernel's load."""
 REQUEST_COUNTS = (1, 8, 64)
 """Running requests beside which a plan counts tokens, besides the most that may run."""
 DTYPE_REQUESTS = 8
@@ -35,6 +33,8 @@ class PlanOptions:
     block_tokens: int = 16
     prefix_caching: bool = False
     kv_dtype: str = "auto"
+    layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
+    """Of single layers, see `CacheOptions`."""
     state_dtype: str = "auto"
     tp: int = 1
     pp: int = 1
@@ -61,6 +61,7 @@ class PlanOptions:
             tp=self.tp,
             copies=1 + int(self.prefix_caching) + self.speculative_tokens,
             speculative_tokens=self.speculative_tokens,
+            layer_kv_dtypes=self.layer_kv_dtypes,
         )
 
 
@@ -110,6 +111,8 @@ class Plan:
     options: PlanOptions
     max_model_len: int
     card: Card | None
+    latent: bool = False
+    """Whether attention is latent (MLA); the plugin leaves such models to vLLM."""
     columns: dict[Kind, Column] = field(default_factory=dict)
     missing: dict[Kind, str] = field(default_factory=dict)
     """Why a way of dividing the memory has no column."""
@@ -154,9 +157,10 @@ def make_plan(model_name: str, source: str, model: Model, options: PlanOptions, 
         options=options,
         max_model_len=max_model_len,
         card=card,
+        latent=model.latent,
         columns=columns,
         missing=missing,
-        dtypes=_dtypes(model, options, max_model_len, beside),
+        dtypes=[] if options.layer_kv_dtypes else _dtypes(model, options, max_model_len, beside),
         dtype_requests=beside,
     )
 
@@ -181,13 +185,26 @@ def divide(
             max_model_len,
             block_tokens=options.block_tokens,
             latent=model.latent,
+            token_bytes=_token_bytes(model, options) if options.layer_kv_dtypes else None,
         )
         if not memory.holds([(1, 1)]):
             need = (1 + sum(memory.needs([(1, 1)]))) * memory.block_bytes
             raise CacheConfigError(f"One request needs {need:,} bytes: a block for every group and the null block.")
         return memory
-    groups = [group_layers(stage, options.block_tokens, align=BLOCK_ALIGN) for stage in stages]
+    groups = [plan_groups(stage, options.block_tokens) for stage in stages]
     return predict_stages(groups, options.kv_bytes, kind, options.max_num_seqs, max_model_len)
+
+
+def _token_bytes(model: Model, options: PlanOptions) -> int:
+    """What vLLM takes a token to keep in an attention layer: it knows one dtype when it inflates the block."""
+    caches = model.layer_caches(replace(options.cache_options(), layer_kv_dtypes=())).values()
+    return max((cache.bytes_per_token for cache in caches if isinstance(cache, FullAttention)), default=0)
+
+
+def plan_groups(layers: Mapping[str, LayerCache], block_tokens: int) -> tuple[Group, ...]:
+    """One group for each layer cache, its blocks aligned as the plugin aligns them."""
+    groups = group_layers(layers, block_tokens)
+    return tuple(replace(group, align=block_align(group.page_bytes)) for group in groups)
 
 
 def _column(memory: Memory, options: PlanOptions) -> Column:

@@ -45,27 +45,33 @@ class StockLayout:
         return max(sum(self.pages[name] for name in group.layers if name in layers) for group in self.groups)
 
 
-def attention_block(layers: Mapping[str, LayerCache], block_tokens: int, latent: bool) -> int:
+def attention_block(
+    layers: Mapping[str, LayerCache], block_tokens: int, latent: bool, token_bytes: int | None = None
+) -> int:
     """Tokens of a block of attention after inflation.
 
     Args:
         layers: all layers of the model.
         block_tokens: what was asked for, also the step of inflation.
         latent: whether attention is latent, whose step is 128 tokens at least.
+        token_bytes: what an attention layer keeps for a token, as vLLM thinks before it asks the layers; by default
+            what the one that keeps the most does.
     """
     state = max((cache.bytes for cache in layers.values() if isinstance(cache, State)), default=0)
-    token = max((cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0)
+    token = token_bytes or _largest_token(layers)
     if not state or not token:
         return block_tokens
     step = max(block_tokens, LATENT_STEP) if latent else block_tokens
     return max(block_tokens, step * ceil(state / (step * token)))
 
 
-def stock_layout(layers: Mapping[str, LayerCache], block_tokens: int, latent: bool) -> StockLayout:
-    """Group all layers of the model as vLLM does."""
-    inflated = attention_block(layers, block_tokens, latent)
+def stock_layout(
+    layers: Mapping[str, LayerCache], block_tokens: int, latent: bool, token_bytes: int | None = None
+) -> StockLayout:
+    """Group all layers of the model as vLLM does; arguments as of `attention_block`."""
+    inflated = attention_block(layers, block_tokens, latent, token_bytes)
     hybrid = inflated != block_tokens or any(isinstance(cache, FullAttention) for cache in layers.values())
-    token = max((cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0)
+    token = token_bytes or _largest_token(layers)
     largest = max((cache.bytes for cache in layers.values() if isinstance(cache, State)), default=0)
     pages = {}
     for name, cache in layers.items():
@@ -84,10 +90,11 @@ def stock_memory(
     *,
     block_tokens: int,
     latent: bool,
+    token_bytes: int | None = None,
 ) -> StockMemory:
-    """Divide ``budget_bytes`` on every pipeline stage as vLLM does; the fewest blocks decide."""
+    """Divide ``budget_bytes`` on every pipeline stage as vLLM does; the fewest blocks decide. See `attention_block`."""
     everything = {name: cache for stage in stages for name, cache in stage.items()}
-    layout = stock_layout(everything, block_tokens, latent)
+    layout = stock_layout(everything, block_tokens, latent, token_bytes)
     stage = max(stages, key=layout.block_bytes)
     block_bytes = layout.block_bytes(stage)
     blocks = budget_bytes // block_bytes
@@ -99,6 +106,10 @@ def stock_memory(
         block_bytes=block_bytes,
         pool_blocks=blocks,
     )
+
+
+def _largest_token(layers: Mapping[str, LayerCache]) -> int:
+    return max((cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0)
 
 
 def _planned(

@@ -43,6 +43,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(_dtypes(plan))
     if not plan.hybrid:
         console.print(Text(f"\n{words.STEPS_ASIDE}", style="yellow"))
+    elif plan.latent:
+        console.print(Text(f"\n{words.LATENT}", style="yellow"))
     for kind, reason in plan.missing.items():
         console.print(Text(f"\n{words.TITLES[kind]}: {reason}", style="yellow"))
 

@@ -56,7 +56,7 @@ def setting(plan: Plan) -> str:
     """One line on how the model is served."""
     options = plan.options
     parts = [
-        f"KV dtype {options.kv_dtype}",
+        f"KV dtype {options.kv_dtype}" + (" but for single layers" if options.layer_kv_dtypes else ""),
         f"state dtype {options.state_dtype}",
         f"blocks of {options.block_tokens} tokens",
         f"prefix caching {'on' if options.prefix_caching else 'off'}",
@@ -85,6 +85,12 @@ def mix(plan: Plan) -> str:
     """The mix of requests in words."""
     return " and ".join(f"{item.count:,} x {item.tokens:,} tokens" for item in plan.options.mix)
 
+
+LATENT = (
+    "Attention is latent (MLA) in this model, which is untested beside states, so the plugin leaves it to vLLM; "
+    "tidepool's columns say what its partitions would make of it."
+)
+"""Said of models with latent attention beside states."""
 
 STEPS_ASIDE = (
     "No state lies beside attention in this model, so the plugin leaves it to vLLM; tidepool's columns say "

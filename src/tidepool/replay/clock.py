@@ -113,14 +113,16 @@ def find_roofline(gpu: str) -> tuple[str, Roofline]:
     raise PlanError(f"There is no GPU {gpu!r} in the list: choose from {', '.join(ROOFLINES)}.")
 
 
-def cost_model(config: Mapping[str, Any], roofline: Roofline) -> CostModel:
-    """The costs of a model with this HF-style configuration.
+def cost_model(
+    config: Mapping[str, Any], roofline: Roofline, layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
+) -> CostModel:
+    """The costs of a model with this HF-style configuration, some layers of which may keep tokens in other formats.
 
     Raises:
         ModelConfigError: the model can't be read.
     """
     model = model_from_config(config)
-    caches = model.layer_caches(CacheOptions()).values()
+    caches = model.layer_caches(CacheOptions(layer_kv_dtypes=layer_kv_dtypes)).values()
     experts = sum(layer.experts for layer in model.layers)
     keys = Config(config)
     expert_bytes = experts * model.expert_bytes_each

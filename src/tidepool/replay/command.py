@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from tidepool.models import ModelConfigError, find_model, read_config
+from tidepool.models import CacheOptions, ModelConfigError, find_model, model_from_config, read_config
 from tidepool.models.catalogue import entry
-from tidepool.plan import Card, PlanError, find_card, parse_size
+from tidepool.plan import Card, PlanError, find_card, parse_layer_dtypes, parse_size
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import ROOFLINES, find_roofline
@@ -41,6 +41,9 @@ def replay(
     max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 8_192,
     eviction: Annotated[str, typer.Option(help=f"What tidepool evicts by: {', '.join(EVICTIONS)}.")] = EVICTIONS[0],
+    layer_kv_dtype: Annotated[
+        str | None, typer.Option(help="How single layers keep tokens: 3=fp8,7-11=528B; see docs/many-groups.md.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of generated requests.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
@@ -63,8 +66,12 @@ def replay(
         found = _find(model)
         card = find_roofline(gpu)[0]
         kv_bytes = parse_size(memory) if memory else _kv_bytes(found, card)
+        layer_kv_dtypes = parse_layer_dtypes(layer_kv_dtype)
+        model_from_config(found.config).layer_caches(CacheOptions(layer_kv_dtypes=layer_kv_dtypes))
         if "bound" in chosen:
             attention_only(found.config)
+            if layer_kv_dtypes:
+                raise PlanError("The bound keeps all layers alike: leave it out of --modes, or --layer-kv-dtype away.")
         jobs = [
             Job(
                 mode=mode,
@@ -79,6 +86,7 @@ def replay(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 eviction=_parse_eviction(eviction),
+                layer_kv_dtypes=layer_kv_dtypes,
             )
             for mode in chosen
         ]

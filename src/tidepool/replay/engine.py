@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ import torch
 from vllm import SamplingParams
 from vllm.config.vllm import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
+from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import ModelRunnerOutput
 
+from tidepool.models import WINDOWS
+from tidepool.models.dtypes import head_bytes
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.trace import GENERATED_TOKEN
 from tidepool.vllm_plugin.planning import layer_specs_of
@@ -50,6 +55,8 @@ class EngineShape:
     max_num_batched_tokens: int = 8_192
     prefix_caching: bool = True
     eviction: Eviction = "returns"
+    change_specs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    """Makes other layers of the model's, both given as layer name to vLLM's KVCacheSpec."""
 
 
 class GpuBlocks:
@@ -69,16 +76,17 @@ class GpuBlocks:
 class NoModelExecutor(Executor):  # type: ignore[misc]
     """Builds the model on the meta device for its specs, and samples `GENERATED_TOKEN` for every request."""
 
-    kv_bytes = 0
+    shape: EngineShape
 
     def _init_executor(self) -> None:
         build_on_meta_device(self.vllm_config)
         prepare_gpu_blocks(self.vllm_config)
-        self.specs = layer_specs_of(self.vllm_config)
+        specs = layer_specs_of(self.vllm_config)
+        self.specs = self.shape.change_specs(specs) if self.shape.change_specs else specs
 
     def determine_available_memory(self) -> list[int]:
         """The budget, in bytes."""
-        return [self.kv_bytes]
+        return [self.shape.kv_bytes]
 
     def get_kv_cache_specs(self) -> list[dict[str, Any]]:
         """One worker's."""
@@ -164,10 +172,28 @@ def make_engine(shape: EngineShape) -> EngineCore:
             additional_config={"tidepool": {"eviction": shape.eviction}},
             language_model_only=True,
         ).create_engine_config()
-        executor = type("SizedExecutor", (NoModelExecutor,), {"kv_bytes": shape.kv_bytes})
+        executor = type("SizedExecutor", (NoModelExecutor,), {"shape": shape})
         engine = EngineCore(vllm_config, executor, log_stats=True)
     engine.model_executor.scheduler = engine.scheduler
     return engine
+
+
+def typed_layers(specs: Mapping[str, Any], layer_kv_dtypes: Sequence[tuple[int | str, str]]) -> dict[str, Any]:
+    """The specs of layers that keep their tokens in other formats: packed, as vLLM's own packing backends declare it.
+
+    Args:
+        specs: layer name to vLLM's KVCacheSpec.
+        layer_kv_dtypes: see `tidepool.models.CacheOptions`.
+    """
+    made = dict(specs)
+    for layer, dtype in layer_kv_dtypes:
+        for name, spec in specs.items():
+            if not isinstance(spec, AttentionSpec):
+                continue
+            if extract_layer_index(name) == layer or (layer == WINDOWS and isinstance(spec, SlidingWindowSpec)):
+                each = head_bytes(dtype, spec.head_size, spec.head_size_v, get_dtype_size(spec.dtype))
+                made[name] = replace(spec, state_content_bytes=each)
+    return made
 
 
 def add_request(engine: EngineCore, req_id: str, prompt: list[int], output_tokens: int) -> None:

@@ -45,6 +45,8 @@ class Job:
     max_num_batched_tokens: int
     eviction: Eviction = "returns"
     """What tidepool evicts by."""
+    layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
+    """How single attention layers keep their tokens, see `tidepool.models.CacheOptions`."""
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
@@ -53,7 +55,8 @@ class Job:
     @classmethod
     def read(cls, path: Path) -> Job:
         """Read what `write` wrote."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**content | {"layer_kv_dtypes": tuple(map(tuple, content["layer_kv_dtypes"]))})
 
 
 USES = ("states", "attention", "cached_states", "cached_attention", "padding", "idle")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import get_group_id
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from tidepool.replay.job import GroupLayout
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
@@ -19,11 +20,11 @@ class MemoryMeter:
     so there it costs O(blocks of the pool + running requests).
     """
 
-    def __init__(self, scheduler: Any, kv_bytes: int) -> None:
+    def __init__(self, scheduler: Any, kv_bytes: int, specs: Mapping[str, KVCacheSpec]) -> None:
         self._scheduler = scheduler
         self._kv_bytes = kv_bytes
         self.config = scheduler.kv_cache_config
-        self.groups = layouts(self.config, kv_bytes)
+        self.groups = layouts(self.config, specs)
 
     def uses(self) -> tuple[int, ...]:
         """Bytes now, in the order of `tidepool.replay.job.USES`."""
@@ -74,15 +75,21 @@ class MemoryMeter:
         return in_use, cached
 
 
-def layouts(config: Any, kv_bytes: int) -> list[GroupLayout]:
-    """The groups as planned."""
+def layouts(config: Any, specs: Mapping[str, KVCacheSpec]) -> list[GroupLayout]:
+    """The groups as planned.
+
+    Args:
+        config: the scheduler's KVCacheConfig. In vLLM's own, a group whose layers differ has the spec of one of them.
+        specs: layer name to KVCacheSpec.
+    """
     groups = config.kv_cache_groups
     if isinstance(config, TidepoolKVCacheConfig):
         sizes = list(zip(config.strides, config.block_bytes, strict=True))
     else:
         # One pool: every group's block is as large as the largest group's.
-        block = max(len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in groups)
-        sizes = [(block, _natural_bytes(group)) for group in groups]
+        pages = [[specs[name] for name in group.layer_names] for group in groups]
+        block = max(sum(spec.page_size_bytes for spec in group) for group in pages)
+        sizes = [(block, sum(map(_natural_bytes, group))) for group in pages]
     return [
         GroupLayout(
             kind="state" if isinstance(group.kv_cache_spec, MambaSpec) else "attention",
@@ -95,6 +102,5 @@ def layouts(config: Any, kv_bytes: int) -> list[GroupLayout]:
     ]
 
 
-def _natural_bytes(group: KVCacheGroupSpec) -> int:
-    page = replace(group.kv_cache_spec, page_size_padded=None).page_size_bytes
-    return len(group.layer_names) * int(page)
+def _natural_bytes(spec: Any) -> int:
+    return int(replace(spec, page_size_padded=None).page_size_bytes)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from vllm.v1.engine.core import EngineCore
 
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import CostModel, Work, cost_model, find_roofline
-from tidepool.replay.engine import EngineShape, add_request, make_engine
+from tidepool.replay.engine import EngineShape, add_request, make_engine, typed_layers
 from tidepool.replay.figures import median, spread
 from tidepool.replay.job import Job, Result, Sample
 from tidepool.replay.memory_use import MemoryMeter
@@ -131,12 +132,13 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
         max_model_len=longest + 1,
         max_num_batched_tokens=job.max_num_batched_tokens,
         eviction=job.eviction,
+        change_specs=partial(typed_layers, layer_kv_dtypes=job.layer_kv_dtypes),
     )
     engine = make_engine(shape)
     # The clock is the hybrid model's in every mode, so that times differ by what the memory policy does alone.
-    costs = cost_model(job.config, find_roofline(job.gpu)[1])
+    costs = cost_model(job.config, find_roofline(job.gpu)[1], job.layer_kv_dtypes)
     replay = Replay(engine, costs, requests, job.rate)
-    meter = MemoryMeter(engine.scheduler, job.kv_bytes)
+    meter = MemoryMeter(engine.scheduler, job.kv_bytes, engine.model_executor.specs)
 
     def look() -> Sample:
         scheduler = engine.scheduler

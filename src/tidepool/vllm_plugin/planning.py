@@ -37,6 +37,7 @@ from tidepool.cache import (
     Share,
     SlidingWindow,
     State,
+    block_align,
     choose_geometry,
     choose_stage_geometries,
     cut_by_slots,
@@ -48,8 +49,6 @@ from tidepool.vllm_plugin.settings import Eviction, Partition, Settings, read_se
 
 logger = init_logger("vllm.tidepool")
 
-STRIDE_ALIGN = 64
-"""Bytes. A cache line, and a multiple of every vector load that attention kernels do."""
 CHECKPOINT_TOKENS = 512
 """How far apart states are kept at most; it costs no padding. Chosen by replay (docs/prefix-caching.md): few enough for
 shared system prompts, many enough that states are seldom copied."""
@@ -485,14 +484,14 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
     spec, names = group.kv_cache_spec, tuple(group.layer_names)
     if isinstance(spec, MambaSpec):
         copies = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
-        return Group(State(spec.page_size_bytes, copies), names, spec.block_size, STRIDE_ALIGN)
+        return Group(State(spec.page_size_bytes, copies), names, spec.block_size, block_align(spec.page_size_bytes))
     assert isinstance(spec, AttentionSpec)
     per_token = replace(spec, page_size_padded=None).copy_with_new_block_size(1).page_size_bytes
     cache: FullAttention | SlidingWindow = FullAttention(per_token)
     if isinstance(spec, SlidingWindowSpec):
         # What is computed in a step is held beside the window until the step has ended.
         cache = SlidingWindow(per_token, spec.sliding_window, vllm_config.max_in_flight_tokens)
-    return Group(cache, names, spec.block_size, STRIDE_ALIGN, page_bytes=spec.page_size_bytes)
+    return Group(cache, names, spec.block_size, block_align(spec.page_size_bytes), page_bytes=spec.page_size_bytes)
 
 
 def layer_specs_of(vllm_config: Any) -> dict[str, KVCacheSpec]:
