@@ -14,6 +14,10 @@ SUPPORTED_VLLM = ("0.32.0",)
 """Versions whose seams were read and tested."""
 
 
+DRAFTERS = ("ngram", "mtp")
+"""Methods of speculative decoding that have been run."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """``closed(vllm_config)`` tells whether the feature is in use."""
@@ -30,6 +34,11 @@ def _quantized(config: Any) -> bool:
     return dtype not in ("auto", "bfloat16") and not turboquant
 
 
+def _other_drafter(config: Any) -> bool:
+    speculative = config.speculative_config
+    return speculative is not None and speculative.method not in DRAFTERS
+
+
 def _parallel(field: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config.parallel_config, field) > 1
 
@@ -42,7 +51,7 @@ GATES: tuple[Gate, ...] = (
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
     Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] opens this gate)", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp") or c.parallel_config.nnodes > 1),
-    Gate("speculative-decoding", "speculative decoding is untested", lambda c: c.speculative_config is not None),
+    Gate("speculative-decoding", "of speculative decoding only the method ngram has been run", _other_drafter),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "quantized KV caches are untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
     Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
