@@ -28,6 +28,8 @@ class CacheOptions:
     """States that a running request holds in every state layer."""
     speculative_tokens: int = 0
     """Draft tokens of a step: convolution states get as many columns more."""
+    mtp: bool = False
+    """Whether the model's own draft layers (MTP) are used, and keep a cache too."""
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,7 @@ def _put_in_draft_rollback() -> None:
         causal_conv1d.causal_conv1d_update = _marked(rollback.make_convolution_update(update))
         gdn_attention._spec_forward = rollback.gdn_draft_step
         backend = ssu_dispatch.CPUSSUBackend
-        backend.__call__ = rollback.make_state_update(backend.__call__)  # type: ignore[method-assign]
+        backend.__call__ = rollback.make_state_update(backend.__call__)
         # The mixer binds the name when it is imported, which may have happened already.
         mixer = sys.modules.get("vllm.model_executor.layers.mamba.mamba_mixer2")
         if mixer is not None:

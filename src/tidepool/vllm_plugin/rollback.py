@@ -1,8 +1,8 @@
-"""Drafts over states on the CPU: twins of the GPU kernels that let a request go back to the state of its last good token.
+"""Drafts over states on the CPU: twins of GPU kernels, for requests to go back to the state of their last good token.
 
-A step reads a request's last token and its drafts, and leaves one state for each: that after token t lies in the t-th of
-the request's rollback blocks, and the convolution's inputs in one wider window. The next step goes on from the state of
-the last token that was accepted. `tidepool.vllm_plugin.compat` puts these functions where vLLM 0.32 lacks them.
+A step reads a request's last token and its drafts, and leaves one state for each: that after token t lies in the t-th
+of the request's rollback blocks, and the convolution's inputs in one wider window. The next step goes on from the state
+of the last token that was accepted. `tidepool.vllm_plugin.compat` puts these functions where vLLM 0.32 lacks them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+def _require_accepted(accepted: torch.Tensor) -> None:
+    """A request that accepted nothing would have to go back before the step, which no state is kept for.
+
+    Raises:
+        RuntimeError: there is such a request.
+    """
+    if int(accepted.min()) < 1:
+        raise RuntimeError(
+            "A step with drafts gave a request no token at all, and the state before it is gone: serve such requests "
+            "(vLLM's issue 56419 names structured output) without speculative decoding."
+        )
 
 
 def convolve_drafts(
@@ -41,9 +54,13 @@ def convolve_drafts(
 
     Returns:
         Outputs, ``[token, channel]``.
+
+    Raises:
+        RuntimeError: a request accepted none.
     """
     import torch
 
+    _require_accepted(accepted)
     out = torch.empty_like(x)
     channels, width = weight.shape
     kernel = weight.float().unsqueeze(1)
@@ -147,9 +164,7 @@ def make_state_update(update: Any) -> Any:
             rest["dst_state_batch_indices"] = blocks
             parts = (each[tokens] for each in (x, dt, B, C))
             x_part, dt_part, B_part, C_part = parts
-            update(
-                self, state, x_part, dt_part, A, B_part, C_part, *args, state_batch_indices=blocks, out=part, **rest
-            )
+            update(self, state, x_part, dt_part, A, B_part, C_part, *args, state_batch_indices=blocks, out=part, **rest)
             out[tokens] = part
             before = state_batch_indices[:, index]
 
