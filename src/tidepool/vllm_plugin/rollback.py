@@ -62,17 +62,16 @@ def convolve_drafts(
 
     _require_accepted(accepted)
     out = torch.empty_like(x)
-    channels, width = weight.shape
-    kernel = weight.float().unsqueeze(1)
+    width, wide = weight.shape[1], weight.float()
     rows = zip(blocks.tolist(), starts.tolist(), starts.tolist()[1:], accepted.tolist(), strict=False)
     for block, start, end, good in rows:
         if start == end:
             continue
         window = windows[block]
         inputs = torch.cat([window[:, good - 1 : good + width - 2], x[start:end].T.to(window.dtype)], dim=1)
-        each = torch.nn.functional.conv1d(
-            inputs.float().unsqueeze(0), kernel, None if bias is None else bias.float(), groups=channels
-        )[0]
+        columns = inputs.float()
+        each = sum(columns[:, k : k + end - start] * wide[:, k, None] for k in range(width))
+        each = each if bias is None else each + bias.float()[:, None]
         out[start:end] = (torch.nn.functional.silu(each) if silu else each).T.to(out.dtype)
         window[:, : inputs.shape[1] - 1] = inputs[:, 1:]
     return out
