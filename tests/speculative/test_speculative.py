@@ -102,7 +102,11 @@ def _serve(job: str) -> dict[str, Any]:
 
 
 def serve(family: Family, **changes: Any) -> dict[str, Any]:
-    job = JOB | {"kv_bytes": KV_BYTES[family], "model": str(checkpoint(family)), "prompts": tiny_prompts(checkpoint(family))} | changes
+    job = (
+        JOB
+        | {"kv_bytes": KV_BYTES[family], "model": str(checkpoint(family)), "prompts": tiny_prompts(checkpoint(family))}
+        | changes
+    )
     job["answer"] = str(Path(os.environ["TIDEPOOL_TEST_MODELS"]) / "answer.json")
     result = _serve(json.dumps(job, sort_keys=True))
     assert result["served"] == (job["side"] != "stock")
