@@ -30,8 +30,8 @@ FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
 DRAFT_TOKENS = 3
 NGRAM = {"method": "ngram", "num_speculative_tokens": DRAFT_TOKENS, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 MTP = {"method": "mtp", "num_speculative_tokens": DRAFT_TOKENS}
-KV_BYTES = {"qwen3.5": 33_200_000, "nemotron-h": 43_800_000}
-"""So little that requests are preempted."""
+KV_BYTES = {"qwen3.5": 73_000_000, "nemotron-h": 72_000_000}
+"""Requests are admitted until nothing is left, and each then takes two blocks of attention more: some are preempted."""
 SHARED_KV_BYTES = {"qwen3.5": 60_000_000, "nemotron-h": 80_000_000}
 
 
@@ -54,11 +54,11 @@ def tiny_prompts(model: Path) -> list[list[int]]:
             tokens.append(rng.randrange(5, 500) if rng.random() < 0.08 else follower[tokens[-1]])
         return tokens
 
-    shared = [some(300), some(400)]
+    shared = [some(150), some(200)]
     prompts = []
     for number in range(12):
         start = shared[number // 2 % 2] if number % 2 else []
-        prompts.append(start + some(rng.randrange(500, 545) - len(start)))
+        prompts.append(start + some(rng.randrange(270, 286) - len(start)))
     return prompts
 
 
