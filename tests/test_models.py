@@ -107,6 +107,19 @@ def test_draft_tokens_widen_convolutions() -> None:
     assert wide == State(plain.bytes + 2 * 6144 * 2)
 
 
+def test_a_head_that_drafts_keeps_a_cache_on_the_last_stage() -> None:
+    model = entry("Qwen3.5-4B").model()
+    with_head = CacheOptions(mtp=True)
+    assert len(model.layer_caches(CacheOptions())) == 32
+    caches = model.layer_caches(with_head)
+    assert caches["layers.32.attention"] == FullAttention(4096)
+    stages = model.stages(3, with_head)
+    assert [len(stage) for stage in stages] == [10 + 1, 10 + 1, 10 + 1]
+    assert "layers.32.attention" in stages[-1]
+    with pytest.raises(ModelConfigError, match="leave --mtp out"):
+        entry("Llama-3.1-8B").model().layer_caches(with_head)
+
+
 def test_heads_that_do_not_divide_are_an_error() -> None:
     with pytest.raises(ModelConfigError, match="don't divide among 3 devices"):
         kinds("Qwen3.5-4B", CacheOptions(tp=3))

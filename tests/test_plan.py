@@ -289,6 +289,19 @@ def test_prefix_caching_and_drafts_cost_states() -> None:
     assert states(PlanOptions(kv_bytes=20 << 30, prefix_caching=True, speculative_tokens=3)) == 5
 
 
+def test_a_head_that_drafts_is_one_layer_of_attention_more() -> None:
+    model = entry("Qwen3.5-4B").model()
+
+    def layers(mtp: bool) -> dict[str, int]:
+        options = PlanOptions(kv_bytes=20 << 30, speculative_tokens=1, mtp=mtp)
+        return {
+            group.label: group.layers for group in make_plan("x", "", model, options).columns["elastic"].memory.groups
+        }
+
+    assert layers(False) == {"state": 24, "attention": 8}
+    assert layers(True) == {"state": 24, "attention": 9}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_never_more_than_max_num_seqs_run(kind: str) -> None:
     options = PlanOptions(kv_bytes=60 << 30, max_num_seqs=3)

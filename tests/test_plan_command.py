@@ -142,6 +142,11 @@ ERRORS = {
         ["Qwen3.5-4B", "--memory", "9GiB", "--speculative-tokens", "-2"],
         "can't be negative",
     ),
+    "no drafts": (["Qwen3.5-4B", "--memory", "9GiB", "--mtp"], "how many tokens --mtp drafts"),
+    "no head": (
+        ["Llama-3.1-8B", "--memory", "9GiB", "--mtp", "--speculative-tokens", "1"],
+        "No layers of this model are known to draft",
+    ),
     "too many stages": (["Qwen3.5-4B", "--memory", "9GiB", "--pp", "99"], "can't be cut into 99"),
     "bad context": (["Qwen3.5-4B", "--memory", "9GiB", "--context", "long"], "'long' is no context length"),
     "bad mix": (["Qwen3.5-4B", "--memory", "9GiB", "--mix", "5"], "is no part of a mix"),

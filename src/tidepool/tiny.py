@@ -31,6 +31,8 @@ _CHAT_TEMPLATE = (
 )
 _LOGIT_SCALE = 4.0
 """Standard deviation of the logits."""
+_QWEN_LOUDNESS = 1.65
+"""Standard deviation of the embeddings; see `_embeddings`."""
 
 # Enough English for a few hundred merges; nothing is learnt from it but the tokenizer.
 _TEXT = """
@@ -61,7 +63,7 @@ at night.
 """
 
 
-def make_checkpoint(family: Family, path: Path, *, seed: int = 0) -> Path:
+def make_checkpoint(family: Family, path: Path, *, seed: int = 0, mtp: bool = False) -> Path:
     """Write a checkpoint of random weights that vLLM and transformers load from disk.
 
     The same seed gives the same files, byte for byte. The weights never emit the end-of-text token, nor any
@@ -72,11 +74,16 @@ def make_checkpoint(family: Family, path: Path, *, seed: int = 0) -> Path:
             ``nemotron-h`` has 7 Mamba2, 2 attention and 6 MLP layers.
         path: directory to write, made if it is not there.
         seed: of the random weights.
+        mtp: whether ``qwen3.5`` gets a head that drafts a token, mostly the right one. The rest is as without.
 
     Returns:
         ``path``.
     """
     config, make_weights = _FAMILIES[family]
+    if mtp:
+        if family != "qwen3.5":
+            raise ValueError(f"Only qwen3.5 has a head that drafts tokens here, not {family}.")
+        config = config | {"mtp_num_hidden_layers": 1}
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = _make_tokenizer()
     tokenizer.save(str(path / "tokenizer.json"))
@@ -170,9 +177,16 @@ def _qwen_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Tensor
     mlp = config["intermediate_size"]
     ones, zeros = torch.ones, torch.zeros  # most norms of this family multiply by one plus their weight
 
-    weights = _embeddings(init, 1.65, "model.embed_tokens.weight", "model.norm.weight", zeros)
-    for index, kind in enumerate(config["layer_types"]):
-        layer = f"model.layers.{index}."
+    weights = _embeddings(init, _QWEN_LOUDNESS, "model.embed_tokens.weight", "model.norm.weight", zeros)
+    layers = [(f"model.layers.{index}.", kind) for index, kind in enumerate(config["layer_types"])]
+    for index in range(config.get("mtp_num_hidden_layers", 0)):
+        layers.append((f"mtp.layers.{index}.", "full_attention"))
+        # The head looks at the last token alone, like the model without its layers, and then at its own attention.
+        passed_on = torch.cat([torch.eye(_HIDDEN) * _QWEN_LOUDNESS, zeros(_HIDDEN, _HIDDEN)], dim=1)
+        weights["mtp.fc.weight"] = passed_on.bfloat16()
+        for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+            weights[f"mtp.{norm}.weight"] = zeros(_HIDDEN).bfloat16()
+    for layer, kind in layers:
         weights[layer + "input_layernorm.weight"] = zeros(_HIDDEN).bfloat16()
         weights[layer + "post_attention_layernorm.weight"] = zeros(_HIDDEN).bfloat16()
         if kind == "linear_attention":

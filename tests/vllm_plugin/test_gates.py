@@ -48,7 +48,8 @@ CLOSING: dict[str, tuple[str, Any]] = {
     "decode-context-parallel": ("parallel_config.decode_context_parallel_size", 2),
     "prefill-context-parallel": ("parallel_config.prefill_context_parallel_size", 2),
     "executor": ("parallel_config.distributed_executor_backend", "ray"),
-    "speculative-decoding": ("speculative_config", object()),
+    "speculative-decoding": ("speculative_config", SimpleNamespace(method="eagle")),
+    "speculative-ranks": ("speculative_config", SimpleNamespace(method="ngram")),
     "mla": ("model_config.use_mla", True),
     "kv-cache-dtype": ("cache_config.cache_dtype", "fp8"),
     "mamba-cache-mode": ("cache_config.mamba_cache_mode", "all"),
@@ -74,12 +75,39 @@ def test_nothing_is_closed_on_a_plain_engine() -> None:
 def test_each_gate_closes_on_its_feature_alone(gate: Any) -> None:
     path, value = CLOSING[gate.name]
     engine = config()
+    if gate.name == "speculative-decoding":
+        engine.parallel_config.tensor_parallel_size = engine.parallel_config.pipeline_parallel_size = 1
     *owners, field = path.split(".")
     owner: Any = engine
     for name in owners:
         owner = getattr(owner, name)
     setattr(owner, field, value)
     assert list(closed_gates(engine)) == [f"{gate.name}: {gate.reason}"]
+
+
+def test_drafters_that_were_run_are_served() -> None:
+    engine = config()
+    engine.parallel_config.tensor_parallel_size = engine.parallel_config.pipeline_parallel_size = 1
+
+    def closed(method: str, model_type: str = "") -> list[str]:
+        draft_model = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type))
+        engine.speculative_config = SimpleNamespace(method=method, draft_model_config=draft_model)
+        return [reason.partition(":")[0] for reason in closed_gates(engine)]
+
+    assert closed("ngram") == []
+    assert closed("mtp", "qwen3_5_mtp") == []
+    for method, model_type in [
+        ("mtp", "nemotron_h_mtp"),
+        ("mtp", "qwen3_next_mtp"),
+        ("draft_model", "qwen3"),
+        ("ngram_gpu", ""),
+    ]:
+        assert closed(method, model_type) == ["speculative-decoding"]
+    engine.device_config.device_type = "cuda"
+    assert closed("ngram") == ["speculative-ranks", "device"]
+    engine.device_config.device_type = "cpu"
+    engine.parallel_config.tensor_parallel_size = 2
+    assert closed("ngram") == ["speculative-ranks"]
 
 
 def test_an_allowed_gate_is_open() -> None:

@@ -30,6 +30,8 @@ class CacheOptions:
     """Draft tokens of a step: convolution states get as many columns more."""
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """``kv_dtype`` of single layers, by number, or of all with a sliding window by `WINDOWS`; the last word counts."""
+    mtp: bool = False
+    """Whether the model's own draft layers (MTP) are used, and keep a cache too."""
 
 
 WINDOWS = "sliding_window"

@@ -37,6 +37,8 @@ class Model:
     """Bytes of one parameter in the checkpoint."""
     expert_bytes_each: float
     """Bytes of one parameter of a routed expert in the checkpoint."""
+    draft_layers: tuple[Layer, ...] = ()
+    """Of the head that drafts tokens (MTP); they count only where it is used."""
 
     @property
     def parameters(self) -> int:
@@ -52,12 +54,16 @@ class Model:
         """What every layer keeps on one device, by layer name.
 
         Raises:
-            ModelConfigError: a layer can't be cut or typed as ``options`` ask.
+            ModelConfigError: a layer can't be cut or typed as ``options`` ask, or draft layers are asked for and the
+                model has none.
         """
         self._check_layers(options.layer_kv_dtypes)
+        if options.mtp and not self.draft_layers:
+            raise ModelConfigError("No layers of this model are known to draft tokens: leave --mtp out.")
+        layers = self.layers + (self.draft_layers if options.mtp else ())
         return {
             f"layers.{index}.{name}": mixer.cache(_options_of(index, mixer, options), self.numerics)
-            for index, layer in enumerate(self.layers)
+            for index, layer in enumerate(layers)
             for name, mixer in layer.mixers.items()
         }
 
@@ -77,9 +83,10 @@ class Model:
                 )
 
     def stages(self, pp: int, options: CacheOptions) -> list[dict[str, LayerCache]]:
-        """What every layer keeps, one dict for each pipeline stage."""
+        """What every layer keeps, one dict for each pipeline stage; draft layers are on the last one."""
         caches = self.layer_caches(options)
         bounds = stage_bounds(len(self.layers), pp)
+        bounds[-1] = (bounds[-1][0], len(self.layers) + len(self.draft_layers))
         return [
             {name: cache for name, cache in caches.items() if first <= int(name.split(".")[1]) < end}
             for first, end in bounds

@@ -50,6 +50,9 @@ def plan(
         bool, typer.Option("--prefix-caching", help="A running request holds one state more.")
     ] = False,
     speculative_tokens: Annotated[int, typer.Option(help="Draft tokens of a step.")] = 0,
+    mtp: Annotated[
+        bool, typer.Option("--mtp", help="The model's own head drafts them; its layers keep a cache.")
+    ] = False,
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
@@ -80,6 +83,7 @@ def plan(
             max_num_seqs=max_num_seqs,
             max_model_len=max_model_len,
             speculative_tokens=speculative_tokens,
+            mtp=mtp,
             contexts=tuple(parse_lengths(context)),
             mix=tuple(parse_mix(mix)),
         )

@@ -41,6 +41,8 @@ class PlanOptions:
     max_num_seqs: int = 256
     max_model_len: int | None = None
     speculative_tokens: int = 0
+    mtp: bool = False
+    """Whether the model's own head drafts them."""
     contexts: tuple[int, ...] = (1_000, 8_000, 32_000, 128_000)
     mix: tuple[Requests, ...] = (Requests(32, 2_100), Requests(2, 33_000))
 
@@ -52,6 +54,8 @@ class PlanOptions:
             raise PlanError(f"max-model-len must be positive, not {self.max_model_len:,}.")
         if self.speculative_tokens < 0:
             raise PlanError(f"The number of speculative tokens can't be negative ({self.speculative_tokens}).")
+        if self.mtp and not self.speculative_tokens:
+            raise PlanError("Say with --speculative-tokens how many tokens --mtp drafts in a step.")
 
     def cache_options(self, kv_dtype: str | None = None) -> CacheOptions:
         """What the layers need to know; states: one, one more with prefix caching, one per draft token."""
@@ -62,6 +66,7 @@ class PlanOptions:
             copies=1 + int(self.prefix_caching) + self.speculative_tokens,
             speculative_tokens=self.speculative_tokens,
             layer_kv_dtypes=self.layer_kv_dtypes,
+            mtp=self.mtp,
         )
 
 

@@ -65,7 +65,8 @@ def setting(plan: Plan) -> str:
     if options.tp > 1 or options.pp > 1:
         parts.append(f"tp {options.tp}, pp {options.pp}, figures for one device")
     if options.speculative_tokens:
-        parts.append(f"{options.speculative_tokens} draft tokens")
+        drafter = " by the model's own head" if options.mtp else ""
+        parts.append(f"{options.speculative_tokens} draft tokens{drafter}")
     return ", ".join(parts)
 
 

@@ -31,6 +31,7 @@ def apply_compat() -> list[str]:
         "hidden-media-packages": hide_media_packages,
         "mamba2-cpu-checkpoints": patch_mamba2_cpu_checkpoints,
         "cpu-stage-buffers": patch_cpu_stage_buffers,
+        "cpu-draft-rollback": patch_cpu_draft_rollback,
     }
     return [name for name, apply in workarounds.items() if apply()]
 
@@ -298,3 +299,55 @@ def patch_cpu_stage_buffers() -> bool:
 
         CPUModelRunner.sync_and_gather_intermediate_tensors = _marked(sync_and_gather_intermediate_tensors)
     return True
+
+
+# Speculative decoding with states on the CPU ------------------------------------------------------------------
+
+
+def patch_cpu_draft_rollback() -> bool:
+    """Let requests with drafts go back to the state of their last good token, on the CPU platform of vLLM 0.32.
+
+    Mamba's convolution overlooks there which drafts were accepted, Gated DeltaNet's takes every request to have all its
+    drafts, and two kernels that copy states between blocks exist for GPUs only. The twins are in
+    `tidepool.vllm_plugin.rollback`; they are put in where vLLM registers its own twins, in workers.
+
+    Returns:
+        Whether the patch is in force.
+    """
+    if not _is_affected_vllm():
+        return False
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    register = platform.register_triton_kernel_overrides.__func__
+    if not hasattr(register, _MARK):
+
+        def register_triton_kernel_overrides(cls: Any) -> None:
+            register(cls)
+            _put_in_draft_rollback()
+
+        platform.register_triton_kernel_overrides = classmethod(_marked(register_triton_kernel_overrides))
+    return True
+
+
+def _put_in_draft_rollback() -> None:
+    from vllm.model_executor.layers.mamba.ops import causal_conv1d, ssu_dispatch
+    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.triton_utils.dispatcher import register_kernels
+
+    from tidepool.vllm_plugin import rollback
+
+    if not HAS_TRITON:
+        kernels = {"precopy_mamba_align": rollback.copy_before_step, "postprocess_mamba": rollback.copy_after_step}
+        register_kernels({f"vllm.v1.worker.mamba_utils.{name}_fused_kernel": twin for name, twin in kernels.items()})
+    update = causal_conv1d.causal_conv1d_update
+    if not hasattr(update, _MARK):
+        causal_conv1d.causal_conv1d_update = _marked(rollback.make_convolution_update(update))
+        gdn_attention._spec_forward = rollback.gdn_draft_step
+        backend = ssu_dispatch.CPUSSUBackend
+        backend.__call__ = rollback.make_state_update(backend.__call__)
+        # The mixer binds the name when it is imported, which may have happened already.
+        mixer = sys.modules.get("vllm.model_executor.layers.mamba.mamba_mixer2")
+        if mixer is not None:
+            mixer.causal_conv1d_update = causal_conv1d.causal_conv1d_update  # type: ignore[attr-defined]

@@ -30,6 +30,21 @@ def _quantized(config: Any) -> bool:
     return dtype not in ("auto", "bfloat16") and not turboquant
 
 
+def _other_drafter(config: Any) -> bool:
+    """Whether drafts come from elsewhere than n-grams or a Qwen3.5 model's own head."""
+    speculative = config.speculative_config
+    if speculative is None or speculative.method == "ngram":
+        return False
+    return speculative.method != "mtp" or speculative.draft_model_config.hf_config.model_type != "qwen3_5_mtp"
+
+
+def _drafts_elsewhere(config: Any) -> bool:
+    """Whether drafts meet what they haven't been run with."""
+    parallel = config.parallel_config
+    several = parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1
+    return config.speculative_config is not None and (several or config.device_config.device_type != "cpu")
+
+
 def _parallel(field: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config.parallel_config, field) > 1
 
@@ -42,7 +57,8 @@ GATES: tuple[Gate, ...] = (
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
     Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] opens this gate)", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp") or c.parallel_config.nnodes > 1),
-    Gate("speculative-decoding", "speculative decoding is untested", lambda c: c.speculative_config is not None),
+    Gate("speculative-decoding", "of speculative decoding only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run", _other_drafter),
+    Gate("speculative-ranks", "speculative decoding has been run in one process on the CPU only", _drafts_elsewhere),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "quantized KV caches are untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
     Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),

@@ -145,7 +145,7 @@ def arena_bytes_of(runner: Any) -> ArenaBytes | None:
 
 
 def limit_requests(runner: Any, config: TidepoolKVCacheConfig) -> None:
-    """Lower max_num_seqs to the states that fit in the memory.
+    """Lower max_num_seqs to the requests whose states fit in the memory: one state each, and one for each draft token.
 
     More requests can't run at once. vLLM captures CUDA graphs of decode steps for up to max_num_seqs of them, and its
     kernels take no batch larger than the states that there are.
@@ -153,7 +153,7 @@ def limit_requests(runner: Any, config: TidepoolKVCacheConfig) -> None:
     from vllm.v1.kv_cache_interface import MambaSpec
 
     states = min(
-        blocks - 1
+        (blocks - 1) // (1 + group.kv_cache_spec.num_speculative_blocks)
         for blocks, group in zip(config.pool_blocks, config.kv_cache_groups, strict=True)
         if isinstance(group.kv_cache_spec, MambaSpec)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tidepool.models.config import Config, ModelConfigError
 from tidepool.models.families.common import attention, dense, layer_kinds, mixture, model_of
 from tidepool.models.mixers import (
@@ -46,7 +48,10 @@ def qwen3_next(config: Config) -> Model:
         for kind in _kinds(config, count)
     ]
     state_dtype = config.text("mamba_ssm_dtype") if config.has("mamba_ssm_dtype") else None
-    return model_of(config, "Gated DeltaNet and attention", layers, state_dtype)
+    model = model_of(config, "Gated DeltaNet and attention", layers, state_dtype)
+    # vLLM takes one for granted, too.
+    drafts = config.count("mtp_num_hidden_layers", "num_nextn_predict_layers", default=1)
+    return replace(model, draft_layers=(Layer({"attention": gated}, feed_forward, experts),) * drafts)
 
 
 def kimi_linear(config: Config) -> Model:

@@ -1,0 +1,132 @@
+"""Serves prompts with drafts, in a process of its own; run by test_speculative.py.
+
+Reads a JSON request on standard input, writes a JSON answer to the file named in it. After every scheduling step it
+compares the blocks that running requests hold with what they may hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from typing import Any
+
+
+def main() -> None:
+    job: dict[str, Any] = json.load(sys.stdin)
+    os.environ |= {
+        "TIDEPOOL": {"stock": "off"}.get(job["side"], job["side"]),
+        "TIDEPOOL_POISON": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # vLLM compiles a helper for log-probabilities, which takes longer than everything else here.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    from vllm import LLM, SamplingParams
+
+    if job["corrupt"]:
+        accept_nothing()
+    llm = LLM(
+        model=job["model"],
+        max_model_len=2048,
+        max_num_seqs=job["max_num_seqs"],
+        kv_cache_memory_bytes=job["kv_bytes"],
+        max_num_batched_tokens=65_536,
+        enable_prefix_caching=job["prefix_caching"],
+        enforce_eager=True,
+        seed=0,
+        disable_log_stats=False,
+        speculative_config=job["drafts"],
+    )
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    held = watch(scheduler)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["output_tokens"], ignore_eos=True, detokenize=False, logprobs=20
+    )
+    answers = []
+    cached = 0
+    for _ in range(job["rounds"]):
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False)
+        cached += sum(output.num_cached_tokens or 0 for output in outputs)
+        for output in outputs:
+            completion = output.outputs[0]
+            logprobs = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
+            answers.append({"tokens": list(completion.token_ids), "logprobs": logprobs})
+    metrics = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    arena = getattr(scheduler.kv_cache_manager.block_pool, "arena", None)
+    result = {
+        "answers": answers,
+        "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
+        "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
+        "preemptions": metrics["vllm:num_preemptions"],
+        "cached_tokens": cached,
+        "served": arena is not None,
+        "moves": arena.moves if arena else 0,
+        "extents": scheduler.kv_cache_config.num_blocks,
+        "pool_blocks": [pool.num_gpu_blocks for pool in scheduler.kv_cache_manager.block_pool.pools] if arena else [],
+        "in_use_at_end": arena.usage().in_use if arena else 0,
+    } | held
+    with open(job["answer"], "w", encoding="utf-8") as file:
+        json.dump(result, file)
+
+
+def watch(scheduler: Any) -> dict[str, Any]:
+    """Look at the blocks of running requests after each step is scheduled.
+
+    Returns:
+        Filled as steps go by. ``states``: how often a request held so many states; ``wrong_attention``: where a request
+        held more or fewer blocks of attention than its tokens take; ``unaccounted``: steps in which a pool had another
+        number of blocks in use than the requests held.
+    """
+    from vllm.v1.core.single_type_kv_cache_manager import MambaManager
+
+    states: Counter[int] = Counter()
+    result: dict[str, Any] = {"states": states, "wrong_attention": [], "unaccounted": []}
+    most: dict[tuple[str, int], int] = {}
+    schedule = scheduler.schedule
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
+            blocks = {
+                request.request_id: [b for b in manager.req_to_blocks[request.request_id] if not b.is_null]
+                for request in scheduler.running
+            }
+            if isinstance(manager, MambaManager):
+                states.update(map(len, blocks.values()))
+            else:
+                for request in scheduler.running:
+                    key = request.request_id, request.num_preemptions
+                    tokens = request.num_computed_tokens + scheduler.num_lookahead_tokens
+                    most[key] = max(most.get(key, 0), min(tokens, scheduler.max_model_len))
+                    got, due = len(blocks[request.request_id]), -(-most[key] // manager.block_size)
+                    if got != due:
+                        result["wrong_attention"].append([got, due])
+            pool = getattr(manager.block_pool, "arena", None)
+            if pool:
+                in_use = pool.pools[manager.block_pool.group].in_use
+                due = len({block.block_id for each in blocks.values() for block in each})
+                if in_use != due:
+                    result["unaccounted"].append([manager.kv_cache_group_id, in_use, due])
+        return output
+
+    scheduler.schedule = watched
+    return result
+
+
+def accept_nothing() -> None:
+    """The deliberate fault: every step goes on from the state of the last step's first token."""
+    from tidepool.vllm_plugin import rollback
+
+    step = rollback.gdn_draft_step
+
+    def gdn_draft_step(layer: Any, metadata: Any, *args: Any) -> Any:
+        metadata.num_accepted_tokens.fill_(1)
+        return step(layer, metadata, *args)
+
+    rollback.gdn_draft_step = gdn_draft_step
+
+
+main()

@@ -1,0 +1,206 @@
+"""Real vLLM on the CPU with drafts: the same answers as without, and blocks as planned.
+
+A step with drafts computes several tokens of a request at once, which rounds otherwise than one by one. So the tiny
+models' answers may part from those without drafts where both tokens are as good as equal (`BFLOAT16_GAP`), and the
+trained model's have to be right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from answers import gaps
+from tidepool.compare.agreement import BFLOAT16_GAP
+from tidepool.models import model_from_config
+from tidepool.plan.planner import PlanOptions, divide
+from tidepool.tiny import Family, make_checkpoint
+from tidepool.verify.task import ANSWER_TOKENS, MODEL, make_prompts
+
+pytestmark = pytest.mark.vllm
+FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
+DRAFT_TOKENS = 3
+NGRAM = {"method": "ngram", "num_speculative_tokens": DRAFT_TOKENS, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+MTP = {"method": "mtp", "num_speculative_tokens": DRAFT_TOKENS}
+KV_BYTES = {"qwen3.5": 73_000_000, "nemotron-h": 72_000_000}
+"""Requests are admitted until nothing is left, and each soon takes another block of attention: some are preempted."""
+SHARED_KV_BYTES = {"qwen3.5": 60_000_000, "nemotron-h": 80_000_000}
+
+
+def tiny_prompts(model: Path) -> list[list[int]]:
+    """Prompts of which every other begins like two others.
+
+    By itself the model follows a cycle of tokens (`tidepool.tiny`), and so do prompts, with jumps: so what it answers
+    has mostly stood in the prompt, and goes on otherwise where its layers have it so.
+    """
+    from safetensors.torch import load_file
+
+    weights = load_file(model / "model.safetensors")
+    embedding = next(weights[name] for name in weights if "embed" in name)
+    follower = (weights["lm_head.weight"].float() @ embedding.float().T).argmax(0).tolist()
+    rng = random.Random(5)
+
+    def some(count: int) -> list[int]:
+        tokens = [rng.randrange(5, 500)]
+        while len(tokens) < count:
+            tokens.append(rng.randrange(5, 500) if rng.random() < 0.08 else follower[tokens[-1]])
+        return tokens
+
+    shared = [some(150), some(200)]
+    prompts = []
+    for number in range(12):
+        start = shared[number // 2 % 2] if number % 2 else []
+        prompts.append(start + some(rng.randrange(306, 317) - len(start)))
+    return prompts
+
+
+JOB: dict[str, Any] = {
+    "side": "elastic",
+    "corrupt": False,
+    "max_num_seqs": 16,
+    "output_tokens": 48,
+    "rounds": 1,
+    "prefix_caching": False,
+    "drafts": NGRAM,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["TIDEPOOL_TEST_MODELS"] = str(tmp_path_factory.mktemp("models"))
+
+
+@cache
+def checkpoint(family: Family) -> Path:
+    # The head that drafts changes nothing in the rest of the model.
+    path = Path(os.environ["TIDEPOOL_TEST_MODELS"]) / family
+    return make_checkpoint(family, path, mtp=family == "qwen3.5")
+
+
+@cache
+def _serve(job: str) -> dict[str, Any]:
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("draft_child.py"))],
+        input=job,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+        timeout=540,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    result: dict[str, Any] = json.loads(Path(json.loads(job)["answer"]).read_text(encoding="utf-8"))
+    assert result["in_use_at_end"] == 0, "blocks leaked"
+    return result
+
+
+def serve(family: Family, **changes: Any) -> dict[str, Any]:
+    job = (
+        JOB
+        | {"kv_bytes": KV_BYTES[family], "model": str(checkpoint(family)), "prompts": tiny_prompts(checkpoint(family))}
+        | changes
+    )
+    job["answer"] = str(Path(os.environ["TIDEPOOL_TEST_MODELS"]) / "answer.json")
+    result = _serve(json.dumps(job, sort_keys=True))
+    assert result["served"] == (job["side"] != "stock")
+    return result
+
+
+def undrafted(family: Family) -> dict[str, Any]:
+    """Stock vLLM without drafts, with memory for all: what every other run has to answer."""
+    return serve(family, side="stock", kv_bytes=300_000_000, drafts=None)
+
+
+def assert_right(family: Family, result: dict[str, Any]) -> None:
+    reference = undrafted(family)
+    rounds = len(result["answers"]) // len(reference["answers"])
+    found = gaps({"answers": reference["answers"] * rounds}, result)
+    assert all(gap <= BFLOAT16_GAP for gap in found), found
+    assert 0 < result["accepted"] < result["drafted"], "some drafts are accepted, and some are not"
+
+
+def planned(family: Family, kv_bytes: int, *, prefix_caching: bool, mtp: bool = False) -> tuple[Any, int]:
+    """What `tidepool plan` says about an engine here: its memory, and the states that a running request holds."""
+    model = model_from_config(json.loads((checkpoint(family) / "config.json").read_text()))
+    options = PlanOptions(
+        kv_bytes,
+        block_tokens=32,
+        prefix_caching=prefix_caching,
+        max_num_seqs=16,
+        max_model_len=2048,
+        speculative_tokens=DRAFT_TOKENS,
+        mtp=mtp,
+    )
+    memory = divide("elastic", model, model.stages(1, options.cache_options()), options, 2048)
+    return memory, next(group.cache.copies for group in memory.groups if group.label == "state")
+
+
+def assert_as_planned(result: dict[str, Any], memory: Any) -> None:
+    assert result["extents"] == memory.units
+    assert result["pool_blocks"] == [memory.units * slots for slots in memory.slots]
+    assert result["wrong_attention"] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_change_nothing_through_preemption(family: Family) -> None:
+    result = serve(family)
+    assert_right(family, result)
+    assert result["preemptions"] > 0
+    memory, copies = planned(family, KV_BYTES[family], prefix_caching=False)
+    assert_as_planned(result, memory)
+    assert copies == 1 + DRAFT_TOKENS
+    assert set(result["states"]) == {str(copies)}, "a running request holds a state and one for each draft token"
+    assert result["unaccounted"] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drafts_beside_prefix_hits(family: Family) -> None:
+    result = serve(family, kv_bytes=SHARED_KV_BYTES[family], prefix_caching=True, rounds=2, max_num_seqs=4)
+    assert_right(family, result)
+    assert result["cached_tokens"] > 1000, "nothing was reused"
+    memory, copies = planned(family, SHARED_KV_BYTES[family], prefix_caching=True)
+    assert_as_planned(result, memory)
+    held = {int(states) for states in result["states"]}
+    assert min(held) == 1 + DRAFT_TOKENS
+    assert max(held) <= copies
+
+
+def test_a_head_that_drafts() -> None:
+    result = serve(
+        "qwen3.5", drafts=MTP, kv_bytes=SHARED_KV_BYTES["qwen3.5"], prefix_caching=True, rounds=2, max_num_seqs=4
+    )
+    assert_right("qwen3.5", result)
+    assert result["cached_tokens"] > 1000, "nothing was reused"
+    memory, _ = planned("qwen3.5", SHARED_KV_BYTES["qwen3.5"], prefix_caching=True, mtp=True)
+    assert_as_planned(result, memory)
+
+
+def test_a_trained_models_answers_are_right() -> None:
+    asked = make_prompts(5, length=900, stories=8, questions=4)
+    result = serve(
+        "qwen3.5",
+        model=str(MODEL),
+        prompts=[prompt.tokens for prompt in asked],
+        output_tokens=ANSWER_TOKENS,
+        kv_bytes=60_000_000,
+        prefix_caching=True,
+    )
+    wrong = [
+        prompt.question
+        for prompt, answer in zip(asked, result["answers"], strict=True)
+        if not prompt.question.is_right(answer["tokens"])
+    ]
+    assert wrong == []
+    assert 0 < result["accepted"] < result["drafted"]
+
+
+def test_the_check_catches_a_state_that_isnt_rolled_on() -> None:
+    corrupted = serve("qwen3.5", corrupt=True)
+    assert sum(gap > BFLOAT16_GAP for gap in gaps(undrafted("qwen3.5"), corrupted)) >= 5
