@@ -36,10 +36,11 @@ def serve(
         list[str] | None, typer.Argument(metavar="MODEL ...", help="The model and any options of vllm serve.")
     ] = None,
     partition: Annotated[
-        str | None, typer.Option(help="elastic or fixed; by default what TIDEPOOL says, else elastic.")
+        str | None,
+        typer.Option(help="elastic or fixed; by default what the environment variable TIDEPOOL says, else elastic."),
     ] = None,
 ) -> None:
-    """Serve a model: vllm serve with tidepool on. Options that aren't listed here go to vllm serve."""
+    """Serve a model: vllm serve with tidepool on. All other options go to vllm serve."""
     if not arguments:
         _fail("Name a model: tidepool serve MODEL, followed by options of vllm serve.", 2)
     if partition not in (None, "elastic", "fixed"):

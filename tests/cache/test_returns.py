@@ -124,3 +124,13 @@ def test_what_running_requests_left_goes_last() -> None:
     assert set(arena.pools[0].kept()) == set(early)
     arena.allocate(0, 2)
     assert not set(arena.pools[0].kept())
+
+
+def test_the_record_of_ends_has_a_bound() -> None:
+    """The oldest is forgotten first, and nobody is found to have come back to it."""
+    returns = Returns(UNIT)
+    for key in range(5_000):
+        returns.ended([key], key, continued=False)
+    assert not returns.began([0], 5_000)
+    assert returns.began([4_999], 5_000)
+    assert returns.began([5_000 - 4_096], 5_000)

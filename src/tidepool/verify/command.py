@@ -23,7 +23,7 @@ def verify(
     quick: Annotated[bool, typer.Option("--quick", help="Three scenarios, on stock vLLM and elastic.")] = False,
     workdir: Annotated[Path, typer.Option(help="Where vLLM's logs go.")] = Path(".cache/tidepool"),
 ) -> None:
-    """Ask a small trained model on this machine: its answers are right only as long as its memory is."""
+    """Check the memory on this machine: a trained model must answer right, and as on stock vLLM."""
     if find_spec("vllm") is None:
         _fail("vLLM isn't installed here: pip install 'tidepool[cpu]' or 'tidepool[cuda]'.")
     if json_file is not None and not json_file.parent.is_dir():
