@@ -2,7 +2,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -76,13 +76,51 @@ def test_serve_takes_the_partition_out(executed: list[list[str]]) -> None:
 
 def test_vllm_runs_in_this_process_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    for name in ("vllm", "vllm.entrypoints", "vllm.entrypoints.cli", "vllm.entrypoints.cli.main"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules["vllm.entrypoints.cli.main"].__dict__["main"] = lambda: seen.append(sys.argv)
-    monkeypatch.setattr(sys, "argv", [])
-    monkeypatch.setattr(cli, "name_vllm", lambda: None)
+    stand_in_for_vllm(monkeypatch, lambda: seen.append(sys.argv))
     cli.run_vllm(["serve", "some/model"])
     assert seen == [["vllm", "serve", "some/model"]]
+
+
+def stand_in_for_vllm(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None]) -> type:
+    """Returns the class of the engine's front end."""
+
+    class FrontEnd:
+        errored = False
+
+        def __init__(self, *, started: bool = True) -> None:
+            if started:
+                self.engine_core = object()
+
+        def shutdown(self, timeout: float = 0) -> None:
+            self.errored = True
+
+    names = ("vllm.entrypoints.cli.main", "vllm.v1.engine.async_llm")
+    for name in names:
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(".".join(parts[:end])))
+    sys.modules[names[0]].__dict__["main"] = main
+    sys.modules[names[1]].__dict__["AsyncLLM"] = FrontEnd
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(cli, "name_vllm", lambda: None)
+    return FrontEnd
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_a_server_whose_engine_died_fails(monkeypatch: pytest.MonkeyPatch, died: bool) -> None:
+    def main() -> None:
+        front_end(started=False).shutdown()
+        engine = front_end()
+        engine.errored = died
+        engine.shutdown(timeout=3)
+        engine.shutdown()
+
+    front_end = stand_in_for_vllm(monkeypatch, main)
+    monkeypatch.setattr(cli, "find_spec", lambda name: object())
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    result = runner.invoke(cli.app, ["serve", "some/model"])
+    assert result.exit_code == died
+    assert ("The engine died" in result.output) == died
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,13 @@ def test_user_settings_win_in_workers() -> None:
     environ = drive.worker_environment({"OMP_NUM_THREADS": "4"})
     assert environ["OMP_NUM_THREADS"] == "4"
     assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert "VLLM_PLUGINS" not in environ
+
+
+@pytest.mark.parametrize("plugins", ["", "other"])
+def test_workers_have_the_plugin_even_if_the_user_chose_others(plugins: str) -> None:
+    chosen = drive.worker_environment({"VLLM_PLUGINS": plugins})["VLLM_PLUGINS"].split(",")
+    assert chosen == [*filter(None, [plugins]), "tidepool", "tidepool_early"]
 
 
 @pytest.mark.parametrize(

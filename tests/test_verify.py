@@ -2,10 +2,14 @@
 
 import io
 import json
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
@@ -17,6 +21,7 @@ from tidepool.verify.scenarios import ABORTS, MOVES, PARTS, PREEMPTED, QUICK_PAR
 from tidepool.verify.task import ANSWER_TOKENS, MAX_TOKENS
 
 MACHINE = Machine("0.32.0", "2.13.0+cpu", "CPU (x86_64, 2 cores)", gated=False)
+PYTHON = sys.executable
 MANY = Counts(12, 123, 45, 1_234_567, 8_901, 0)
 
 # Scenarios.
@@ -160,6 +165,16 @@ def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.output.strip() == "vLLM isn't installed here: pip install 'tidepool[cpu]' or 'tidepool[cuda]'."
 
 
+def test_a_place_for_the_numbers_that_is_not_there_is_told_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: object())
+    monkeypatch.setattr(drive, "run", lambda *arguments: pytest.fail("it ran"))
+    result = CliRunner().invoke(app, ["verify", "--json", str(tmp_path / "nowhere" / "out.json")])
+    assert result.exit_code == 2
+    assert result.output.strip() == f"There is no directory {tmp_path / 'nowhere'} to write out.json to."
+
+
 # Processes.
 
 
@@ -192,6 +207,53 @@ def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(drive, "ANSWER_SECONDS", 0.5)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors[0].startswith("elastic: no answer in 0 s; its log is ")
+
+
+def test_a_slow_worker_is_not_taken_for_a_silent_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait is shorter than the limit, all of them together are longer."""
+    code = """
+import time
+for _ in range(6):
+    print('{"alive": true}', flush=True)
+    time.sleep(0.5)
+print('{"error": "out of luck"}', flush=True); raise SystemExit(1)"""
+    worker_of(monkeypatch, tmp_path, code)
+    monkeypatch.setattr(drive, "ANSWER_SECONDS", 2.5)
+    results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
+    assert results.errors == [f"elastic: out of luck; its log is {tmp_path / 'elastic.log'}."]
+
+
+def test_an_interrupt_ends_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only the command got the signal, as when a script sends it."""
+    started = tmp_path / "started"
+    worker_of(monkeypatch, tmp_path, f"import time; open({str(started)!r}, 'w').write('x'); time.sleep(60)")
+    code = f"""
+import sys
+from pathlib import Path
+sys.executable = {sys.executable!r}
+from tidepool.verify import drive
+from tidepool.verify.scenarios import PREEMPTED, Part
+drive.run([Part(PREEMPTED, 'elastic')], Path({str(tmp_path)!r}), print)"""
+    # pytest's own interpreter: `worker_of` has put its script in the place of `sys.executable`.
+    command = subprocess.Popen([PYTHON, "-c", code], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not started.exists():
+            assert time.monotonic() < deadline, "no worker"
+            time.sleep(0.05)
+        assert running_workers(tmp_path)
+        command.send_signal(signal.SIGINT)
+        assert command.wait(10) != 0
+    finally:
+        command.kill()
+        command.wait()
+    assert not running_workers(tmp_path)
+
+
+def running_workers(tmp_path: Path) -> list[list[str]]:
+    """Command lines of processes that run this test's worker."""
+    lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    return [line for line in lines if str(tmp_path / "python") in line]
 
 
 def verify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *parts: Part) -> Result:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from importlib.util import find_spec
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,10 +36,11 @@ def serve(
         list[str] | None, typer.Argument(metavar="MODEL ...", help="The model and any options of vllm serve.")
     ] = None,
     partition: Annotated[
-        str | None, typer.Option(help="elastic or fixed; by default what TIDEPOOL says, else elastic.")
+        str | None,
+        typer.Option(help="elastic or fixed; by default what the environment variable TIDEPOOL says, else elastic."),
     ] = None,
 ) -> None:
-    """Serve a model: vllm serve with tidepool on. Options that aren't listed here go to vllm serve."""
+    """Serve a model: vllm serve with tidepool on. All other options go to vllm serve."""
     if not arguments:
         _fail("Name a model: tidepool serve MODEL, followed by options of vllm serve.", 2)
     if partition not in (None, "elastic", "fixed"):
@@ -72,17 +73,40 @@ def switch_on(environ: MutableMapping[str, str], partition: str | None, argument
 
 
 def run_vllm(arguments: Sequence[str]) -> None:
-    """Run the command ``vllm`` in this process, with the arguments given."""
+    """Run the command ``vllm`` in this process, with the arguments given.
+
+    Exits with code 1 if the engine died: vLLM's server says so, ends, and calls it a success.
+    """
     name_vllm()
     sys.argv = ["vllm", *arguments]
     from vllm.entrypoints.cli.main import main
 
     from tidepool.vllm_plugin.settings import SettingsError
 
+    died = watch_engine()
     try:
         main()
     except SettingsError as error:
         _fail(str(error), 2)
+    if died():
+        _fail("The engine died, so the server has ended; the log above says what happened.", 1)
+
+
+def watch_engine() -> Callable[[], bool]:
+    """Returns what tells, after the server's end, whether its engine had died before anyone asked it to end."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    shutdown = AsyncLLM.shutdown
+    errored: list[bool] = []
+
+    def noting_shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
+        # A server that is asked to end shuts its engine down first, and once more when it has ended.
+        if not errored and hasattr(self, "engine_core"):
+            errored.append(bool(self.errored))
+        shutdown(self, *args, **kwargs)
+
+    AsyncLLM.shutdown = noting_shutdown
+    return lambda: any(errored)
 
 
 def name_vllm() -> None:

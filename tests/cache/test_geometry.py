@@ -9,7 +9,9 @@ from hypothesis import given, reject, settings, strategies as st
 
 from tidepool.cache import (
     CacheConfigError,
+    Cut,
     FullAttention,
+    Geometry,
     Group,
     SlidingWindow,
     State,
@@ -212,6 +214,11 @@ class TestFixedShares:
         with pytest.raises(CacheConfigError, match=r"nothing is left for attention|more than the"):
             fixed_shares([attention(64), state(4096)], 4096, 8, 100)
 
+    def test_states_alone_that_do_not_fit_are_refused(self) -> None:
+        with pytest.raises(CacheConfigError, match=r"needs 36,864 bytes for the states of 8 requests, more than the"):
+            fixed_shares([state(4096)], 4096 * 9 - 1, 8, 100)
+        assert fixed_shares([state(4096)], 4096 * 9, 8, 100)[0].blocks == 8
+
     @given(st.integers(1, 64), st.integers(1, 40), st.integers(20_000, 10_000_000))
     def test_shares_never_overlap(self, requests: int, layers: int, total: int) -> None:
         groups = [attention(ODD, layers), state(4096, 3), state(1040), attention(64)]
@@ -290,3 +297,9 @@ def test_fixed_stages_have_the_same_blocks_and_no_overlap(
     # Attention could not have one block more on the stage that is tightest.
     slack = [budget - (s[0].first + s[0].blocks) * s[0].stride for s, budget in zip(by_stage, budgets, strict=False)]
     assert any(s[0].stride and left < s[0].stride for s, left in zip(by_stage, slack, strict=True))
+
+
+@pytest.mark.parametrize("cut", [Cut(40, 40, 4), Cut(50, 40, 3)])
+def test_a_cut_that_does_not_tile_its_extent_is_refused(cut: Cut) -> None:
+    with pytest.raises(CacheConfigError, match="doesn't tile an extent of 120 bytes"):
+        Geometry(120, (cut,))

@@ -25,7 +25,7 @@ from tidepool.verify.task import MODEL
 HOST = "127.0.0.1"
 NAME = "stories"
 """What the server calls the model."""
-START_SECONDS = 180
+START_SECONDS = 600
 """Within which a server must answer, or have given up, on a busy machine too."""
 STOP_SECONDS = 20
 """Within which it must end when asked to."""

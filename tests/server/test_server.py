@@ -210,7 +210,7 @@ def test_an_engine_that_is_killed_ends_the_server(server: Server) -> None:
     with pytest.raises(openai.APIError):
         for _ in stream:
             pass
-    server.wait_until_ended(60)
+    assert server.wait_until_ended(60) == 1, "a supervisor is to start it again"
     assert re.search(r"EngineDeadError|[Ee]ngine ?[Cc]ore.*died", server.output), server.output[-2000:]
 
 

@@ -258,3 +258,63 @@ def test_workers_zero_poison_and_copy_one_groups_block_only() -> None:
     arena.arena[40:80] = 9
     arena.copy([(encode(0, 1, 2), encode(0, 5, 2))])
     assert changed() == [*range(40, 80), *range(200, 240)]
+
+
+def ask_for(manager: Any, request: Any, tokens: int) -> Any:
+    """As the scheduler does for the first tokens of a waiting request; None if it was refused."""
+    hit, hit_tokens, _ = manager.get_computed_blocks(request)
+    return manager.allocate_slots(request, tokens - hit_tokens, hit_tokens, hit, full_sequence_must_fit=True)
+
+
+def test_what_is_refused_for_one_step_is_had_in_the_next(engine: Any) -> None:
+    """A state can't be read in the step that computes it, which has nothing to do with memory."""
+    manager = make_manager(engine)
+    prompt = list(range(600))
+    first = make_request(engine, "first", prompt)
+    manager.new_step_starts()
+    assert ask_for(manager, first, 512) is not None
+    again = make_request(engine, "again", prompt)
+    assert ask_for(manager, again, 600) is None
+    released = manager.block_pool.arena.released
+    manager.new_step_starts()
+    assert manager.block_pool.arena.released == released, "not because something came free"
+    assert ask_for(manager, again, 600) is not None
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_nothing_is_known_of_a_request_that_is_aborted_while_it_waits(engine: Any, deferred: bool) -> None:
+    from vllm.v1.request import RequestStatus
+
+    manager = make_manager(engine)
+    requests = [make_request(engine, str(n), list(range(1500 * n, 1500 * n + 1500))) for n in range(100)]
+    refused = next(request for request in requests if ask_for(manager, request, 1500) is None)
+    assert manager._refused[0] is refused
+    refused.status = RequestStatus.FINISHED_ABORTED
+    assert not (manager.pop_blocks_for_free if deferred else manager.free)(refused)
+    assert manager._refused is None
+    assert refused.request_id not in manager._continued
+    assert refused.request_id not in manager.block_pool.arena._leaves
+
+
+def test_a_state_that_was_gone_on_from_is_forgotten_with_it(engine: Any) -> None:
+    """Else the next request that gets the block would leave a spare there."""
+    manager = make_manager(engine)
+    state = manager.block_pool.pools[0]
+    prompt = list(range(600))
+    first = make_request(engine, "first", prompt)
+    read_prompt(manager, first)
+    finish(manager, first)
+    again = make_request(engine, "again", prompt)
+    assert read_prompt(manager, again) == 512
+    for block_hash in again.block_hashes:
+        manager.block_pool.remember_parting(block_hash)
+    assert state.handed_on
+    finish(manager, again)
+    assert not state.handed_on
+
+
+def finish(manager: Any, request: Any) -> None:
+    from vllm.v1.request import RequestStatus
+
+    request.status = RequestStatus.FINISHED_STOPPED
+    manager.free(request)

@@ -30,19 +30,30 @@ def test_the_environment_wins(given: dict[str, Any], switch: str, enabled: bool,
     assert (settings.enabled, settings.partition) == (enabled, partition)
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"partion": "fixed"}, "has no key 'partion'; it has enabled, partition"),
-        ({"partition": "rubber"}, "'partition'.*can't be 'rubber'"),
-        ({"enabled": "yes"}, "'enabled'.*can't be 'yes'"),
-        ({"block_tokens": 0}, "'block_tokens'.*can't be 0"),
-        ({"checkpoint_tokens": 1.5}, "'checkpoint_tokens'.*can't be 1.5"),
-        ({"allow": ["everything"]}, "can't be 'everything'"),
-        ({"kv": "tqkv-k5v4"}, r"'kv'.*can't be 'tqkv-k5v4': String should match pattern '\^tqkv-k"),
-        ("elastic", "must be a table of settings, not 'elastic'"),
-    ],
-)
+WRONG: list[tuple[Any, str]] = [
+    ({"partion": "fixed"}, "has no key 'partion'; it has enabled, partition"),
+    ({"partition": "rubber"}, "'partition'.*can't be 'rubber': Input should be 'elastic' or 'fixed'"),
+    ({"partition": None}, "'partition'.*can't be None"),
+    ({"enabled": "yes"}, "'enabled'.*can't be 'yes'"),
+    ({"enabled": 1}, "'enabled'.*can't be 1"),
+    ({"block_tokens": 0}, "'block_tokens'.*can't be 0"),
+    ({"block_tokens": "32"}, "'block_tokens'.*can't be '32'"),
+    ({"checkpoint_tokens": 1.5}, "'checkpoint_tokens'.*can't be 1.5"),
+    ({"checkpoint_tokens": -512}, "'checkpoint_tokens'.*can't be -512"),
+    ({"eviction": "oldest"}, "'eviction'.*can't be 'oldest': Input should be 'returns' or 'lru'"),
+    ({"allow": ["everything"]}, "can't be 'everything'"),
+    ({"allow": "device"}, "'allow'.*can't be 'device'"),
+    ({"kv": "tqkv-k5v4"}, r"'kv'.*can't be 'tqkv-k5v4': String should match pattern '\^tqkv-k"),
+    ({"kv": 4}, "'kv'.*can't be 4"),
+    ("elastic", "must be a table of settings, not 'elastic'"),
+]
+
+
+def test_every_setting_has_a_wrong_value_here() -> None:
+    assert {key for given, _ in WRONG if isinstance(given, dict) for key in given} >= Settings.model_fields.keys()
+
+
+@pytest.mark.parametrize(("given", "words"), WRONG)
 def test_wrong_settings_are_one_sentence(given: Any, words: str) -> None:
     with pytest.raises(SettingsError, match=words) as caught:
         read_settings({"tidepool": given}, {})

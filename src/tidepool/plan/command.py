@@ -30,26 +30,35 @@ def plan(
     model: Annotated[
         str | None, typer.Argument(help="A name of the catalogue, a model directory or a config.json.")
     ] = None,
-    list_models: Annotated[bool, typer.Option("--list", help="List the catalogue and stop.")] = False,
+    list_models: Annotated[
+        bool, typer.Option("--list", help="List the models of the catalogue, and nothing else.")
+    ] = False,
     memory: Annotated[str | None, typer.Option(help="KV memory of one device, like 18GiB.")] = None,
-    gpu: Annotated[str | None, typer.Option(help=f"A card instead: {', '.join(GPU_MIB)}.")] = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the card that is used.")] = 0.92,
-    reserve: Annotated[str, typer.Option(help="With --gpu: for activations and graphs.")] = "2GiB",
+    gpu: Annotated[str | None, typer.Option(help=f"In place of --memory, a GPU: {', '.join(GPU_MIB)}.")] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(help="With --gpu: the share of its memory that vLLM may use.")
+    ] = 0.92,
+    reserve: Annotated[str, typer.Option(help="With --gpu: memory for activations and CUDA graphs.")] = "2GiB",
     weights: Annotated[
         str | None,
         typer.Option(help="With --gpu: weights on one device; by default estimated from the shapes."),
     ] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(help=f"Of attention: {', '.join(KV_DTYPES)}.")] = "auto",
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help=f"How attention keeps keys and values: {', '.join(KV_DTYPES)}.")
+    ] = "auto",
     layer_kv_dtype: Annotated[
         str | None,
         typer.Option(help="Of single layers: 3=fp8,7-11=tqkv-k4v4,sliding_window=auto; see docs/many-groups.md."),
     ] = None,
-    state_dtype: Annotated[str, typer.Option(help=f"Of states: {', '.join(STATE_DTYPES)}.")] = "auto",
+    state_dtype: Annotated[str, typer.Option(help=f"How states are kept: {', '.join(STATE_DTYPES)}.")] = "auto",
     block_size: Annotated[int, typer.Option(help="Tokens of an attention block; CPU kernels need 32.")] = 16,
     prefix_caching: Annotated[
-        bool, typer.Option("--prefix-caching", help="A running request holds one state more.")
+        bool,
+        typer.Option(
+            "--prefix-caching", help="Plan with prefix caching, for which a running request holds one state more."
+        ),
     ] = False,
-    speculative_tokens: Annotated[int, typer.Option(help="Draft tokens of a step.")] = 0,
+    speculative_tokens: Annotated[int, typer.Option(help="Draft tokens in a step.")] = 0,
     mtp: Annotated[
         bool, typer.Option("--mtp", help="The model's own head drafts them; its layers keep a cache.")
     ] = False,
@@ -58,11 +67,13 @@ def plan(
     max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
     max_model_len: Annotated[int | None, typer.Option(help="Longest request; the model's own by default.")] = None,
     context: Annotated[str, typer.Option(help="Request lengths to count, in tokens.")] = "1k,8k,32k,128k",
-    mix: Annotated[str, typer.Option(help="Requests for the memory map: how many x how long.")] = "32x2100,2x33k",
+    mix: Annotated[
+        str, typer.Option(help="Requests whose place in memory is shown: how many x how many tokens.")
+    ] = "32x2100,2x33k",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
 ) -> None:
-    """Say what fits on a device, for stock vLLM and for both partitions of tidepool. Loads nothing."""
+    """Say what fits on a device, with stock vLLM and with tidepool. Loads nothing."""
     try:
         if list_models:
             typer.echo("\n".join(names()))

@@ -29,26 +29,30 @@ UTILIZATION, RESERVE = 0.92, 2 << 30
 
 def replay(
     trace: Annotated[Path | None, typer.Argument(help="Requests to replay, JSON lines; see docs/replay.md.")] = None,
-    generate: Annotated[str | None, typer.Option(help=f"Made-up ones instead: {', '.join(WORKLOADS)}.")] = None,
+    generate: Annotated[str | None, typer.Option(help=f"Make requests up instead: {', '.join(WORKLOADS)}.")] = None,
     model: Annotated[str, typer.Option(help="A name of the catalogue, a model directory or config.json.")] = (
         "Qwen3.5-4B"
     ),
-    modes: Annotated[str, typer.Option(help="Which to run, of the four.")] = ",".join(MODES),
-    gpu: Annotated[str, typer.Option(help=f"Whose speed the clock has: {', '.join(ROOFLINES)}.")] = "H100",
+    modes: Annotated[
+        str, typer.Option(help="Whose memory to run, of these four; bound is attention without states.")
+    ] = ",".join(MODES),
+    gpu: Annotated[str, typer.Option(help=f"The GPU whose speed the clock has: {', '.join(ROOFLINES)}.")] = "H100",
     memory: Annotated[str | None, typer.Option(help="KV memory, like 60GiB; by default what the GPU leaves.")] = None,
-    requests: Annotated[int | None, typer.Option(help="Only the first so many.")] = None,
-    rate: Annotated[float, typer.Option(help="Arrivals come so many times as fast.")] = 1.0,
+    requests: Annotated[int | None, typer.Option(help="How many of the requests to replay; by default all.")] = None,
+    rate: Annotated[float, typer.Option(help="How many times as fast requests arrive.")] = 1.0,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of a step.")] = 8_192,
-    eviction: Annotated[str, typer.Option(help=f"What tidepool evicts by: {', '.join(EVICTIONS)}.")] = EVICTIONS[0],
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in a step of the engine at most.")] = 8_192,
+    eviction: Annotated[
+        str, typer.Option(help=f"How tidepool chooses what to evict: {', '.join(EVICTIONS)}.")
+    ] = EVICTIONS[0],
     layer_kv_dtype: Annotated[
         str | None, typer.Option(help="How single layers keep tokens: 3=fp8,7-11=528B; see docs/many-groups.md.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of generated requests.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of --generate.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
 ) -> None:
-    """Replay requests through vLLM's real scheduler, with a clock for a model, and compare ways of caching."""
+    """Replay a trace through vLLM's scheduler, with a clock in place of the model, and compare kinds of memory."""
     from rich.console import Console
 
     from tidepool.replay.parent import run_jobs

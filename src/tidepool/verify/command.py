@@ -19,13 +19,15 @@ WIDTH = 100
 
 
 def verify(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Three scenarios, stock and elastic.")] = False,
-    workdir: Annotated[Path, typer.Option(help="For vLLM's logs.")] = Path(".cache/tidepool"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all numbers to this file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three scenarios, on stock vLLM and elastic.")] = False,
+    workdir: Annotated[Path, typer.Option(help="Where vLLM's logs go.")] = Path(".cache/tidepool"),
 ) -> None:
-    """Ask a small trained model on this machine: its answers are right only as long as its memory is."""
+    """Check the memory on this machine: a trained model must answer right, and as on stock vLLM."""
     if find_spec("vllm") is None:
         _fail("vLLM isn't installed here: pip install 'tidepool[cpu]' or 'tidepool[cuda]'.")
+    if json_file is not None and not json_file.parent.is_dir():
+        _fail(f"There is no directory {json_file.parent} to write {json_file.name} to.", 2)
     parts = QUICK_PARTS if quick else PARTS
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
@@ -42,6 +44,6 @@ def verify(
         raise typer.Exit(1)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 1) -> None:
     typer.echo(message, err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(code)

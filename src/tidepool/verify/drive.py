@@ -16,11 +16,11 @@ from typing import IO, Any
 
 from tidepool.compare.drive import worker_environment
 from tidepool.compare.messages import Side
-from tidepool.verify.messages import Counts, Machine, Outcome
+from tidepool.verify.messages import ALIVE, Counts, Machine, Outcome
 from tidepool.verify.scenarios import Part
 
-ANSWER_SECONDS = 300.0
-"""A worker that writes nothing for so long is ended."""
+ANSWER_SECONDS = 600.0
+"""A worker that writes nothing for so long is ended: to start, or for one step of up to 16,384 tokens."""
 
 
 @dataclass
@@ -44,14 +44,30 @@ def run(parts: Sequence[Part], directory: Path, progress: Callable[[str], None])
     directory.mkdir(parents=True, exist_ok=True)
     sides = list(dict.fromkeys(part.side for part in parts))
     results, stop = Results(), Event()
+    workers: list[subprocess.Popen[str]] = []
     with ThreadPoolExecutor(min(len(sides), os.cpu_count() or 1)) as pool:
-        for done in [
+        sides_done = [
             pool.submit(
-                _run_side, side, [part for part in parts if part.side == side], directory, results, stop, progress
+                _run_side,
+                side,
+                [part for part in parts if part.side == side],
+                directory,
+                results,
+                stop,
+                progress,
+                workers,
             )
             for side in sides
-        ]:
-            done.result()
+        ]
+        try:
+            for done in sides_done:
+                done.result()
+        except BaseException:
+            # Ctrl-C, above all: nobody waits for the sides to end by themselves.
+            stop.set()
+            for worker in workers:
+                worker.kill()
+            raise
     return results
 
 
@@ -62,6 +78,7 @@ def _run_side(
     results: Results,
     stop: Event,
     progress: Callable[[str], None],
+    workers: list[subprocess.Popen[str]],
 ) -> None:
     if stop.is_set():
         return
@@ -77,7 +94,10 @@ def _run_side(
         ) as worker,
     ):
         assert worker.stdout is not None
+        workers.append(worker)
         try:
+            if stop.is_set():
+                return
             results.machine = Machine(**_receive(worker, worker.stdout))
             for part in parts:
                 content = _receive(worker, worker.stdout)
@@ -97,6 +117,13 @@ class WorkerError(Exception):
 
 
 def _receive(worker: subprocess.Popen[str], lines: IO[str]) -> dict[str, Any]:
+    """The next answer; raises `WorkerError` in place of one."""
+    while (content := _receive_line(worker, lines)) == ALIVE:
+        pass
+    return content
+
+
+def _receive_line(worker: subprocess.Popen[str], lines: IO[str]) -> dict[str, Any]:
     alarm = Timer(ANSWER_SECONDS, worker.kill)
     began = time.monotonic()
     alarm.start()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ALIVE = {"alive": True}
+"""Written after each step, so that a slow machine isn't taken for one that hangs."""
+
 
 @dataclass(frozen=True)
 class Machine:

@@ -48,14 +48,14 @@ class Scenario:
 
 def _plain() -> list[Prompt]:
     return [
-        *make_prompts(1, length=4_000, stories=2, questions=2),
-        *make_prompts(2, length=1_200, stories=3, questions=4),
-        *make_prompts(3, length=300, stories=6, questions=4),
+        *make_prompts(1, length=4_000, stories=1, questions=2),
+        *make_prompts(2, length=1_200, stories=2, questions=2),
+        *make_prompts(3, length=300, stories=6, questions=2),
     ]
 
 
 def _cut() -> list[Prompt]:
-    return make_prompts(4, length=1_000, stories=3, questions=4)
+    return make_prompts(4, length=600, stories=3, questions=4)
 
 
 def _preempted() -> list[Prompt]:

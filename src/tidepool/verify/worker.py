@@ -1,8 +1,8 @@
 """One side of the verification: real vLLM in a process of its own.
 
 ``python -m tidepool.verify.worker SIDE PART...`` runs parts, named by `Part.key`, one after the other, each on an
-engine of its own, and writes JSON lines to standard output: what it runs on, then an outcome for each part. What vLLM
-prints goes to standard error.
+engine of its own, and writes JSON lines to standard output: what it runs on, then an outcome for each part, and in
+between `ALIVE` after each step of the engine. What vLLM prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from random import Random
 from typing import Any
 
-from tidepool.verify.messages import Counts, Machine, Outcome
+from tidepool.verify.messages import ALIVE, Counts, Machine, Outcome
 from tidepool.verify.scenarios import MAX_NUM_SEQS, SCENARIOS, Scenario
 from tidepool.verify.task import ANSWER_TOKENS, MAX_TOKENS, MODEL, Prompt
 
@@ -50,7 +51,7 @@ def main() -> None:
             name, _, poison = part.partition("+")
             os.environ["TIDEPOOL_POISON"] = "1" if poison else "0"
             engines.append(_start(side, SCENARIOS[name]))
-            answer(asdict(_run(engines[-1], SCENARIOS[name], evictions)))
+            answer(asdict(_run(engines[-1], SCENARIOS[name], evictions, lambda: answer(ALIVE))))
     except Exception as error:
         traceback.print_exc()
         kind = "" if isinstance(error, SteppedAsideError) else f"{type(error).__name__}: "
@@ -108,8 +109,8 @@ def _start(side: str, scenario: Scenario) -> Any:
     return engine
 
 
-def _run(engine: Any, scenario: Scenario, evictions: _EvictionCount) -> Outcome:
-    """Ask everything, in order, with ``at_once`` requests under way."""
+def _run(engine: Any, scenario: Scenario, evictions: _EvictionCount, stepped: Callable[[], None]) -> Outcome:
+    """Ask everything, in order, with ``at_once`` requests under way; ``stepped`` is called after each step."""
     scheduler = _scheduler(engine)
     prompts = scenario.requests()
     abort_after = _abort_times(scenario, len(prompts))
@@ -132,6 +133,7 @@ def _run(engine: Any, scenario: Scenario, evictions: _EvictionCount) -> Outcome:
             answers[result.request_id] = list(result.outputs[0].token_ids)
             hit_tokens += result.num_cached_tokens or 0
             del ran[int(result.request_id)]
+        stepped()
         # Inside, vLLM adds a suffix to the name of a request.
         requests = {int(each.request_id.partition("-")[0]): each for each in scheduler.requests.values()}
         preempted |= {each.request_id: each.num_preemptions for each in requests.values() if each.num_preemptions}

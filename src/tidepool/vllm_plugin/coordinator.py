@@ -51,6 +51,8 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             manager._null_block = pool.null_block
         self._no_charges = [0] * len(self.single_type_managers)
         self._charges = self._no_charges
+        self.postponed = False
+        """Whether the last need counted was refused for this step alone, whatever memory there is."""
 
     def get_num_blocks_to_allocate(
         self,
@@ -69,7 +71,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             prefill_end = 0
         needs: list[int] = []
         touched: list[list[int]] = []
-        anything = False
+        anything = self.postponed = False
         for manager, computed in zip(self.single_type_managers, new_computed_blocks, strict=True):
             need = manager.get_num_blocks_to_allocate(
                 request_id,
@@ -84,6 +86,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             if need > manager.block_pool.num_gpu_blocks:
                 # More than the pool has: a manager's way to say "not in this step".
                 self._charges = self._no_charges
+                self.postponed = need == manager.block_pool.num_gpu_blocks + 1
                 return self.block_pool.num_gpu_blocks + 1
             # Managers count the cached blocks that a hit will touch among the needed; the arena wants them by name.
             # What lies before a window was found and isn't touched.
@@ -217,7 +220,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         pool.request = request.request_id
         slots = super().allocate_slots(request, *args, **kwargs)
         pool.request = None
-        if slots is None and request.status != RequestStatus.RUNNING:
+        if slots is None and request.status != RequestStatus.RUNNING and not self.coordinator.postponed:
             self._refused = request, pool.arena.released, self._found
         return slots
 
@@ -246,6 +249,8 @@ class TidepoolKVCacheManager(KVCacheManager):
         return super().pop_blocks_for_free(request)
 
     def _end(self, request: Request) -> None:
+        if self._refused and self._refused[0] is request:
+            self._refused = None
         if not self.enable_caching or not request.is_finished():
             return
         continued = self._continued.pop(request.request_id, None)

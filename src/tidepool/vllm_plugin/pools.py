@@ -122,13 +122,14 @@ class GroupBlockPool(BlockPool):
         and takes as much memory: with long prompts it is kept only while there is memory to spare. So is the state that
         a conversation has gone on from, once it has a later one.
         """
+        handed_on = block.block_id in self.handed_on
+        self.handed_on.discard(block.block_id)
         if block.block_hash is None:
             return Keep.NO
         tokens, spacing = block.block_hash_num_tokens, self.checkpoint_tokens
         if not spacing or not tokens or get_block_hash(block.block_hash) in self.memory.junctions:
             return Keep.YES
-        if block.block_id in self.handed_on:
-            self.handed_on.remove(block.block_id)
+        if handed_on:
             return Keep.YES if self.arena.pools[self.group].trunk[block.block_id] else Keep.SPARE
         return Keep.SPARE if 0 < tokens % spacing * SPARE_SHARE < tokens else Keep.YES
 
