@@ -104,7 +104,7 @@ class Server:
             child for child in children if "EngineCore" in child.name() or "EngineCore" in " ".join(child.cmdline())
         ]
 
-    def post(self, path: str, body: bytes = b"", seconds: float = 60) -> tuple[int, str]:
+    def post(self, path: str, body: bytes = b"", seconds: float = 300) -> tuple[int, str]:
         """Send a request as it is. Returns the status and the answer, also of requests that are refused."""
         request = urllib.request.Request(f"{self.url}{path}", body, {"Content-Type": "application/json"})
         try:

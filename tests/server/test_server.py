@@ -37,6 +37,8 @@ EXTENT = 3_244_032
 """Bytes of an extent: two states of the model, or 99 blocks of 32 tokens."""
 EXTENTS = 3
 """What one request of the greatest length needs: its states, its attention, and the null blocks."""
+WAIT_SECONDS = 300
+"""Within which anything asked for must have happened; some processors take twenty times as long as others."""
 OPTIONS = ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16", "--enable-prefix-caching"]
 
 
@@ -65,7 +67,9 @@ def healthy(server: Server) -> Iterator[Server]:
 
 def client_of(server: Server) -> Any:
     http = openai.DefaultHttpxClient(trust_env=False)
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0, http_client=http)
+    return openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", timeout=WAIT_SECONDS, max_retries=0, http_client=http
+    )
 
 
 def longest(seed: int) -> Prompt:
@@ -99,7 +103,7 @@ def test_concurrent_streams_are_answered_right(healthy: Server) -> None:
         return right
 
     with ThreadPoolExecutor(12) as threads:
-        assert list(threads.map(converse, range(12), timeout=120)) == [[True] * 3] * 12
+        assert list(threads.map(converse, range(12), timeout=WAIT_SECONDS)) == [[True] * 3] * 12
 
 
 def test_clients_that_go_away_leave_nothing_behind(healthy: Server) -> None:
@@ -116,18 +120,24 @@ def test_clients_that_go_away_leave_nothing_behind(healthy: Server) -> None:
             with pytest.raises(openai.APITimeoutError):
                 complete(client.with_options(timeout=0.3), prompt, **endless)
 
+    before = metric(healthy, "generation_tokens_total")
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(leave, range(16), timeout=120))
-    # Unless they were aborted, they would keep the server busy for thousands of steps.
-    wait_for(lambda: running(healthy) == 0, 30, "the requests of those who left to end")
+        list(threads.map(leave, range(16), timeout=WAIT_SECONDS))
+    wait_for(lambda: running(healthy) == 0, WAIT_SECONDS, "the requests of those who left to end")
+    generated = metric(healthy, "generation_tokens_total") - before
+    assert generated < 16 * (MAX_MODEL_LEN - 200) / 2, "they were served to the end"
 
 
 def running(server: Server) -> float:
     """Requests in the engine, by its metrics, which are brought up to date by asking something."""
     assert_right(client_of(server), make_prompts(7, length=100, stories=1)[0])
-    gauges = re.findall(r"^vllm:num_requests_(?:running|waiting)\{.*\} (\S+)$", server.get("/metrics"), re.MULTILINE)
-    assert len(gauges) == 2
-    return sum(map(float, gauges))
+    return metric(server, "num_requests_running") + metric(server, "num_requests_waiting")
+
+
+def metric(server: Server, name: str) -> float:
+    """A number that the server tells."""
+    (value,) = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", server.get("/metrics"), re.MULTILINE)
+    return float(value)
 
 
 def test_too_long_is_refused(healthy: Server) -> None:
@@ -166,7 +176,7 @@ def test_malformed_is_refused(healthy: Server, body: bytes) -> None:
 
 def test_the_prefix_cache_is_reset_under_load(healthy: Server) -> None:
     """Resets while eight clients are served: refused or done, and their answers are right."""
-    prompts = make_prompts(3, length=600, stories=2, questions=8)
+    prompts = make_prompts(3, length=200, stories=2, questions=8)
     over = threading.Event()
 
     def reset() -> int:
@@ -182,10 +192,10 @@ def test_the_prefix_cache_is_reset_under_load(healthy: Server) -> None:
     with ThreadPoolExecutor(9) as threads:
         resets = threads.submit(reset)
         try:
-            list(threads.map(lambda prompt: assert_right(client_of(healthy), prompt), prompts, timeout=120))
+            list(threads.map(lambda prompt: assert_right(client_of(healthy), prompt), prompts, timeout=WAIT_SECONDS))
         finally:
             over.set()
-        assert resets.result(60) >= 2
+        assert resets.result(WAIT_SECONDS) >= 2
 
 
 def test_sleep_and_wake(healthy: Server) -> None:
@@ -210,7 +220,7 @@ def test_an_engine_that_is_killed_ends_the_server(server: Server) -> None:
     with pytest.raises(openai.APIError):
         for _ in stream:
             pass
-    assert server.wait_until_ended(60) == 1, "a supervisor is to start it again"
+    assert server.wait_until_ended(WAIT_SECONDS) == 1, "a supervisor is to start it again"
     assert re.search(r"EngineDeadError|[Ee]ngine ?[Cc]ore.*died", server.output), server.output[-2000:]
 
 
