@@ -209,6 +209,16 @@ def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert results.errors[0].startswith("elastic: no answer in 0 s; its log is ")
 
 
+def test_the_switch_of_the_environment_does_not_reach_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEPOOL", "off")
+    code = 'import json, os; print(json.dumps({"error": os.environ["TIDEPOOL"]}), flush=True); raise SystemExit(1)'
+    worker_of(monkeypatch, tmp_path, code)
+    results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
+    assert results.errors[0].startswith("elastic: elastic; its log is ")
+
+
 def test_a_slow_worker_is_not_taken_for_a_silent_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait is shorter than the limit, all of them together are longer."""
     code = """
