@@ -1,5 +1,5 @@
 # make run    side by side: stock vLLM and tidepool, on two tiny models; then a trained model's answers
-# make test   all tests
+# make test   all tests, two files at a time; those of two ranks by themselves, since ranks spin while they wait
 # make lint   style and types
 # Needs Python 3.11 and pip; everything is installed in .venv. PIP_ARGS go to pip install.
 
@@ -15,7 +15,12 @@ run: $(VENV)/.cpu
 	$(BIN)/tidepool verify --quick
 
 test: $(VENV)/.dev
+ifeq ($(ARGS),)
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/parallel
+	$(BIN)/pytest tests/parallel
+else
 	$(BIN)/pytest $(ARGS)
+endif
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -188,6 +188,7 @@ def test_a_failed_worker_names_its_log(
 
 
 @pytest.mark.vllm
+@pytest.mark.heavy
 def test_compare_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     from tidepool.tiny import make_checkpoint

@@ -273,6 +273,7 @@ def verify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *parts: Part) -> Res
 
 
 @pytest.mark.vllm
+@pytest.mark.heavy
 def test_verify_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     result = CliRunner().invoke(
@@ -297,6 +298,7 @@ worker.ArenaBytes.apply = zero_too""",
 
 
 @pytest.mark.vllm
+@pytest.mark.heavy
 @pytest.mark.parametrize("code", DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     worker_of(monkeypatch, tmp_path, "import vllm\nfrom tidepool.vllm_plugin import worker\n" + code)
@@ -306,6 +308,7 @@ def test_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code
 
 
 @pytest.mark.vllm
+@pytest.mark.heavy
 def test_a_leak_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import vllm
@@ -322,6 +325,7 @@ GroupBlockPool.free_blocks = lose_one"""
 
 
 @pytest.mark.vllm
+@pytest.mark.heavy
 def test_stock_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import vllm

@@ -20,7 +20,7 @@ from tidepool.tiny import make_checkpoint
 from tidepool.tqkv.formats import FORMATS
 from tidepool.verify.task import ANSWER_TOKENS, MODEL, Prompt, make_prompts
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.heavy]
 APART = [*make_prompts(2, length=1_200, stories=3, questions=2), *make_prompts(3, length=300, stories=6, questions=2)]
 SHARED = [
     prompt
