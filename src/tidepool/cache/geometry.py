@@ -73,8 +73,8 @@ class Geometry:
 def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None) -> Geometry:
     """Choose the smallest extent that pads every group by less than 1% (two groups) or 2% (more), where that is wise.
 
-    Tried are the extents that n of the largest blocks fill up to padding, for n = 1, 2, ...; for one n those first
-    that the smallest blocks fill exactly: that group has the most blocks, so padding costs the most there.
+    Of two block sizes the smaller fills the extent exactly where it can: that group has the most blocks, so padding
+    costs the most there. Else tried are the extents that n of the largest blocks fill up to padding, for n = 1, 2, ...
 
     Dozens of small blocks of odd sizes may stay under 2% in huge extents only, and extents cost too: each group leaves
     the last of its own partly empty. So where there are more than two groups and extents of 4 of the largest blocks
@@ -97,8 +97,9 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
         target, limit, patience = MAX_PADDING_TWO, MAX_PADDING, MAX_BLOCKS_OF_LARGEST
     else:
         target, limit, patience = MAX_PADDING_MANY, MAX_PADDING, PATIENCE_MANY
+    best = _exact_for_smallest(kinds, target) if len(kinds) == 2 else None
     small = (_least_padded(kinds, count, target, enough=target) for count in range(1, patience + 1))
-    best = next(filter(None, small), None) or (_least_waste(kinds, limit) if limit > target else None)
+    best = best or next(filter(None, small), None) or (_least_waste(kinds, limit) if limit > target else None)
     if best is None:
         raise CacheConfigError(
             f"No extent of up to {MAX_BLOCKS_OF_LARGEST} x {kinds[-1][0]:,} bytes holds {len(kinds)} block sizes from "
@@ -150,6 +151,19 @@ def cut_by_slots(groups: Sequence[Group], slots: Sequence[int]) -> Geometry:
     extent = max(1, -(-need // step)) * step
     cuts = (Cut(group.block_bytes, extent // count, count) for group, count in zip(groups, slots, strict=True))
     return Geometry(extent, tuple(cuts))
+
+
+def _exact_for_smallest(kinds: Sequence[tuple[int, int]], bound: float) -> Geometry | None:
+    """The smallest extent that the smaller of two blocks fills exactly, the larger padded by less than ``bound``."""
+    (small, small_align), (large, large_align) = kinds
+    if small % small_align:
+        return None
+    for count in range(1, MAX_BLOCKS_OF_LARGEST + 1):
+        extent = -(-count * large // small) * small
+        stride, rest = divmod(extent, count)
+        if not rest and not stride % large_align and stride - large < bound * stride:
+            return Geometry(extent, (Cut(small, small, extent // small), Cut(large, stride, count)))
+    return None
 
 
 def _least_waste(kinds: Sequence[tuple[int, int]], limit: float) -> Geometry | None:
