@@ -307,7 +307,7 @@ def test_a_state_that_was_gone_on_from_is_forgotten_with_it(engine: Any) -> None
     again = make_request(engine, "again", prompt)
     assert read_prompt(manager, again) == 512
     for block_hash in again.block_hashes:
-        manager.block_pool.remember_parting(block_hash)
+        manager.block_pool.remember_junction(block_hash)
     assert state.handed_on
     finish(manager, again)
     assert not state.handed_on
