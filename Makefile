@@ -8,6 +8,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --no-compile $(PIP_ARGS)
 
+# Where it is set, every process of the tests compiles vLLM anew, 20 seconds each time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test lint clean
 
 run: $(VENV)/.cpu

@@ -177,7 +177,7 @@ def test_a_config_without_a_needed_key_is_bad_input(tmp_path: Path) -> None:
     )
 
 
-SCRIPT = """
+PLAN = """
 import sys, typer
 from tidepool.plan.command import plan
 app = typer.Typer()
@@ -187,20 +187,32 @@ try:
 finally:
     print([m for m in ("torch", "vllm", "transformers", "numpy") if m in sys.modules], file=sys.stderr)
 """
+LIBRARIES_ALONE = """
+import sys, rich.console, rich.table, typer
+app = typer.Typer()
+@app.command()
+def show(model: str, memory: str = ""):
+    rich.console.Console().print(rich.table.Table(model, memory))
+app(standalone_mode=False)
+print([], file=sys.stderr)
+"""
+
+
+def _processor_seconds(script: str) -> float:
+    started = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(
+        [sys.executable, "-c", script, "Qwen3.5-4B", "--memory", "18GiB"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert result.stderr.strip() == "[]"
+    return ended.ru_utime - started.ru_utime + ended.ru_stime - started.ru_stime
 
 
 def test_it_answers_at_once_and_loads_nothing_large() -> None:
-    seconds = []
-    for _ in range(5):
-        started = resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = subprocess.run(
-            [sys.executable, "-c", SCRIPT, "Qwen3.5-4B", "--memory", "18GiB"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(ended.ru_utime - started.ru_utime + ended.ru_stime - started.ru_stime)
-        assert result.stderr.strip() == "[]"
-    # Half a second of processor time on an idle machine; the best of five keeps a busy one from failing the test.
-    assert min(seconds) < 1
+    # Half a second of processor time on an idle machine with compiled modules, hardly more than the command line's
+    # libraries take; as a ratio to those, and the best of five, it holds on slow and busy machines too.
+    both = [(_processor_seconds(PLAN), _processor_seconds(LIBRARIES_ALONE)) for _ in range(5)]
+    assert min(ours for ours, _ in both) < 4 * min(theirs for _, theirs in both)
