@@ -1,14 +1,14 @@
-"""tests/serving/child.py with a model whose attention layers differ."""
+"""tests/engine_child.py with a model whose attention layers differ."""
 
 from __future__ import annotations
 
 import os
-import runpy
-from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 from mixed_model import differ
 
+from engine_child import main
+
 differ()
-runpy.run_path(str(Path(__file__).parents[1] / "serving" / "child.py"))
+main()

@@ -6,36 +6,31 @@ What is compared, and why this way, is in tests/serving.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mixed_model import WINDOW, make_mixed_checkpoint
 
+import engines
 from answers import assert_same_answers, gaps, tokens
+from asking import make_prompts
 from tidepool.cache import FullAttention, Group, SlidingWindow, State
 from tidepool.compare.agreement import BFLOAT16_GAP
 from tidepool.plan.predict import predict
 
 pytestmark = pytest.mark.vllm
-COMMON = {"side": "elastic", "poison": False, "corrupt": False, "rounds": 1, "prefix_caching": False, "seed": 3}
-MIXED = COMMON | {
-    "requests": 48,
-    "own_lengths": [20, 40, 60, 150, 300, 620, 750],
-    "shared_lengths": [],
+MIXED: dict[str, Any] = {
+    "side": "elastic",
+    "prompts": make_prompts({"requests": 48, "own_lengths": [20, 40, 60, 150, 300, 620, 750], "shared_lengths": []}),
     "output_tokens": 40,
     "kv_bytes": 52_000_000,
     "max_num_seqs": 128,
 }
 # With windows, vLLM finds prefixes in steps of whole checkpoints.
-SHARED = COMMON | {
-    "requests": 24,
-    "own_lengths": [20, 60, 150, 400],
-    "shared_lengths": [600, 700, 1100],
+SHARED: dict[str, Any] = {
+    "side": "elastic",
+    "prompts": make_prompts({"requests": 24, "own_lengths": [20, 60, 150, 400], "shared_lengths": [600, 700, 1100]}),
     "output_tokens": 16,
     "rounds": 2,
     "kv_bytes": 56_000_000,
@@ -56,32 +51,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_mixed_checkpoint(tmp_path_factory.mktemp("mixed"))
 
 
-@cache
-def _serve(job: str) -> dict[str, Any]:
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("child.py"))],
-        input=job,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        timeout=540,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    result: dict[str, Any] = json.loads(Path(json.loads(job)["answer"]).read_text(encoding="utf-8"))
-    assert result["in_use_at_end"] == 0, "blocks leaked"
-    return result
-
-
 def serve(model: Path, workload: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    job = workload | changes | {"model": str(model), "answer": str(model / "answer.json")}
-    result = _serve(json.dumps(job, sort_keys=True))
-    assert result["served"] == (job["side"] != "stock")
-    return result
+    return engines.serve(workload | changes | {"model": str(model)}, Path(__file__).with_name("child.py"))
 
 
 def test_four_groups_give_stocks_tokens(model: Path) -> None:
     stock = serve(model, MIXED, side="stock")
-    assert len({tuple(answer) for answer in tokens(stock)}) == MIXED["requests"]
+    assert len({tuple(answer) for answer in tokens(stock)}) == len(MIXED["prompts"])
     result = serve(model, MIXED, poison=True)
     assert_same_answers(stock, result)
     assert result["moves"] > 0, "no extent changed hands"

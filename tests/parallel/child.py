@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import sys
 from typing import Any
+
+from asking import ask
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
     core = llm.llm_engine.engine_core.engine_core
     result: dict[str, Any] = {"in_flight": core.batch_queue_size}
     for workload in shape["workloads"]:
-        result[workload] = serve(llm, job["workloads"][workload])
+        result[workload] = ask(llm, **job["workloads"][workload])
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     result["preemptions"] = metrics["vllm:num_preemptions"]
     if arena := getattr(core.scheduler.kv_cache_manager.block_pool, "arena", None):
@@ -68,31 +69,6 @@ def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         }
     llm.llm_engine.engine_core.shutdown()
     return result
-
-
-def serve(llm: Any, workload: dict[str, Any]) -> dict[str, Any]:
-    from vllm import SamplingParams
-
-    rng = random.Random(3)
-
-    def some(count: int) -> list[int]:
-        return [rng.randrange(5, 500) for _ in range(count)]
-
-    shared = [some(length) for length in workload["shared_lengths"]]
-    prompts = [
-        (rng.choice(shared) if shared else []) + some(rng.choice(workload["own_lengths"]))
-        for _ in range(workload["requests"])
-    ]
-    sampling = SamplingParams(temperature=0, max_tokens=workload["output_tokens"], ignore_eos=True, logprobs=20)
-    answers, cached = [], 0
-    for _ in range(workload["rounds"]):
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        cached += sum(output.num_cached_tokens or 0 for output in outputs)
-        for output in outputs:
-            completion = output.outputs[0]
-            logprobs = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
-            answers.append({"tokens": list(completion.token_ids), "logprobs": logprobs})
-    return {"answers": answers, "cached_tokens": cached}
 
 
 def check_rank(worker: Any) -> dict[str, Any]:

@@ -7,15 +7,14 @@ is compared with stock vLLM at the same size, where tokens must be equal too.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from answers import assert_same_answers, tokens
+from asking import make_prompts
+from engines import run_child
 from tidepool.cache import group_layers
 from tidepool.models import CacheOptions, model_from_config
 from tidepool.plan.memory import Memory
@@ -24,14 +23,13 @@ from tidepool.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
 
-MIXED = {"requests": 24, "own_lengths": [40, 300, 620, 750], "shared_lengths": [], "output_tokens": 40, "rounds": 1}
-SHORT = {"requests": 12, "own_lengths": [40, 150, 300], "shared_lengths": [], "output_tokens": 20, "rounds": 1}
-SHARED = {
-    "requests": 16,
-    "own_lengths": [20, 60, 150, 400],
-    "shared_lengths": [300, 500, 700],
-    "output_tokens": 12,
-    "rounds": 2,
+MIXED = {"requests": 24, "own_lengths": [40, 300, 620, 750], "shared_lengths": []}
+SHORT = {"requests": 12, "own_lengths": [40, 150, 300], "shared_lengths": []}
+SHARED = {"requests": 16, "own_lengths": [20, 60, 150, 400], "shared_lengths": [300, 500, 700]}
+WORKLOADS = {
+    "mixed": {"prompts": make_prompts(MIXED), "output_tokens": 40, "rounds": 1},
+    "short": {"prompts": make_prompts(SHORT), "output_tokens": 20, "rounds": 1},
+    "shared": {"prompts": make_prompts(SHARED), "output_tokens": 12, "rounds": 2},
 }
 ENGINES: dict[str, dict[str, Any]] = {
     "one process": {"side": "elastic", "kv_bytes": 52_000_000, "workloads": ["mixed", "shared"]},
@@ -75,25 +73,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    answer = tmp_path_factory.mktemp("answers") / "answer.json"
-    job = {
-        "model": str(checkpoint),
-        "engines": ENGINES,
-        "workloads": {"mixed": MIXED, "short": SHORT, "shared": SHARED},
-        "answer": str(answer),
-    }
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("child.py"))],
-        input=json.dumps(job),
-        text=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return found
+def results(checkpoint: Path) -> dict[str, Any]:
+    job = {"model": str(checkpoint), "engines": ENGINES, "workloads": WORKLOADS}
+    return run_child(Path(__file__).with_name("child.py"), job, timeout=900)
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -8,16 +8,15 @@ trained model's have to be right.
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import engines
 from answers import gaps
 from tidepool.compare.agreement import BFLOAT16_GAP
 from tidepool.models import model_from_config
@@ -62,75 +61,44 @@ def tiny_prompts(model: Path) -> list[list[int]]:
     return prompts
 
 
-JOB: dict[str, Any] = {
-    "side": "elastic",
-    "corrupt": False,
-    "max_num_seqs": 16,
-    "output_tokens": 48,
-    "rounds": 1,
-    "prefix_caching": False,
-    "drafts": NGRAM,
-}
-
-
+JOB: dict[str, Any] = {"side": "elastic", "poison": True, "watch": True, "max_num_seqs": 16, "output_tokens": 48}
 SHARED: dict[str, Any] = {"prefix_caching": True, "rounds": 2, "max_num_seqs": 4}
+Checkpoint = Callable[[Family], Path]
+Serve = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def models_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["TIDEPOOL_TEST_MODELS"] = str(tmp_path_factory.mktemp("models"))
-
-
-@cache
-def checkpoint(family: Family) -> Path:
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    root = tmp_path_factory.mktemp("models")
     # The head that drafts changes nothing in the rest of the model.
-    path = Path(os.environ["TIDEPOOL_TEST_MODELS"]) / family
-    return make_checkpoint(family, path, mtp=family == "qwen3.5")
+    return cache(lambda family: make_checkpoint(family, root / family, mtp=family == "qwen3.5"))
 
 
-@cache
-def _serve(job: str) -> dict[str, Any]:
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("draft_child.py"))],
-        input=job,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        timeout=540,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    result: dict[str, Any] = json.loads(Path(json.loads(job)["answer"]).read_text(encoding="utf-8"))
-    assert result["in_use_at_end"] == 0, "blocks leaked"
-    return result
+@pytest.fixture(scope="module")
+def serve(checkpoint: Checkpoint) -> Serve:
+    def serve(family: Family, *, drafts: dict[str, Any] | None = NGRAM, **changes: Any) -> dict[str, Any]:
+        model = checkpoint(family)
+        job = JOB | {"kv_bytes": KV_BYTES[family], "model": str(model), "prompts": tiny_prompts(model)} | changes
+        return engines.serve(job | {"engine": {"speculative_config": drafts}})
+
+    return serve
 
 
-def serve(family: Family, **changes: Any) -> dict[str, Any]:
-    job = (
-        JOB
-        | {"kv_bytes": KV_BYTES[family], "model": str(checkpoint(family)), "prompts": tiny_prompts(checkpoint(family))}
-        | changes
-    )
-    job["answer"] = str(Path(os.environ["TIDEPOOL_TEST_MODELS"]) / "answer.json")
-    result = _serve(json.dumps(job, sort_keys=True))
-    assert result["served"] == (job["side"] != "stock")
-    return result
-
-
-def undrafted(family: Family) -> dict[str, Any]:
+def undrafted(serve: Serve, family: Family) -> dict[str, Any]:
     """Stock vLLM without drafts, with memory for all: what every other run has to answer."""
     return serve(family, side="stock", kv_bytes=300_000_000, drafts=None)
 
 
-def assert_right(family: Family, result: dict[str, Any], *, rounds: int = 1) -> None:
+def assert_right(serve: Serve, family: Family, result: dict[str, Any], *, rounds: int = 1) -> None:
     asked = len(result["answers"]) // rounds
-    found = gaps({"answers": undrafted(family)["answers"][:asked] * rounds}, result)
+    found = gaps({"answers": undrafted(serve, family)["answers"][:asked] * rounds}, result)
     assert all(gap <= BFLOAT16_GAP for gap in found), found
     assert 0 < result["accepted"] < result["drafted"], "some drafts are accepted, and some are not"
 
 
-def planned(family: Family, kv_bytes: int, *, prefix_caching: bool, mtp: bool = False) -> tuple[Any, int]:
+def planned(model_path: Path, kv_bytes: int, *, prefix_caching: bool, mtp: bool = False) -> tuple[Any, int]:
     """What `tidepool plan` says about an engine here: its memory, and the states that a running request holds."""
-    model = model_from_config(json.loads((checkpoint(family) / "config.json").read_text()))
+    model = model_from_config(json.loads((model_path / "config.json").read_text()))
     options = PlanOptions(
         kv_bytes,
         block_tokens=32,
@@ -151,11 +119,11 @@ def assert_as_planned(result: dict[str, Any], memory: Any) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_drafts_change_nothing_through_preemption(family: Family) -> None:
+def test_drafts_change_nothing_through_preemption(serve: Serve, checkpoint: Checkpoint, family: Family) -> None:
     result = serve(family)
-    assert_right(family, result)
+    assert_right(serve, family, result)
     assert result["preemptions"] > 0
-    memory, copies = planned(family, KV_BYTES[family], prefix_caching=False)
+    memory, copies = planned(checkpoint(family), KV_BYTES[family], prefix_caching=False)
     assert_as_planned(result, memory)
     assert copies == 1 + DRAFT_TOKENS
     assert set(result["states"]) == {str(copies)}, "a running request holds a state and one for each draft token"
@@ -163,27 +131,27 @@ def test_drafts_change_nothing_through_preemption(family: Family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_drafts_beside_prefix_hits(family: Family) -> None:
+def test_drafts_beside_prefix_hits(serve: Serve, checkpoint: Checkpoint, family: Family) -> None:
     result = serve(family, **SHARED, prompts=tiny_prompts(checkpoint(family))[:6], kv_bytes=SHARED_KV_BYTES[family])
-    assert_right(family, result, rounds=2)
+    assert_right(serve, family, result, rounds=2)
     assert result["cached_tokens"] > 1000, "nothing was reused"
-    memory, copies = planned(family, SHARED_KV_BYTES[family], prefix_caching=True)
+    memory, copies = planned(checkpoint(family), SHARED_KV_BYTES[family], prefix_caching=True)
     assert_as_planned(result, memory)
     held = {int(states) for states in result["states"]}
     assert min(held) == 1 + DRAFT_TOKENS
     assert max(held) <= copies
 
 
-def test_a_head_that_drafts() -> None:
+def test_a_head_that_drafts(serve: Serve, checkpoint: Checkpoint) -> None:
     prompts = tiny_prompts(checkpoint("qwen3.5"))[:6]
     result = serve("qwen3.5", **SHARED, prompts=prompts, drafts=MTP, kv_bytes=SHARED_KV_BYTES["qwen3.5"])
-    assert_right("qwen3.5", result, rounds=2)
+    assert_right(serve, "qwen3.5", result, rounds=2)
     assert result["cached_tokens"] > 1000, "nothing was reused"
-    memory, _ = planned("qwen3.5", SHARED_KV_BYTES["qwen3.5"], prefix_caching=True, mtp=True)
+    memory, _ = planned(checkpoint("qwen3.5"), SHARED_KV_BYTES["qwen3.5"], prefix_caching=True, mtp=True)
     assert_as_planned(result, memory)
 
 
-def test_a_trained_models_answers_are_right() -> None:
+def test_a_trained_models_answers_are_right(serve: Serve) -> None:
     asked = make_prompts(5, length=300, stories=4, questions=4)
     result = serve(
         "qwen3.5",
@@ -202,6 +170,6 @@ def test_a_trained_models_answers_are_right() -> None:
     assert 0 < result["accepted"] < result["drafted"]
 
 
-def test_the_check_catches_a_state_that_isnt_rolled_on() -> None:
-    corrupted = serve("qwen3.5", corrupt=True)
-    assert sum(gap > BFLOAT16_GAP for gap in gaps(undrafted("qwen3.5"), corrupted)) >= 5
+def test_the_check_catches_a_state_that_isnt_rolled_on(serve: Serve) -> None:
+    corrupted = serve("qwen3.5", fault="drafts not rolled on")
+    assert sum(gap > BFLOAT16_GAP for gap in gaps(undrafted(serve, "qwen3.5"), corrupted)) >= 5

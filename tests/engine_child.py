@@ -1,7 +1,6 @@
-"""Serves prompts with drafts, in a process of its own; run by test_speculative.py.
+"""An engine of real vLLM in a process of its own; started by engines.py.
 
-Reads a JSON request on standard input, writes a JSON answer to the file named in it. After every scheduling step it
-compares the blocks that running requests hold with what they may hold.
+Reads a job on standard input, writes the result to the file named in it, both JSON.
 """
 
 from __future__ import annotations
@@ -12,62 +11,50 @@ import sys
 from collections import Counter
 from typing import Any
 
+from asking import ask
+
 
 def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     os.environ |= {
         "TIDEPOOL": {"stock": "off"}.get(job["side"], job["side"]),
-        "TIDEPOOL_POISON": "1",
+        "TIDEPOOL_POISON": "1" if job["poison"] else "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # vLLM compiles a helper for log-probabilities, which takes longer than everything else here.
-        "TORCHDYNAMO_DISABLE": "1",
     }
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
-    if job["corrupt"]:
-        accept_nothing()
+    if job["fault"]:
+        FAULTS[job["fault"]]()
     llm = LLM(
         model=job["model"],
         max_model_len=2048,
         max_num_seqs=job["max_num_seqs"],
         kv_cache_memory_bytes=job["kv_bytes"],
+        # Prompts are never cut, so that every side computes the same chunks.
         max_num_batched_tokens=65_536,
         enable_prefix_caching=job["prefix_caching"],
         enforce_eager=True,
         seed=0,
         disable_log_stats=False,
-        speculative_config=job["drafts"],
+        **job["engine"],
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    held = watch(scheduler)
-    sampling = SamplingParams(
-        temperature=0, max_tokens=job["output_tokens"], ignore_eos=True, detokenize=False, logprobs=20
-    )
-    answers = []
-    cached = 0
-    for _ in range(job["rounds"]):
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False)
-        cached += sum(output.num_cached_tokens or 0 for output in outputs)
-        for output in outputs:
-            completion = output.outputs[0]
-            logprobs = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
-            answers.append({"tokens": list(completion.token_ids), "logprobs": logprobs})
+    held = watch(scheduler) if job["watch"] else {}
+    result = ask(llm, job["prompts"], output_tokens=job["output_tokens"], rounds=job["rounds"])
     metrics = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     arena = getattr(scheduler.kv_cache_manager.block_pool, "arena", None)
-    result = {
-        "answers": answers,
+    result |= held | {
         "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
         "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
         "preemptions": metrics["vllm:num_preemptions"],
-        "cached_tokens": cached,
         "served": arena is not None,
         "moves": arena.moves if arena else 0,
         "extents": scheduler.kv_cache_config.num_blocks,
         "pool_blocks": [pool.num_gpu_blocks for pool in scheduler.kv_cache_manager.block_pool.pools] if arena else [],
         "in_use_at_end": arena.usage().in_use if arena else 0,
-    } | held
+    }
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(result, file)
 
@@ -116,6 +103,16 @@ def watch(scheduler: Any) -> dict[str, Any]:
     return result
 
 
+def drop_state_copies() -> None:
+    """The deliberate fault: a request that resumes at a shared state gets a block with something else in it."""
+    from tidepool.vllm_plugin.worker import ArenaBytes
+
+    def copy(self: ArenaBytes, copies: Any) -> None:
+        pass
+
+    ArenaBytes.copy = copy  # type: ignore[method-assign]
+
+
 def accept_nothing() -> None:
     """The deliberate fault: every step goes on from the state of the last step's first token."""
     from tidepool.vllm_plugin import rollback
@@ -129,4 +126,8 @@ def accept_nothing() -> None:
     rollback.gdn_draft_step = gdn_draft_step
 
 
-main()
+FAULTS = {"state copies dropped": drop_state_copies, "drafts not rolled on": accept_nothing}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Starts real engines in processes of their own, each once for the same job: shared by tests in several folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+CHILD = Path(__file__).with_name("engine_child.py")
+JOB: dict[str, Any] = {
+    "poison": False,
+    "fault": None,
+    "rounds": 1,
+    "prefix_caching": False,
+    "watch": False,
+    "engine": {},
+}
+"""What a job says unless told otherwise. It also needs ``model``, ``side`` (stock, elastic or fixed), ``kv_bytes``,
+``max_num_seqs``, ``prompts`` and ``output_tokens``. ``engine`` are further arguments of vLLM's."""
+
+
+ENVIRON = {
+    "PYTHONPATH": str(CHILD.parent),
+    # One thread: rounding must not depend on how many cores a machine has.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # vLLM compiles a helper for log-probabilities, which takes longer than everything else here.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+def run_child(child: Path, job: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+    """Run a script that reads a job and writes its result to the file that the job names as ``answer``."""
+    with TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        run = subprocess.run(
+            [sys.executable, str(child)],
+            input=json.dumps(job | {"answer": str(answer)}),
+            text=True,
+            capture_output=True,
+            env=os.environ | ENVIRON,
+            timeout=timeout,
+        )
+        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return result
+
+
+def serve(job: dict[str, Any], child: Path = CHILD) -> dict[str, Any]:
+    """The result of a job, see engine_child.py."""
+    result = _serve(child, json.dumps(JOB | job, sort_keys=True))
+    assert result["served"] == (job["side"] != "stock")
+    return result
+
+
+@cache
+def _serve(child: Path, job: str) -> dict[str, Any]:
+    result = run_child(child, json.loads(job), timeout=900)
+    assert result["in_use_at_end"] == 0, "blocks leaked"
+    return result

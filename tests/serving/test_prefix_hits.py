@@ -1,0 +1,68 @@
+"""Real vLLM on the CPU with prefix caching on: what was found in the cache gives the same answers.
+
+Prompts are resumed in the middle, and bfloat16 rounds differently there; stock vLLM differs from itself in the same
+way. So at the first token that differs, the reference's log-probabilities of the two tokens must be as good as equal,
+see `BFLOAT16_GAP`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engines
+from answers import gaps, tokens
+from asking import make_prompts
+from tidepool.compare.agreement import BFLOAT16_GAP
+from tidepool.tiny import Family
+
+pytestmark = pytest.mark.vllm
+FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
+PROMPTS = make_prompts({"requests": 30, "own_lengths": [20, 60, 150, 400], "shared_lengths": [300, 500, 700]})
+KV_BYTES = {"qwen3.5": 28_000_000, "nemotron-h": 56_000_000}
+Serve = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def serve(checkpoint: Callable[[Family], Path]) -> Serve:
+    def serve(family: Family, side: str, *, caching: bool = True, **changes: Any) -> dict[str, Any]:
+        job = {
+            "model": str(checkpoint(family)),
+            "side": side,
+            "kv_bytes": KV_BYTES[family],
+            "max_num_seqs": 5,
+            "prefix_caching": caching,
+            "prompts": PROMPTS,
+            "output_tokens": 16,
+            "rounds": 2,
+        }
+        return engines.serve(job | changes)
+
+    return serve
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["elastic", "fixed"])
+def test_prefix_hits_give_the_same_answers(serve: Serve, family: Family, side: str) -> None:
+    reference = serve(family, "stock", caching=False)
+    result = serve(family, side)
+    assert result["cached_tokens"] > 1000, "nothing was reused"
+    if side == "elastic":
+        assert result["moves"] > 0, "no extent changed hands"
+    assert all(gap <= BFLOAT16_GAP for gap in gaps(reference, result)), gaps(reference, result)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nobody_reads_what_it_does_not_own(serve: Serve, family: Family) -> None:
+    """Poison: freed and moved memory is filled with NaN and huge values; outputs don't change."""
+    assert tokens(serve(family, "elastic", poison=True)) == tokens(serve(family, "elastic"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_check_catches_a_corrupted_state(serve: Serve, family: Family) -> None:
+    reference = serve(family, "stock", caching=False)
+    corrupted = serve(family, "elastic", fault="state copies dropped", poison=True)
+    assert sum(gap > BFLOAT16_GAP for gap in gaps(reference, corrupted)) >= 5
