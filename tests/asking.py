@@ -1,4 +1,4 @@
-"""Prompts for tiny models, and what an engine in this process answers to them. Imports neither tests nor vLLM early."""
+"""Prompts for tiny models, and what an engine in this process answers to them."""
 
 from __future__ import annotations
 

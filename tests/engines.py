@@ -22,8 +22,6 @@ JOB: dict[str, Any] = {
 }
 """What a job says unless told otherwise. It also needs ``model``, ``side`` (stock, elastic or fixed), ``kv_bytes``,
 ``max_num_seqs``, ``prompts`` and ``output_tokens``. ``engine`` are further arguments of vLLM's."""
-
-
 ENVIRON = {
     "PYTHONPATH": str(CHILD.parent),
     # One thread: rounding must not depend on how many cores a machine has.

@@ -76,7 +76,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     # One thread: rounding must not depend on how many cores a machine has.
     threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("engines.py")), str(folder / "answers.json")],
+        [sys.executable, str(Path(__file__).with_name("child.py")), str(folder / "answers.json")],
         input=json.dumps(list(jobs.values())),
         text=True,
         capture_output=True,
