@@ -143,7 +143,7 @@ def test_exit_code_and_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert content["holds"] is True
     assert content["versions"]["device"] == MACHINE.device
     assert [row["memory"] for row in content["rows"]] == ["stock", "elastic"]
-    assert content["rows"][1] | {"right": 50, "answers": 50, "preemptions": 123, "problems": []} == content["rows"][1]
+    assert content["rows"][1] | {"right": 12, "answers": 12, "preemptions": 123, "problems": []} == content["rows"][1]
 
     outcomes[Part(PREEMPTED, "elastic")].answers["0"] = [0, 0, 0, 0]
     failed = run_with(monkeypatch, tmp_path, drive.Results(MACHINE, outcomes))
@@ -282,7 +282,7 @@ def test_verify_end_to_end(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert len(rows) == len(QUICK_PARTS)
-    assert all(row["right"] == row["answers"] > 40 for row in rows)
+    assert all(row["right"] == row["answers"] > 10 for row in rows)
 
 
 DAMAGE = {
@@ -298,7 +298,6 @@ worker.ArenaBytes.apply = zero_too""",
 
 
 @pytest.mark.vllm
-@pytest.mark.heavy
 @pytest.mark.parametrize("code", DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     worker_of(monkeypatch, tmp_path, "import vllm\nfrom tidepool.vllm_plugin import worker\n" + code)
@@ -308,7 +307,6 @@ def test_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code
 
 
 @pytest.mark.vllm
-@pytest.mark.heavy
 def test_a_leak_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import vllm
@@ -316,7 +314,7 @@ from tidepool.vllm_plugin.pools import GroupBlockPool
 free, calls = GroupBlockPool.free_blocks, []
 def lose_one(self, blocks):
     calls.append(None)
-    free(self, list(blocks)[len(calls) == 50 :])
+    free(self, list(blocks)[len(calls) == 5 :])
 GroupBlockPool.free_blocks = lose_one"""
     worker_of(monkeypatch, tmp_path, code)
     result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
@@ -325,7 +323,6 @@ GroupBlockPool.free_blocks = lose_one"""
 
 
 @pytest.mark.vllm
-@pytest.mark.heavy
 def test_stock_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import vllm

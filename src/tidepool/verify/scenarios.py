@@ -1,7 +1,8 @@
 """What `tidepool verify` puts the memory through, made from fixed seeds: equal on every side and on every machine.
 
 In most scenarios memory is so small that what they are named for has to happen, and `Scenario.must` names the counts
-that prove it. All sides get the same bytes and requests.
+that prove it. All sides get the same bytes and requests. Texts are few and short, since two cores without AVX-512 read
+400 tokens a second each.
 """
 
 from __future__ import annotations
@@ -48,68 +49,65 @@ class Scenario:
 
 def _plain() -> list[Prompt]:
     return [
-        *make_prompts(1, length=4_000, stories=1, questions=2),
-        *make_prompts(2, length=1_200, stories=2, questions=2),
-        *make_prompts(3, length=300, stories=6, questions=2),
+        *make_prompts(1, length=4_000, stories=1, questions=1),
+        *make_prompts(2, length=120, stories=6, questions=2),
     ]
 
 
 def _cut() -> list[Prompt]:
-    return make_prompts(4, length=600, stories=3, questions=4)
+    return make_prompts(3, length=200, stories=3, questions=4)
 
 
 def _preempted() -> list[Prompt]:
-    return make_prompts(5, length=900, stories=10, questions=5)
+    return make_prompts(4, length=700, stories=2, questions=6)
 
 
 def _moves() -> list[Prompt]:
-    longs = make_prompts(6, length=3_000, stories=6, questions=2)
-    shorts = make_prompts(7, length=100, stories=30, questions=2)
-    return [prompt for wave in range(4) for prompts in (longs, shorts) for prompt in prompts[wave::4]]
+    longs = make_prompts(5, length=1_300, stories=2, questions=2)
+    shorts = make_prompts(6, length=80, stories=12, questions=2)
+    return [prompt for wave in range(2) for prompts in (longs, shorts) for prompt in prompts[wave::2]]
 
 
 def _shared() -> list[Prompt]:
-    """Visits to eight stories, four by four, that come back; every visit has eight new questions.
+    """Visits to four stories, two by two, that come back; every visit has six new questions.
 
-    Half of the stories end right behind 2,560 tokens, which are whole blocks and checkpoints on every side. Hits in
+    Half of the stories end right behind 1,280 tokens, which are whole blocks and checkpoints on every side. Hits in
     the others end within a block, so that its state is copied.
     """
-    lengths = (2_570, 1_800)
+    lengths = (1_290, 700)
     questions = [
-        iter(make_prompts(8 + story, length=lengths[story % 2], stories=1, questions=24)) for story in range(8)
+        iter(make_prompts(7 + story, length=lengths[story % 2], stories=1, questions=20)) for story in range(4)
     ]
-    visits = [story + first for first in (0, 0, 4, 4, 0, 4) for story in range(4)]
-    return [prompt for story in visits for _, prompt in zip(range(8), questions[story], strict=False)]
+    visits = [story + first for first in (0, 0, 2, 2, 0) for story in range(2)]
+    return [prompt for story in visits for _, prompt in zip(range(6), questions[story], strict=False)]
 
 
 def _aborts() -> list[Prompt]:
-    prompts = make_prompts(16, length=1_290, stories=6, questions=12)
+    prompts = make_prompts(11, length=650, stories=3, questions=10)
     Random(0).shuffle(prompts)
     return prompts
 
 
 MB = 1_000_000
-PLAIN = Scenario("plain", "plain batch", _plain, 250 * MB)
+PLAIN = Scenario("plain", "plain batch", _plain, 100 * MB)
 CUT = tuple(
-    Scenario(f"cut-{tokens}", f"steps of {tokens:,} tokens", _cut, 100 * MB, must=("cut",), step_tokens=tokens)
+    Scenario(f"cut-{tokens}", f"steps of {tokens:,} tokens", _cut, 60 * MB, must=("cut",), step_tokens=tokens)
     for tokens in (48, 256, 1_024)
 )
-PREEMPTED = Scenario(
-    "preempted", "too little memory", _preempted, 40 * MB, must=("preemptions",), chunk_tokens=128, fixed_seqs=20
-)
-MOVES = Scenario("moves", "long and short in turn", _moves, 32 * MB, must=("moves",), chunk_tokens=256, at_once=20)
+PREEMPTED = Scenario("preempted", "too little memory", _preempted, 18 * MB, must=("preemptions",), chunk_tokens=128)
+MOVES = Scenario("moves", "long and short in turn", _moves, 12 * MB, must=("moves",), chunk_tokens=256, at_once=16)
 SHARED = Scenario(
     "shared",
     "shared prefixes",
     _shared,
-    36 * MB,
+    18 * MB,
     must=("hit_tokens", "evictions"),
     caching=True,
-    at_once=8,
-    fixed_seqs=5,
+    at_once=4,
+    fixed_seqs=2,
 )
 ABORTS = Scenario(
-    "aborts", "aborts", _aborts, 36 * MB, must=("aborted",), caching=True, step_tokens=1_024, at_once=12, aborts=True
+    "aborts", "aborts", _aborts, 18 * MB, must=("aborted",), caching=True, step_tokens=512, at_once=8, aborts=True
 )
 SCENARIOS = {each.name: each for each in (PLAIN, *CUT, PREEMPTED, MOVES, SHARED, ABORTS)}
 
@@ -140,9 +138,9 @@ def _on(side: Side, *scenarios: Scenario, poison: bool = False) -> tuple[Part, .
 
 PARTS = (
     *_on("elastic", *SCENARIOS.values()),
-    *_on("elastic", PREEMPTED, MOVES, SHARED, ABORTS, poison=True),
+    *_on("elastic", MOVES, SHARED, poison=True),
     *_on("stock", *SCENARIOS.values()),
-    *_on("fixed", PREEMPTED, SHARED),
+    *_on("fixed", SHARED),
 )
 """All there is, the side with most to do first."""
 QUICK_PARTS = (*_on("elastic", PREEMPTED, MOVES, SHARED), *_on("stock", PREEMPTED, MOVES, SHARED))

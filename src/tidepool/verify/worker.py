@@ -22,7 +22,7 @@ from typing import Any
 
 from tidepool.verify.messages import ALIVE, Counts, Machine, Outcome
 from tidepool.verify.scenarios import MAX_NUM_SEQS, SCENARIOS, Scenario
-from tidepool.verify.task import ANSWER_TOKENS, MAX_TOKENS, MODEL, Prompt
+from tidepool.verify.task import ANSWER_TOKENS, MODEL, Prompt
 
 ABORT_STEPS = 4
 """Steps that a request to be aborted runs for at most: its prompt and all but the last token of its answer."""
@@ -93,7 +93,7 @@ def _start(side: str, scenario: Scenario) -> Any:
             seed=0,
             kv_cache_memory_bytes=scenario.kv_bytes,
             gpu_memory_utilization=0.1,
-            max_model_len=MAX_TOKENS,
+            max_model_len=max(len(prompt.tokens) for prompt in scenario.requests()) + ANSWER_TOKENS,
             max_num_seqs=scenario.fixed_seqs if side == "fixed" else MAX_NUM_SEQS,
             max_num_batched_tokens=scenario.step_tokens,
             long_prefill_token_threshold=scenario.chunk_tokens,
