@@ -38,8 +38,8 @@ class Layout:
 class Leaf:
     """Cached blocks that one request left."""
 
-    def __init__(self, *, trunk: bool, spare: bool = False, continued: bool = False) -> None:
-        self.trunk, self.spare, self.continued = trunk, spare, continued
+    def __init__(self, *, trunk: bool, spare: bool = False, turn: int = 0) -> None:
+        self.trunk, self.spare, self.turn = trunk, spare, turn
         self.since = 0
         """When its request ended, or else when it got its first block; the account's own clock."""
         self.age_from = 0
@@ -126,9 +126,9 @@ class Account:
 
     # What happened.
 
-    def start(self, request: Hashable, *, continued: bool) -> None:
+    def start(self, request: Hashable, turn: int) -> None:
         """A request begins."""
-        self.requests[request] = Leaf(trunk=False, continued=continued), Leaf(trunk=True, continued=continued)
+        self.requests[request] = Leaf(trunk=False, turn=turn), Leaf(trunk=True)
 
     def finish(self, request: Hashable) -> None:
         """A request ends."""
@@ -208,7 +208,7 @@ class Account:
             return {min(leaves, key=lambda leaf: leaf.since)}
         oldest_trunk = min((leaf.since for leaf in ended if leaf.trunk), default=0)
         ended = [leaf for leaf in ended if not leaf.trunk or leaf.since == oldest_trunk]
-        kinds = [[leaf for leaf in ended if (leaf.trunk, leaf.continued) == kind] for kind in ((0, 0), (0, 1))]
+        kinds = [[leaf for leaf in ended if (leaf.trunk, leaf.turn) == (False, turn)] for turn in range(3)]
         kinds.append([leaf for leaf in ended if leaf.trunk])
         by_age = [sorted(kind, key=lambda leaf: leaf.since) for kind in kinds if kind]
         candidates = [leaf for kind in by_age for leaf in (kind[0], kind[-1])]

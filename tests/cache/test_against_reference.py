@@ -25,6 +25,7 @@ from tidepool.cache import (
     Returns,
     Share,
     Standing,
+    Turn,
 )
 
 CALLS = 1000
@@ -61,8 +62,6 @@ class Twins:
         """Blocks of requests that ended, to be released later."""
         self.calls = self.names = 0
         self.promised = False
-        self.arriving: set[int] = set()
-        """Extents that came in the call that runs now."""
 
     def _build_elastic(self, slots: tuple[int, ...]) -> Layout:
         rng = self.random
@@ -100,10 +99,7 @@ class Twins:
     def on_evict(self, group: int, block: int) -> None:
         assert (group, block) in self.account.cached, "evicted a block that wasn't cached"
         self.read(group, block)
-        if self.layout.extents is not None and not self.promised:
-            # Those that came in this call have no blocks that the account knows of yet.
-            owned = {extent for _, extent in self.account.owned()} | self.arriving
-            assert len(owned) == self.layout.extents - 1, "evicted while an extent was unowned"
+        assert self.promised or not self.arena.usage().unowned, "evicted while an extent was unowned"
         leaf = self.account.cached[group, block]
         assert leaf in self.account.may_go(self.policy_name, self.promise_of), "another leaf was to go"
         leaf.broken = not leaf.spare
@@ -111,11 +107,10 @@ class Twins:
 
     def on_move(self, extent: int, old: int | None, new: int) -> None:
         self.account.moved(extent, old, new)
-        self.arriving.add(extent)
 
     def promise_of(self, leaf: Leaf) -> float:
         age = self.account.turnover - leaf.age_from
-        return self.returns.promise(age, continued=leaf.trunk or leaf.continued)
+        return self.returns.promise(age, Turn.LATER if leaf.trunk else Turn(leaf.turn))
 
     # Contents.
 
@@ -139,15 +134,15 @@ class Twins:
         """A request starts, with hits or without, and stays, or is refused and ends."""
         rng, name = self.random, f"r{self.names}"
         self.names += 1
-        continued = self.returns.began([rng.randrange(40) for _ in range(3)], self.arena.turnover) == 0
-        self.call(self.arena.start, name, continued=continued)
-        self.account.start(name, continued=continued)
+        _, turn = self.returns.began([rng.randrange(40) for _ in range(3)], self.arena.turnover)
+        self.call(self.arena.start, name, turn)
+        self.account.start(name, turn)
         self.holdings[name] = [[] for _ in self.groups]
         hits: list[list[int]] = []
         for group in self.groups:
             known = sorted(b for g, b in (*self.account.cached, *self.account.refs) if g == group)
             hits.append(rng.sample(known, rng.randint(0, min(len(known), 6))) if rng.random() < 0.6 else [])
-        self.serve(name, hits, trunk=not continued)
+        self.serve(name, hits, trunk=turn == Turn.FIRST)
         if rng.random() < 0.3:
             self.end(name)
 
@@ -186,7 +181,6 @@ class Twins:
         last = held[-1] if held and self.random.random() < 0.9 else None
         most = self.account.most(group)
         self.account.turnover += count * self.layout.strides[group]
-        self.arriving.clear()
         try:
             blocks = self.call(self.arena.allocate, group, count, last=last, request=name)
         except OutOfBlocksError:
@@ -260,7 +254,7 @@ class Twins:
         self.call(self.arena.finish, name)
         self.account.finish(name)
         places = [(rng.randrange(40), distance) for distance in range(2)]
-        self.returns.ended(places, self.arena.turnover, continued=rng.random() < 0.5)
+        self.returns.ended(places, self.arena.turnover, Turn(rng.randrange(3)))
 
     def release_late(self) -> None:
         if self.ended_later:

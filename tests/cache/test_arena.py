@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidepool.cache import Arena, Cut, Geometry, Keep, OutOfBlocksError, Share, choose_geometry, group_layers
+from tidepool.cache import Arena, Cut, Geometry, Keep, OutOfBlocksError, Share, Turn, choose_geometry, group_layers
 from tidepool.cache.spec import FullAttention, State
 
 MB = 1 << 20
@@ -193,11 +193,11 @@ def test_states_go_before_attention_and_a_broken_leaf_before_all_others() -> Non
     a = arena([4, 1], 4, on_evict=lambda g, block: order.append((g, block)))
     left = {}
     for name in ("first", "second"):
-        a.start(name, continued=False)
+        a.start(name, Turn.FIRST)
         state = a.allocate(1, 1, request=name)
-        attention = a.allocate(0, 3, request=name)
+        attention = a.allocate(0, 4, request=name)
         a.release(1, state, keep=[Keep.YES], request=name)
-        a.release(0, attention, keep=[Keep.YES] * 3, request=name)
+        a.release(0, attention, keep=[Keep.YES] * 4, request=name)
         a.finish(name)
         left[name] = [(1, state[0]), *((0, block) for block in attention)]
     assert order == left["first"][:1], "the second one's attention took the place of the first one's state"
@@ -217,4 +217,23 @@ def test_gaps_of_idle_extents_are_filled_before_anything_is_evicted() -> None:
     assert a.admit([2, 0])
     assert {block // 4 for block in a.allocate(0, 2)} == {blocks[0] // 4}
     assert a.available == 0
+    assert not evicted
+
+
+def test_gaps_are_filled_before_an_unowned_extent_is_taken() -> None:
+    a = arena([4, 1], 4)
+    blocks = a.allocate(0, 3)
+    a.release(0, blocks, keep=[Keep.YES] * 3)
+    unowned = a.usage().unowned
+    assert [block // 4 for block in a.allocate(0, 1)] == [blocks[0] // 4]
+    assert a.usage().unowned == unowned
+
+
+def test_gaps_too_small_for_all_are_filled_before_anything_is_evicted() -> None:
+    evicted: list[int] = []
+    a = arena([4, 1], 3, on_evict=lambda _, block: evicted.append(block))
+    first, second = a.allocate(0, 4), a.allocate(0, 4)
+    for blocks in (first, second):
+        a.release(0, blocks, keep=[Keep.YES] * 2 + [Keep.NO] * 2)
+    assert sorted(a.allocate(0, 4)) == sorted(first[2:] + second[2:])
     assert not evicted

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from hypothesis import given, strategies as st
 
-from tidepool.cache import Arena, Cut, ExpectedReturn, Geometry, Keep, Returns
+from tidepool.cache import Arena, Cut, ExpectedReturn, Geometry, Keep, Returns, Turn
 
 UNIT = 100
 AGES = [0, 150, 300, 600, 1_200, 2_400, 4_800, 9_600]
@@ -20,8 +20,8 @@ def conversations(returns: Returns, count: int, gap: int | None, start: int = 0)
         now += UNIT
         while due and due[0][0] <= now:
             when, key = due.pop(0)
-            assert returns.began([key], when) == 0
-        returns.ended([(start + number, 0)], now, continued=False)
+            assert returns.began([key], when) == (0, Turn.SECOND)
+        returns.ended([(start + number, 0)], now, Turn.FIRST)
         if gap is not None:
             due.append((now + gap, start + number))
     return now
@@ -29,52 +29,79 @@ def conversations(returns: Returns, count: int, gap: int | None, start: int = 0)
 
 def test_without_evidence_the_oldest_promises_least() -> None:
     returns = Returns(UNIT)
-    promises = [returns.promise(age, continued=False) for age in AGES]
+    promises = [returns.promise(age, Turn.FIRST) for age in AGES]
     assert all(younger > older for younger, older in pairwise(promises))
 
 
 def test_people_who_come_back_late_make_the_young_promise_less_than_the_old() -> None:
     returns = Returns(UNIT)
     conversations(returns, 1_000, gap=1_000)
-    at_once, soon = returns.promise(0, continued=False), returns.promise(700, continued=False)
+    at_once, soon = returns.promise(0, Turn.FIRST), returns.promise(700, Turn.FIRST)
     assert soon > 1.4 * at_once
-    assert returns.promise(2_500, continued=False) < at_once, "whoever hasn't come by then won't"
+    assert returns.promise(2_500, Turn.FIRST) < at_once, "whoever hasn't come by then won't"
 
 
 def test_people_who_come_back_at_once_make_the_oldest_promise_least() -> None:
     returns = Returns(UNIT)
     conversations(returns, 1_000, gap=50)
-    promises = [returns.promise(age, continued=False) for age in AGES]
+    promises = [returns.promise(age, Turn.FIRST) for age in AGES]
     assert promises[0] == max(promises)
     assert promises[0] > 10 * promises[2]
 
 
-def test_kinds_are_learned_apart() -> None:
+def test_first_turns_are_learned_apart() -> None:
     returns = Returns(UNIT)
     conversations(returns, 500, gap=200)
-    assert returns.promise(0, continued=False) > 2 * returns.promise(0, continued=True)
+    assert returns.promise(0, Turn.FIRST) > 2 * returns.promise(0, Turn.SECOND)
+
+
+def test_later_turns_begin_with_what_is_known_of_second_ones() -> None:
+    """And are then learned apart."""
+    returns, now = Returns(UNIT), 0
+    before = returns.promise(0, Turn.LATER)
+    for number in range(500):
+        now += 10 * UNIT
+        returns.ended([(number, 0)], now, Turn.SECOND)
+        assert returns.began([number], now + UNIT) == (0, Turn.LATER)
+    second, later = returns.promise(0, Turn.SECOND), returns.promise(0, Turn.LATER)
+    assert second > 2 * before
+    assert later > 0.9 * second
+    for number in range(500, 10_000):
+        now += 10 * UNIT
+        returns.ended([(number, 0)], now, Turn.LATER)
+    assert returns.promise(0, Turn.SECOND) > 10 * returns.promise(0, Turn.LATER)
+
+
+def test_turns_are_counted() -> None:
+    returns = Returns(UNIT)
+    turn = Turn.FIRST
+    for number, expected in enumerate((Turn.SECOND, Turn.LATER, Turn.LATER)):
+        returns.ended([(number, 0), (-number - 1, 5)], 0, turn)
+        assert returns.began([-number - 1], 1) == (5, Turn.FIRST), "it parts from the earlier one, and begins anew"
+        before, turn = returns.began([number], 1)
+        assert (before, turn) == (0, expected)
 
 
 def test_where_many_go_on_from_is_no_end_of_a_conversation() -> None:
     returns = Returns(UNIT)
-    returns.ended([("system prompt", 0)], 0, continued=False)
-    assert [returns.began(["longer", "system prompt"], now) for now in (1, 2, 3, 4)] == [0, 0, None, None]
+    returns.ended([("system prompt", 0)], 0, Turn.FIRST)
+    assert [returns.began(["longer", "system prompt"], now)[0] for now in (1, 2, 3, 4)] == [0, 0, None, None]
 
 
 def test_the_longest_known_prefix_counts() -> None:
     returns = Returns(UNIT)
-    returns.ended([("end", 0), ("checkpoint", 5)], 0, continued=False)
-    assert returns.began(["unknown", "end", "checkpoint"], 10) == 0
-    assert returns.began(["checkpoint"], 20) == 5, "both belong to one prompt, which was counted already"
-    assert returns.began(["checkpoint"], 30) is None
+    returns.ended([("end", 0), ("checkpoint", 5)], 0, Turn.FIRST)
+    assert returns.began(["unknown", "end", "checkpoint"], 10)[0] == 0
+    assert returns.began(["checkpoint"], 20)[0] == 5, "both belong to one prompt, which was counted already"
+    assert returns.began(["checkpoint"], 30)[0] is None
 
 
 def test_ends_are_forgotten_in_the_order_in_which_they_came() -> None:
     returns = Returns(UNIT)
     for number in range(20_000):
-        returns.ended([(number, 0)], number, continued=False)
-    assert returns.began([0], 20_000) is None
-    assert returns.began([19_999], 20_000) == 0
+        returns.ended([(number, 0)], number, Turn.FIRST)
+    assert returns.began([0], 20_000)[0] is None
+    assert returns.began([19_999], 20_000)[0] == 0
 
 
 @given(
@@ -86,12 +113,12 @@ def test_promises_stay_finite_and_positive(steps: list[tuple[int, bool, int]], u
     for key, ends, pause in steps:
         now += pause
         if ends:
-            returns.ended([(key, 0), (key + 100, 1)], now, continued=bool(key % 2))
+            returns.ended([(key, 0), (key + 100, 1)], now, Turn(key % 3))
         else:
             returns.began([key], now)
-    for continued in (False, True):
+    for turn in Turn:
         for age in AGES:
-            assert 0 < returns.promise(age, continued=continued) < 1e6
+            assert 0 < returns.promise(age, turn) < 1e6
 
 
 class Late(Returns):
@@ -100,13 +127,13 @@ class Late(Returns):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def promise(self, age: int, *, continued: bool) -> float:
+    def promise(self, age: int, turn: Turn) -> float:
         return float(age)
 
 
 def left(arena: Arena, name: str) -> list[int]:
     """A request comes, leaves one extent in the cache and goes."""
-    arena.start(name, continued=False)
+    arena.start(name, Turn.FIRST)
     blocks = arena.allocate(0, 2, request=name)
     arena.release(0, blocks, keep=[Keep.YES] * 2, request=name)
     arena.finish(name)
@@ -123,7 +150,7 @@ def test_the_youngest_goes_where_all_come_back_late() -> None:
 
 def test_what_running_requests_left_goes_last() -> None:
     arena = Arena.elastic(Geometry(20, (Cut(10, 10, 2),)), 4, policy=ExpectedReturn(Late()))
-    arena.start("running", continued=False)
+    arena.start("running", Turn.FIRST)
     early = arena.allocate(0, 2, request="running")
     arena.release(0, early, keep=[Keep.YES] * 2, request="running")
     left(arena, "first")

@@ -132,6 +132,26 @@ def test_a_hit_needs_every_groups_blocks(engine: Any) -> None:
     assert tokens == 0, "attention blocks alone are no hit"
 
 
+def test_attention_behind_the_last_state_is_dropped(engine: Any) -> None:
+    """No hit can end there, so it is clean at once, and whoever listens to events is told."""
+    manager = make_manager(engine)
+    state, attention = manager.coordinator.block_pool.pools
+
+    def ends(pool: Any) -> list[int]:
+        return sorted(block.block_hash_num_tokens for block in pool.blocks if block.block_hash is not None)
+
+    request = make_request(engine, "request", list(range(2000)))
+    read_prompt(manager, request)
+    tokens = ends(attention)
+    assert tokens[-1] == 2000 // 16 * 16
+    manager.take_events()
+    manager.free(request)
+    assert ends(state)[-1] == 1536
+    assert ends(attention) == [end for end in tokens if end <= 1536]
+    assert len(manager.take_events()) == len([end for end in tokens if end > 1536]) > 0
+    assert not manager.block_pool.last_states
+
+
 def test_reset_is_for_all_groups_or_none(engine: Any) -> None:
     manager = make_manager(engine)
     pool = manager.block_pool
@@ -141,6 +161,7 @@ def test_reset_is_for_all_groups_or_none(engine: Any) -> None:
     assert not manager.reset_prefix_cache(), "blocks are in use"
     assert manager.take_events() == []
     manager.free(request)
+    manager.take_events()
     assert pool.arena.usage().cached > 0
     assert manager.reset_prefix_cache()
     usage = pool.arena.usage()
@@ -292,7 +313,7 @@ def test_nothing_is_known_of_a_request_that_is_aborted_while_it_waits(engine: An
     refused.status = RequestStatus.FINISHED_ABORTED
     assert not (manager.pop_blocks_for_free if deferred else manager.free)(refused)
     assert manager._refused is None
-    assert refused.request_id not in manager._continued
+    assert refused.request_id not in manager._turns
     assert refused.request_id not in manager.block_pool.arena._leaves
 
 

@@ -18,7 +18,7 @@ from tidepool.cache.geometry import (
     fixed_stage_shares,
 )
 from tidepool.cache.partings import Partings
-from tidepool.cache.returns import Returns
+from tidepool.cache.returns import Returns, Turn
 from tidepool.cache.spec import (
     CacheConfigError,
     FullAttention,
@@ -50,6 +50,7 @@ __all__ = [
     "SlidingWindow",
     "Standing",
     "State",
+    "Turn",
     "Usage",
     "block_align",
     "choose_geometry",

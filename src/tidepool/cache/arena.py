@@ -8,9 +8,10 @@ A request's blocks should lie together, so that they come free together: an exte
 is seldom idle, and what can't become idle no other group can have. So an allocation
  - goes on in the extent in which the request has its last block;
  - takes new extents for as many blocks as fill them;
- - and fills gaps in extents that requests share.
-New extents are unowned ones. Where there is none, and no gap in an idle extent is wide enough, leaves lose their
-blocks, in the order that the policy gives (`tidepool.cache.eviction`), until an extent or a gap has come free.
+ - and fills gaps in extents that requests share, those of pinned extents first, then wide ones of idle extents.
+New extents are unowned ones, and taken last: what leaves have lost in shared extents would stay a gap for good, while
+any group can have an unowned one. Where there is neither, leaves lose their blocks, in the order that the policy gives
+(`tidepool.cache.eviction`), until an extent or a gap has come free.
 
 A new extent may be one that another group could have had. The arena keeps count of what an admission promised to each
 group (see `Arena.admit`), and no group spends another's promise; it then makes do with its pinned extents, down to the
@@ -24,10 +25,14 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from tidepool.cache.eviction import Leaf, LeastRecentlyUsed, Policy, Standing
+from tidepool.cache.eviction import OF_TURN, Leaf, LeastRecentlyUsed, Policy, Standing
 from tidepool.cache.geometry import Geometry, Share
 from tidepool.cache.pool import Extent, Pool
+from tidepool.cache.returns import Turn
 
+WIDE_GAP = 4
+"""A gap of an idle extent, its clean blocks, is wide from one in so many of its blocks on. A narrower one isn't worth
+pinning the extent for unless it holds all that is asked for."""
 STALE_ENTRIES = 64
 """Entries of a leaf that may be stale before they are swept out, beside as many as are true."""
 
@@ -243,8 +248,8 @@ class Arena:
             blocks = pool.take(extent, count, leaf)
         while len(blocks) < count:
             missing = count - len(blocks)
-            apart = self._new_extent(group) if missing >= pool.slots else None
-            found = apart or self._some_extent(group, missing)
+            apart = missing >= pool.slots and (bool(self._unowned) or not self._gap(pool, missing))
+            found = (self._new_extent(group) if apart else None) or self._some_extent(group, missing)
             if found is None:
                 self.release(group, blocks)
                 raise OutOfBlocksError(f"Group {group} can't get {count} blocks: everything left is in use.")
@@ -291,20 +296,15 @@ class Arena:
                 if kept == Keep.SPARE:
                     leaf = self._spares
                 elif request is not None or leaf is None or trunk != (leaf.standing == Standing.TRUNK):
-                    pair = pair or _leaf_pair(continued=False, running=False)
+                    pair = pair or _leaf_pair(Turn.FIRST, running=False)
                     leaf = pair[trunk]
                 self._join(leaf, group, block)
             else:
                 self._come_free(group, extent)
 
-    def start(self, request: Hashable, *, continued: bool) -> None:
-        """A request begins, and may now be named.
-
-        Args:
-            request: the request.
-            continued: whether it goes on from where an earlier one had ended.
-        """
-        self._leaves[request] = _leaf_pair(continued=continued, running=True)
+    def start(self, request: Hashable, turn: Turn) -> None:
+        """A request begins, and may now be named; ``turn`` says whether it goes on from an earlier one."""
+        self._leaves[request] = _leaf_pair(turn, running=True)
 
     def finish(self, request: Hashable) -> None:
         """A request ends, its blocks having been released: from now on its leaves age."""
@@ -381,18 +381,22 @@ class Arena:
     # The search.
 
     def _some_extent(self, group: int, count: int) -> Extent | None:
-        """An extent with a clean block, for ``count`` blocks that fill none; None if nothing can be had."""
+        """An extent with a clean block, for ``count`` blocks; None if nothing can be had."""
         pool = self.pools[group]
         while not (extent := pool.partial()):
             if self._may_pin(group):
-                if self._unowned:
-                    return self._new_extent(group)
-                if extent := pool.idle_with(count):
+                if extent := self._gap(pool, count):
                     self._pins_one(group)
                     return extent
+                if self._unowned:
+                    return self._new_extent(group)
             if not self._evict_coldest():
                 return None
         return extent
+
+    def _gap(self, pool: Pool, count: int) -> Extent | None:
+        """An idle extent with a gap for ``count`` blocks, else one with a wide gap; None if there is neither."""
+        return pool.idle_with(count) or pool.idle_widest(-(-pool.slots // WIDE_GAP))
 
     def _new_extent(self, group: int) -> Extent | None:
         """A wholly clean extent. None if all are promised to other groups."""
@@ -449,7 +453,6 @@ class Arena:
             self._unowned.append(extent.number)
 
 
-def _leaf_pair(*, continued: bool, running: bool) -> tuple[Leaf, Leaf]:
+def _leaf_pair(turn: Turn, *, running: bool) -> tuple[Leaf, Leaf]:
     """A request's own leaf, and the one for the trunks that it began with."""
-    own = Standing.CONTINUED if continued else Standing.NEW
-    return Leaf(own, running=running), Leaf(Standing.TRUNK, running=running)
+    return Leaf(OF_TURN[turn], running=running), Leaf(Standing.TRUNK, running=running)

@@ -13,7 +13,7 @@ from enum import IntEnum
 from itertools import islice
 from typing import Protocol
 
-from tidepool.cache.returns import Returns
+from tidepool.cache.returns import Returns, Turn
 
 
 class Standing(IntEnum):
@@ -21,12 +21,18 @@ class Standing(IntEnum):
 
     SPARE = 0
     """Of little use: states that the same request left another shortly before, and what broken leaves still have."""
-    NEW = 1
+    FIRST = 1
     """Of a prompt that went on from no earlier one."""
-    CONTINUED = 2
-    """Of a prompt that went on where an earlier one had ended, as the next turn of a conversation does."""
-    TRUNK = 3
+    SECOND = 2
+    """Of a prompt that went on where such a prompt had ended, as the second turn of a conversation does."""
+    LATER = 3
+    """Of a prompt that went on from a second turn or a later one."""
+    TRUNK = 4
     """What prompts of different requests begin with, such as a system prompt."""
+
+
+OF_TURN = {Turn.FIRST: Standing.FIRST, Turn.SECOND: Standing.SECOND, Turn.LATER: Standing.LATER}
+"""What a request's own leaf is, by its turn."""
 
 
 class Leaf:
@@ -86,6 +92,10 @@ class LeastRecentlyUsed:
         return next(iter(self._queue), None)
 
 
+_JUDGED_AS = (*((standing, turn) for turn, standing in OF_TURN.items()), (Standing.TRUNK, Turn.LATER))
+"""Whose times of return a leaf is judged by; of spares nothing is expected."""
+
+
 class ExpectedReturn:
     """The leaf that promises the fewest hits for the time that its memory is taken.
 
@@ -126,11 +136,11 @@ class ExpectedReturn:
 
     def _least_promising(self, now: int) -> Leaf | None:
         least: tuple[float, Leaf] | None = None
-        for standing in (Standing.NEW, Standing.CONTINUED, Standing.TRUNK):
+        for standing, turn in _JUDGED_AS:
             queue = self._queues[standing]
             ends = [*islice(queue, 1), *islice(reversed(queue), int(standing != Standing.TRUNK))]
             for leaf in ends:
-                promise = self._returns.promise(now - leaf.since, continued=standing != Standing.NEW)
+                promise = self._returns.promise(now - leaf.since, turn)
                 if least is None or promise < least[0]:
                     least = promise, leaf
         return least and least[1]

@@ -143,6 +143,14 @@ class Pool:
         """An idle extent with at least ``count`` clean blocks and few more; None if there is none for sure."""
         return self._first_from(_IDLE + count.bit_length() + (count & (count - 1) > 0), 2 * _IDLE)
 
+    def idle_widest(self, least: int) -> Extent | None:
+        """An idle extent with as many clean blocks as any, up to a factor of two; None if it has under ``least``."""
+        highest = self._nonempty.bit_length() - 1
+        if highest < _IDLE:
+            return None
+        extent = self.extents[next(iter(self._partial[highest]))]
+        return extent if extent.clean >= least else None
+
     def _first_from(self, start: int, stop: int) -> Extent | None:
         """An extent of the lowest class from ``start`` to before ``stop``: that fills extents up, so that others come
         free whole."""

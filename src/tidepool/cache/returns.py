@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from enum import IntEnum
 from math import exp
 
 _BINS = 12
@@ -28,18 +29,30 @@ _PRIOR_WEIGHT = 0.1
 """Returns that the table starts from, at every age: a risk that falls with age, as in any LRU cache."""
 _PRIOR_RISK = 6
 """The prior's time to a return, in ages."""
+_SHARED_WEIGHT = 10.0
+"""Returns to later turns that the table starts from as if they had been seen: there are few of each at first, and what
+is known of all turns but the first is a fair guess. Chosen by simulation, see docs/prefix-caching.md."""
 _TRUNK_USES = 2
 """Prompts that may go on from one end, until it counts as what many prompts begin with."""
+
+
+class Turn(IntEnum):
+    """Which turn of a conversation a prompt is: the more there were, the likelier is another."""
+
+    FIRST = 0
+    """It goes on from no earlier prompt."""
+    SECOND = 1
+    LATER = 2
 
 
 class _End:
     """Where a prompt ended."""
 
-    __slots__ = ("continued", "counted", "since", "uses")
+    __slots__ = ("counted", "since", "turn", "uses")
 
-    def __init__(self, since: int, continued: bool) -> None:
+    def __init__(self, since: int, turn: Turn) -> None:
         self.since = since
-        self.continued = continued
+        self.turn = turn
         self.uses = 0
         """Prompts that went on from here."""
         self.counted = False
@@ -59,19 +72,19 @@ class Returns:
         """By key the end that it is of, and how far before it."""
         self._waiting: dict[_End, None] = {}
         """Ends that aren't counted yet."""
-        # By kind (0 new, 1 continued) and bin: returns, and units of time spent there without one, of ends forgotten.
-        self._returns = [[0] * _BINS, [0] * _BINS]
-        self._exposure = [[0.0] * _BINS, [0.0] * _BINS]
-        self._promise = [[0.0] * _BINS, [0.0] * _BINS]
+        # By turn and bin: returns, and units of time spent there without one, of ends forgotten.
+        self._returns = [[0] * _BINS for _ in Turn]
+        self._exposure = [[0.0] * _BINS for _ in Turn]
+        self._promise = [[0.0] * _BINS for _ in Turn]
         self._since_learned = 0
         self._learn(0)
 
-    def began(self, keys: Sequence[Hashable], now: int) -> int | None:
+    def began(self, keys: Sequence[Hashable], now: int) -> tuple[int | None, Turn]:
         """A prompt with these keys came, the key of its longest prefix first.
 
         Returns:
             How far before the end of an earlier prompt it parts from it, as told to `ended`: 0 if it goes on from
-            there, None if it goes on from no earlier prompt.
+            there, None if it goes on from no earlier prompt. And which turn that makes it.
         """
         ends = self._ends
         for key in keys:
@@ -81,25 +94,25 @@ class Returns:
             end, before = found
             end.uses += 1
             if not end.counted:
-                self._returns[end.continued][self._bin(now - end.since)] += 1
+                self._returns[end.turn][self._bin(now - end.since)] += 1
                 self._count(end, now)
-            return before
-        return None
+            return before, Turn.FIRST if before else Turn(min(end.turn + 1, Turn.LATER))
+        return None, Turn.FIRST
 
-    def ended(self, places: Sequence[tuple[Hashable, int]], now: int, *, continued: bool) -> None:
+    def ended(self, places: Sequence[tuple[Hashable, int]], now: int, turn: Turn) -> None:
         """A prompt was served.
 
         Args:
             places: the keys of places where a later prompt may go on, and how far before the end each is, in any unit;
                 the last place first.
             now: the time.
-            continued: whether it went on from an earlier one.
+            turn: which turn it was, as `began` said.
         """
         end: _End | None = None
         for key, before in places:
             if key not in self._ends:
                 # One prompt counts once, by its last end that isn't known yet.
-                end = end or _End(now, continued)
+                end = end or _End(now, turn)
                 self._ends[key] = end, before
                 self._waiting[end] = None
         while len(self._ends) > _REMEMBERED:
@@ -110,9 +123,9 @@ class Returns:
         if self._since_learned >= _LEARN_EVERY:
             self._learn(now)
 
-    def promise(self, age: int, *, continued: bool) -> float:
-        """Returns for each unit of time, if what is ``age`` old is kept."""
-        return self._promise[continued][self._bin(age)]
+    def promise(self, age: int, turn: Turn) -> float:
+        """Returns for each unit of time, if what such a turn left is kept at this age."""
+        return self._promise[turn][self._bin(age)]
 
     def _bin(self, age: int) -> int:
         return min((age // self._unit).bit_length(), _BINS - 1)
@@ -125,7 +138,7 @@ class Returns:
     def _expose(self, table: list[list[float]], end: _End, now: int) -> None:
         """Add the time that an end has waited to each bin that it passed."""
         age = (now - end.since) / self._unit
-        row = table[end.continued]
+        row = table[end.turn]
         start, stop = 0.0, 1.0
         for index in range(_BINS):
             if age <= stop:
@@ -140,12 +153,21 @@ class Returns:
         exposure = [row.copy() for row in self._exposure]
         for end in self._waiting:
             self._expose(exposure, end, now)
-        for kind in (0, 1):
-            risks = []
-            for index in range(_BINS):
-                prior_time = _PRIOR_WEIGHT * _PRIOR_RISK * 2**index
-                risks.append((self._returns[kind][index] + _PRIOR_WEIGHT) / (exposure[kind][index] + prior_time))
-            self._promise[kind] = [_gittins(risks, index) for index in range(_BINS)]
+        first = [self._risk(exposure, index, (Turn.FIRST,)) for index in range(_BINS)]
+        others = [self._risk(exposure, index, (Turn.SECOND, Turn.LATER)) for index in range(_BINS)]
+        for turn in Turn:
+            risks = first
+            if turn != Turn.FIRST:
+                risks = [
+                    (returned + _SHARED_WEIGHT) / (time + _SHARED_WEIGHT / shared)
+                    for returned, time, shared in zip(self._returns[turn], exposure[turn], others, strict=True)
+                ]
+            self._promise[turn] = [_gittins(risks, index) for index in range(_BINS)]
+
+    def _risk(self, exposure: list[list[float]], index: int, turns: Sequence[Turn]) -> float:
+        """Returns per unit of time in a bin, of some turns together."""
+        returned = sum(self._returns[turn][index] for turn in turns) + _PRIOR_WEIGHT
+        return returned / (sum(exposure[turn][index] for turn in turns) + _PRIOR_WEIGHT * _PRIOR_RISK * 2.0**index)
 
 
 def _gittins(risks: Sequence[float], first: int) -> float:

@@ -20,6 +20,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request, RequestStatus
 
+from tidepool.cache import Turn
 from tidepool.vllm_plugin.pools import ArenaBlockPool
 from tidepool.vllm_plugin.settings import poison_requested
 from tidepool.vllm_plugin.worker import encode
@@ -155,8 +156,8 @@ class TidepoolKVCacheManager(KVCacheManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._continued: dict[str, bool] = {}
-        """For each request that was offered memory and hasn't ended, whether it goes on from an earlier one."""
+        self._turns: dict[str, Turn] = {}
+        """For each request that was offered memory and hasn't ended, which turn it is."""
         self._found: tuple[KVCacheBlocks, int, int] = (self.empty_kv_cache_blocks, 0, 0)
         """What the last lookup found."""
         self._refused: tuple[Request, int, tuple[KVCacheBlocks, int, int]] | None = None
@@ -171,15 +172,15 @@ class TidepoolKVCacheManager(KVCacheManager):
 
     def _continues(self, request: Request) -> bool:
         """Whether a request goes on from an earlier one; looked up once, before its first blocks."""
-        continued = self._continued.get(request.request_id)
-        if continued is None:
+        turn = self._turns.get(request.request_id)
+        if turn is None:
             pool: ArenaBlockPool = self.block_pool
-            distance = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
+            distance, turn = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
             if distance is not None:
                 pool.partings.saw(distance)
-            continued = self._continued[request.request_id] = distance == 0
-            pool.arena.start(request.request_id, continued=continued)
-        return continued
+            self._turns[request.request_id] = turn
+            pool.arena.start(request.request_id, turn)
+        return turn != Turn.FIRST
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, but another place for the state that it would keep where prompts part.
@@ -239,12 +240,26 @@ class TidepoolKVCacheManager(KVCacheManager):
         pool: ArenaBlockPool = self.block_pool
         if self.enable_caching:
             pool.request = request.request_id
+            pool.reach = self._reach(request.request_id)
         super().free(request)
-        pool.request = None
+        pool.last_states.pop(request.request_id, None)
+        pool.request = pool.reach = None
         self._end(request)
+
+    def _reach(self, request_id: str) -> int | None:
+        """Tokens up to the last state that a request leaves, behind which no hit can end; None if it leaves none."""
+        pool: ArenaBlockPool = self.block_pool
+        in_use = (
+            block.block_hash_num_tokens or 0
+            for manager, blocks in zip(self.coordinator.single_type_managers, pool.pools, strict=True)
+            if blocks.checkpoint_tokens
+            for block in manager.req_to_blocks.get(request_id, ())
+        )
+        return max(pool.last_states.get(request_id, 0), *in_use, 0) or None
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """The same, where the blocks are released later."""
+        self.block_pool.last_states.pop(request.request_id, None)
         self._end(request)
         return super().pop_blocks_for_free(request)
 
@@ -253,8 +268,8 @@ class TidepoolKVCacheManager(KVCacheManager):
             self._refused = None
         if not self.enable_caching or not request.is_finished():
             return
-        continued = self._continued.pop(request.request_id, None)
-        if continued is None:
+        turn = self._turns.pop(request.request_id, None)
+        if turn is None:
             return
         pool: ArenaBlockPool = self.block_pool
         pool.arena.finish(request.request_id)
@@ -264,7 +279,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         places = [(last // unit * unit, 0), (checkpoint, 0)]
         places += [(checkpoint - distance, distance) for distance in pool.partings.distances]
         keys = [(request.block_hashes[place // unit - 1], distance) for place, distance in places if place > 0]
-        pool.returns.ended(keys, pool.arena.turnover, continued=continued)
+        pool.returns.ended(keys, pool.arena.turnover, turn)
 
     @property
     def watermark_blocks(self) -> int:

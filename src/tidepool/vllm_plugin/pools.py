@@ -118,16 +118,25 @@ class GroupBlockPool(BlockPool):
     def _worth(self, block: KVCacheBlock) -> Keep:
         """What becomes of a block without references.
 
-        A prompt leaves a state at its last checkpoint and one at its end, which is less than `checkpoint_tokens` ahead
-        and takes as much memory: with long prompts it is kept only while there is memory to spare. So is the state that
-        a conversation has gone on from, once it has a later one.
+        Attention behind the last state that its request leaves is of no use to anybody. A prompt leaves a state at its
+        last checkpoint and one at its end, which is less than `checkpoint_tokens` ahead and takes as much memory: with
+        long prompts it is kept only while there is memory to spare. So is the state that a conversation has gone on
+        from, once it has a later one.
         """
         handed_on = block.block_id in self.handed_on
         self.handed_on.discard(block.block_id)
         if block.block_hash is None:
             return Keep.NO
-        tokens, spacing = block.block_hash_num_tokens, self.checkpoint_tokens
-        if not spacing or not tokens or get_block_hash(block.block_hash) in self.memory.junctions:
+        tokens, spacing = block.block_hash_num_tokens or 0, self.checkpoint_tokens
+        if not spacing:
+            if self.memory.reach is None or tokens <= self.memory.reach:
+                return Keep.YES
+            self._maybe_evict_cached_block(block)
+            return Keep.NO
+        if self.memory.request is not None:
+            last_states = self.memory.last_states
+            last_states[self.memory.request] = max(tokens, last_states.get(self.memory.request, 0))
+        if not tokens or get_block_hash(block.block_hash) in self.memory.junctions:
             return Keep.YES
         if handed_on:
             return Keep.YES if self.arena.pools[self.group].trunk[block.block_id] else Keep.SPARE
@@ -196,6 +205,10 @@ class ArenaBlockPool:
         )
         self.request: str | None = None
         """The request that the coordinator is at work for; None without prefix caching, where nobody needs to know."""
+        self.reach: int | None = None
+        """Tokens up to the last state of the request whose blocks are being released; None if that isn't known."""
+        self.last_states: dict[str, int] = {}
+        """Tokens up to the last of the states that a request under way has released so far, if any."""
         self.junctions: OrderedDict[BlockHash, None] = OrderedDict()
         """Hashes of the places where prompts parted."""
         self.finds_trunk = False
