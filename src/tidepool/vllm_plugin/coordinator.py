@@ -240,22 +240,10 @@ class TidepoolKVCacheManager(KVCacheManager):
         pool: ArenaBlockPool = self.block_pool
         if self.enable_caching:
             pool.request = request.request_id
-            pool.reach = self._reach(request.request_id)
+            pool.reach = pool.last_states.pop(request.request_id, None)
         super().free(request)
-        pool.last_states.pop(request.request_id, None)
         pool.request = pool.reach = None
         self._end(request)
-
-    def _reach(self, request_id: str) -> int | None:
-        """Tokens up to the last state that a request leaves, behind which no hit can end; None if it leaves none."""
-        pool: ArenaBlockPool = self.block_pool
-        in_use = (
-            block.block_hash_num_tokens or 0
-            for manager, blocks in zip(self.coordinator.single_type_managers, pool.pools, strict=True)
-            if blocks.checkpoint_tokens
-            for block in manager.req_to_blocks.get(request_id, ())
-        )
-        return max(pool.last_states.get(request_id, 0), *in_use, 0) or None
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """The same, where the blocks are released later."""

@@ -133,14 +133,20 @@ class GroupBlockPool(BlockPool):
                 return Keep.YES
             self._maybe_evict_cached_block(block)
             return Keep.NO
-        if self.memory.request is not None:
-            last_states = self.memory.last_states
-            last_states[self.memory.request] = max(tokens, last_states.get(self.memory.request, 0))
         if not tokens or get_block_hash(block.block_hash) in self.memory.junctions:
             return Keep.YES
         if handed_on:
             return Keep.YES if self.arena.pools[self.group].trunk[block.block_id] else Keep.SPARE
         return Keep.SPARE if 0 < tokens % spacing * SPARE_SHARE < tokens else Keep.YES
+
+    def _insert_block_hash(
+        self, block_hash_with_group_id: BlockHashWithGroupId, block: KVCacheBlock, num_tokens: int | None
+    ) -> None:
+        """Put contents into the prefix cache; of states it is remembered how far the last one of a request reaches."""
+        super()._insert_block_hash(block_hash_with_group_id, block, num_tokens)
+        if self.checkpoint_tokens and self.memory.request is not None:
+            last_states, request = self.memory.last_states, self.memory.request
+            last_states[request] = max(num_tokens or 0, last_states.get(request, 0))
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Drop blocks of this group from the prefix cache; those in use stay in use."""
@@ -208,7 +214,7 @@ class ArenaBlockPool:
         self.reach: int | None = None
         """Tokens up to the last state of the request whose blocks are being released; None if that isn't known."""
         self.last_states: dict[str, int] = {}
-        """Tokens up to the last of the states that a request under way has released so far, if any."""
+        """Tokens up to the last state that a request under way has left in the cache, if any."""
         self.junctions: OrderedDict[BlockHash, None] = OrderedDict()
         """Hashes of the places where prompts parted."""
         self.finds_trunk = False
