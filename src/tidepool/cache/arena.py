@@ -8,10 +8,10 @@ A request's blocks should lie together, so that they come free together: an exte
 is seldom idle, and what can't become idle no other group can have. So an allocation
  - goes on in the extent in which the request has its last block;
  - takes new extents for as many blocks as fill them;
- - and fills gaps in extents that requests share, those of pinned extents first, then wide ones of idle extents.
-New extents are unowned ones, and taken last: what leaves have lost in shared extents would stay a gap for good, while
-any group can have an unowned one. Where there is neither, leaves lose their blocks, in the order that the policy gives
-(`tidepool.cache.eviction`), until an extent or a gap has come free.
+ - and fills gaps in extents that requests share: those of pinned extents, then of idle ones.
+New extents are unowned ones. Gaps of idle extents are filled before those are taken as long as more extents are idle
+than pinned: what leaves have lost in an extent that they shared would else stay a gap for good. Where there is neither,
+leaves lose their blocks, in the order that the policy gives (`tidepool.cache.eviction`), until one has come free.
 
 A new extent may be one that another group could have had. The arena keeps count of what an admission promised to each
 group (see `Arena.admit`), and no group spends another's promise; it then makes do with its pinned extents, down to the
@@ -385,17 +385,23 @@ class Arena:
         pool = self.pools[group]
         while not (extent := pool.partial()):
             if self._may_pin(group):
-                if extent := self._gap(pool, count):
+                extent = self._gap(pool, count)
+                if not extent and self._unowned:
+                    return self._new_extent(group)
+                if extent := extent or pool.idle_with(count):
                     self._pins_one(group)
                     return extent
-                if self._unowned:
-                    return self._new_extent(group)
             if not self._evict_coldest():
                 return None
         return extent
 
     def _gap(self, pool: Pool, count: int) -> Extent | None:
-        """An idle extent with a gap for ``count`` blocks, else one with a wide gap; None if there is neither."""
+        """An idle extent worth pinning, with a gap for ``count`` blocks or else a wide one; None if there is neither.
+
+        Where more extents are pinned than idle none is worth it: what is short there are extents to pin.
+        """
+        if len(pool.idle) <= pool.pinned:
+            return None
         return pool.idle_with(count) or pool.idle_widest(-(-pool.slots // WIDE_GAP))
 
     def _new_extent(self, group: int) -> Extent | None:
