@@ -78,7 +78,8 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
 
     Dozens of small blocks of odd sizes may stay under 2% in huge extents only, and extents cost too: each group leaves
     the last of its own partly empty. So where there are more than two groups and extents of 4 of the largest blocks
-    aren't enough, the choice is the extent for which size x padding is least. `Geometry.padding` says what it is.
+    aren't enough, of the least padded extents for each n that one is chosen whose size x
+    padding is least. `Geometry.padding` says what it is.
 
     Args:
         groups: the groups, of any block sizes.
@@ -167,7 +168,7 @@ def _exact_for_smallest(kinds: Sequence[tuple[int, int]], bound: float) -> Geome
 
 
 def _least_waste(kinds: Sequence[tuple[int, int]], limit: float) -> Geometry | None:
-    """The extent for which size x padding is least, padding under ``limit``; see `_least_padded`."""
+    """Of the extents that `_least_padded` finds, padding under ``limit``, the one whose size x padding is least."""
     best: Geometry | None = None
     for count in range(1, MAX_BLOCKS_OF_LARGEST + 1):
         if best is not None:
