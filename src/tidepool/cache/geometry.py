@@ -78,8 +78,8 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
 
     Dozens of small blocks of odd sizes may stay under 2% in huge extents only, and extents cost too: each group leaves
     the last of its own partly empty. So where there are more than two groups and extents of 4 of the largest blocks
-    aren't enough, of the least padded extents for each n that one is chosen whose size x
-    padding is least. `Geometry.padding` says what it is.
+    aren't enough, of the least padded extents for each n that one is chosen whose size x padding is least.
+    `Geometry.padding` says what it is.
 
     Args:
         groups: the groups, of any block sizes.
