@@ -14,7 +14,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, get_block_hash
-from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from tidepool.cache import Arena, ExpectedReturn, Keep, LeastRecentlyUsed, Partings, Returns
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
@@ -42,10 +42,11 @@ class GroupBlockPool(BlockPool):
         num_blocks: int,
         enable_caching: bool,
         hash_block_size: int,
-        checkpoint_tokens: int | None,
+        spec: KVCacheSpec,
     ) -> None:
         self.group = group
-        self.checkpoint_tokens = checkpoint_tokens
+        self.block_tokens: int = spec.block_size
+        self.checkpoint_tokens = spec.block_size if isinstance(spec, MambaSpec) else None
         """Tokens between states; None where the blocks aren't states."""
         self.memory = memory
         self.arena: Arena = memory.arena
@@ -118,10 +119,11 @@ class GroupBlockPool(BlockPool):
     def _worth(self, block: KVCacheBlock) -> Keep:
         """What becomes of a block without references.
 
-        Attention behind the last state that its request leaves is of no use to anybody. A prompt leaves a state at its
-        last checkpoint and one at its end, which is less than `checkpoint_tokens` ahead and takes as much memory: with
-        long prompts it is kept only while there is memory to spare. So is the state that a conversation has gone on
-        from, once it has a later one.
+        Attention behind the last state that its request leaves is of no use to anybody, but for one block: with a
+        drafter a lookup has to find one more than it gives. A prompt leaves a state at its last checkpoint and one at
+        its end, which is less than `checkpoint_tokens` ahead and takes as much memory: with long prompts it is kept
+        only while there is memory to spare. So is the state that a conversation has gone on from, once it has a later
+        one.
         """
         handed_on = block.block_id in self.handed_on
         self.handed_on.discard(block.block_id)
@@ -129,7 +131,7 @@ class GroupBlockPool(BlockPool):
             return Keep.NO
         tokens, spacing = block.block_hash_num_tokens or 0, self.checkpoint_tokens
         if not spacing:
-            if self.memory.reach is None or tokens <= self.memory.reach:
+            if self.memory.reach is None or tokens - self.block_tokens <= self.memory.reach:
                 return Keep.YES
             self._maybe_evict_cached_block(block)
             return Keep.NO
@@ -226,7 +228,7 @@ class ArenaBlockPool:
                 blocks,
                 enable_caching,
                 hash_block_size,
-                spec.block_size if isinstance(spec, MambaSpec) else None,
+                spec,
             )
             for group, (blocks, spec) in enumerate(zip(config.pool_blocks, specs, strict=True))
         )
