@@ -253,7 +253,7 @@ drive.run([Part(PREEMPTED, 'elastic')], Path({str(tmp_path)!r}), print)"""
             time.sleep(0.05)
         assert running_workers(tmp_path)
         command.send_signal(signal.SIGINT)
-        assert command.wait(10) != 0
+        assert command.wait(30) != 0, "the worker sleeps for 60 seconds"
     finally:
         command.kill()
         command.wait()

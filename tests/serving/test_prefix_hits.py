@@ -21,7 +21,11 @@ from tidepool.tiny import Family
 
 pytestmark = pytest.mark.vllm
 FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
-PROMPTS = make_prompts({"requests": 30, "own_lengths": [20, 60, 150, 400], "shared_lengths": [300, 500, 700]})
+PROMPTS = [
+    *make_prompts({"requests": 24, "own_lengths": [20, 60, 150, 400], "shared_lengths": [300, 500, 700]}),
+    *make_prompts({"requests": 6, "own_lengths": [1_500], "shared_lengths": []}),
+]
+"""The last ones need much attention and few states, so extents change hands."""
 KV_BYTES = {"qwen3.5": 28_000_000, "nemotron-h": 56_000_000}
 Serve = Callable[..., dict[str, Any]]
 

@@ -46,20 +46,20 @@ def run(parts: Sequence[Part], directory: Path, progress: Callable[[str], None])
     results, stop = Results(), Event()
     workers: list[subprocess.Popen[str]] = []
     with ThreadPoolExecutor(min(len(sides), os.cpu_count() or 1)) as pool:
-        sides_done = [
-            pool.submit(
-                _run_side,
-                side,
-                [part for part in parts if part.side == side],
-                directory,
-                results,
-                stop,
-                progress,
-                workers,
-            )
-            for side in sides
-        ]
         try:
+            sides_done = [
+                pool.submit(
+                    _run_side,
+                    side,
+                    [part for part in parts if part.side == side],
+                    directory,
+                    results,
+                    stop,
+                    progress,
+                    workers,
+                )
+                for side in sides
+            ]
             for done in sides_done:
                 done.result()
         except BaseException:
