@@ -237,9 +237,11 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path, monkeypatch: pytest.Monke
     """Also where only the command got the signal, as when a script sends it."""
     started = tmp_path / "started"
     worker_of(monkeypatch, tmp_path, f"import time; open({str(started)!r}, 'w').write('x'); time.sleep(60)")
+    # Where the tests themselves run in the background, a shell has them ignore interrupts.
     code = f"""
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.executable = {sys.executable!r}
 from tidepool.verify import drive
 from tidepool.verify.scenarios import PREEMPTED, Part
