@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from random import Random
 from typing import Any
@@ -50,8 +50,9 @@ def main() -> None:
         for part in parts:
             name, _, poison = part.partition("+")
             os.environ["TIDEPOOL_POISON"] = "1" if poison else "0"
-            engines.append(_start(side, SCENARIOS[name]))
-            answer(asdict(_run(engines[-1], SCENARIOS[name], evictions, lambda: answer(ALIVE))))
+            scenario, prompts = SCENARIOS[name], SCENARIOS[name].requests()
+            engines.append(_start(side, scenario, prompts))
+            answer(asdict(_run(engines[-1], scenario, prompts, evictions, lambda: answer(ALIVE))))
     except Exception as error:
         traceback.print_exc()
         kind = "" if isinstance(error, SteppedAsideError) else f"{type(error).__name__}: "
@@ -80,7 +81,7 @@ def _gates_to_open() -> list[str]:
     return [gate.name for gate in GATES if gate.name == "device"]
 
 
-def _start(side: str, scenario: Scenario) -> Any:
+def _start(side: str, scenario: Scenario, prompts: Sequence[Prompt]) -> Any:
     from vllm import EngineArgs, LLMEngine
 
     from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
@@ -93,7 +94,7 @@ def _start(side: str, scenario: Scenario) -> Any:
             seed=0,
             kv_cache_memory_bytes=scenario.kv_bytes,
             gpu_memory_utilization=0.1,
-            max_model_len=max(len(prompt.tokens) for prompt in scenario.requests()) + ANSWER_TOKENS,
+            max_model_len=max(len(prompt.tokens) for prompt in prompts) + ANSWER_TOKENS,
             max_num_seqs=scenario.fixed_seqs if side == "fixed" else MAX_NUM_SEQS,
             max_num_batched_tokens=scenario.step_tokens,
             long_prefill_token_threshold=scenario.chunk_tokens,
@@ -109,10 +110,15 @@ def _start(side: str, scenario: Scenario) -> Any:
     return engine
 
 
-def _run(engine: Any, scenario: Scenario, evictions: _EvictionCount, stepped: Callable[[], None]) -> Outcome:
+def _run(
+    engine: Any,
+    scenario: Scenario,
+    prompts: Sequence[Prompt],
+    evictions: _EvictionCount,
+    stepped: Callable[[], None],
+) -> Outcome:
     """Ask everything, in order, with ``at_once`` requests under way; ``stepped`` is called after each step."""
     scheduler = _scheduler(engine)
-    prompts = scenario.requests()
     abort_after = _abort_times(scenario, len(prompts))
     waiting = deque(range(len(prompts)))
     ran: dict[int, int] = {}
