@@ -16,12 +16,14 @@ from reference import Account, Block, Layout, Leaf
 
 from tidepool.cache import (
     Arena,
+    Arrival,
     Cut,
     ExpectedReturn,
     Geometry,
     Keep,
     LeastRecentlyUsed,
     OutOfBlocksError,
+    Place,
     Returns,
     Share,
     Standing,
@@ -58,6 +60,7 @@ class Twins:
         self.tokens: dict[Block, bytes] = {}
         self.holdings: dict[Hashable, list[list[int]]] = {}
         """Of each running request, the blocks that it holds of every group."""
+        self.arrivals: dict[Hashable, Arrival] = {}
         self.ended_later: list[list[list[int]]] = []
         """Blocks of requests that ended, to be released later."""
         self.calls = self.names = 0
@@ -110,7 +113,7 @@ class Twins:
 
     def promise_of(self, leaf: Leaf) -> float:
         age = self.account.turnover - leaf.age_from
-        return self.returns.promise(age, Turn.LATER if leaf.trunk else Turn(leaf.turn))
+        return self.returns.promise(age, Turn.NONE if leaf.trunk else Turn(leaf.turn))
 
     # Contents.
 
@@ -134,7 +137,8 @@ class Twins:
         """A request starts, with hits or without, and stays, or is refused and ends."""
         rng, name = self.random, f"r{self.names}"
         self.names += 1
-        _, turn = self.returns.began([rng.randrange(40) for _ in range(3)], self.arena.turnover)
+        arrival = self.returns.began([rng.randrange(40) for _ in range(3)], self.arena.turnover)
+        self.arrivals[name], turn = arrival, arrival.turn
         self.call(self.arena.start, name, turn)
         self.account.start(name, turn)
         self.holdings[name] = [[] for _ in self.groups]
@@ -253,8 +257,8 @@ class Twins:
             self.ended_later.append(holdings)
         self.call(self.arena.finish, name)
         self.account.finish(name)
-        places = [(rng.randrange(40), distance) for distance in range(2)]
-        self.returns.ended(places, self.arena.turnover, Turn(rng.randrange(3)))
+        places = [Place(rng.randrange(40), distance, kept=rng.random() < 0.7) for distance in range(2)]
+        self.returns.ended(places, self.arena.turnover, self.arrivals.pop(name))
 
     def release_late(self) -> None:
         if self.ended_later:

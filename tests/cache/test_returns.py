@@ -6,10 +6,15 @@ from itertools import pairwise
 
 from hypothesis import given, strategies as st
 
-from tidepool.cache import Arena, Cut, ExpectedReturn, Geometry, Keep, Returns, Turn
+from tidepool.cache import Arena, Arrival, Cut, ExpectedReturn, Geometry, Keep, Place, Returns, Turn
 
 UNIT = 100
 AGES = [0, 150, 300, 600, 1_200, 2_400, 4_800, 9_600]
+
+
+def end(returns: Returns, key: object, now: int, turn: Turn = Turn.FIRST, trunk: object = None) -> None:
+    """A prompt was served, which can be gone on from at its end only."""
+    returns.ended([Place(key, 0, kept=True)], now, Arrival(turn, trunk=trunk))
 
 
 def conversations(returns: Returns, count: int, gap: int | None, start: int = 0) -> int:
@@ -20,8 +25,8 @@ def conversations(returns: Returns, count: int, gap: int | None, start: int = 0)
         now += UNIT
         while due and due[0][0] <= now:
             when, key = due.pop(0)
-            assert returns.began([key], when) == (0, Turn.SECOND)
-        returns.ended([(start + number, 0)], now, Turn.FIRST)
+            assert returns.began([key], when) == Arrival(Turn.SECOND, 0)
+        end(returns, start + number, now)
         if gap is not None:
             due.append((now + gap, start + number))
     return now
@@ -61,14 +66,14 @@ def test_later_turns_begin_with_what_is_known_of_second_ones() -> None:
     before = returns.promise(0, Turn.LATER)
     for number in range(500):
         now += 10 * UNIT
-        returns.ended([(number, 0)], now, Turn.SECOND)
-        assert returns.began([number], now + UNIT) == (0, Turn.LATER)
+        end(returns, number, now, Turn.SECOND)
+        assert returns.began([number], now + UNIT) == Arrival(Turn.LATER, 0)
     second, later = returns.promise(0, Turn.SECOND), returns.promise(0, Turn.LATER)
     assert second > 2 * before
     assert later > 0.9 * second
     for number in range(500, 10_000):
         now += 10 * UNIT
-        returns.ended([(number, 0)], now, Turn.LATER)
+        end(returns, number, now, Turn.LATER)
     assert returns.promise(0, Turn.SECOND) > 10 * returns.promise(0, Turn.LATER)
 
 
@@ -76,32 +81,100 @@ def test_turns_are_counted() -> None:
     returns = Returns(UNIT)
     turn = Turn.FIRST
     for number, expected in enumerate((Turn.SECOND, Turn.LATER, Turn.LATER)):
-        returns.ended([(number, 0), (-number - 1, 5)], 0, turn)
-        assert returns.began([-number - 1], 1) == (5, Turn.FIRST), "it parts from the earlier one, and begins anew"
-        before, turn = returns.began([number], 1)
-        assert (before, turn) == (0, expected)
+        places = [Place(number, 0, kept=True), Place(-number - 1, 5, kept=True)]
+        returns.ended(places, 0, Arrival(turn))
+        parted = returns.began([-number - 1], 1)
+        assert parted == Arrival(Turn.FIRST, 5, -number - 1), "it parts from the earlier one, and begins anew"
+        arrival = returns.began([number], 1)
+        assert arrival == Arrival(expected, 0)
+        turn = arrival.turn
 
 
-def test_where_many_go_on_from_is_no_end_of_a_conversation() -> None:
+def test_where_many_go_on_from_is_a_trunk() -> None:
     returns = Returns(UNIT)
-    returns.ended([("system prompt", 0)], 0, Turn.FIRST)
-    assert [returns.began(["longer", "system prompt"], now)[0] for now in (1, 2, 3, 4)] == [0, 0, None, None]
+    end(returns, "system prompt", 0)
+    arrivals = [returns.began(["longer", "system prompt"], now) for now in (1, 2, 3, 4)]
+    assert arrivals[:2] == [Arrival(Turn.SECOND, 0)] * 2
+    assert arrivals[2:] == [Arrival(Turn.FIRST, trunk="system prompt")] * 2
 
 
 def test_the_longest_known_prefix_counts() -> None:
     returns = Returns(UNIT)
-    returns.ended([("end", 0), ("checkpoint", 5)], 0, Turn.FIRST)
-    assert returns.began(["unknown", "end", "checkpoint"], 10)[0] == 0
-    assert returns.began(["checkpoint"], 20)[0] == 5, "both belong to one prompt, which was counted already"
-    assert returns.began(["checkpoint"], 30)[0] is None
+    returns.ended([Place("end", 0, kept=True), Place("checkpoint", 5, kept=True)], 0, Arrival(Turn.FIRST))
+    assert returns.began(["unknown", "end", "checkpoint"], 10).distance == 0
+    assert returns.began(["checkpoint"], 20).distance == 5
+    assert returns.began(["checkpoint"], 30).distance == 5
+    assert returns.began(["checkpoint"], 40).distance is None
+
+
+def test_a_trunk_waits_for_a_return_each_time_that_it_was_used() -> None:
+    """Also where the prompts that use it end far behind it, and one that happens to end there changes nothing."""
+    returns, now = Returns(UNIT), 0
+    end(returns, "document", 0)
+    before = [returns.promise(age, Turn.NONE) for age in AGES]
+    for number in range(400):
+        now += 3 * UNIT
+        arrival = returns.began([number, "document"], now)
+        if number >= 2:
+            assert arrival == Arrival(Turn.FIRST, trunk="document")
+        key = "document" if number % 7 == 0 else number
+        end(returns, key, now, arrival.turn, arrival.trunk)
+    after = [returns.promise(age, Turn.NONE) for age in AGES]
+    assert after[1] > 4 * before[1], "every three units somebody asks about it"
+    assert after[-1] < 1.1 * before[-1]
+    assert returns.promise(0, Turn.FIRST) < 0.1 * after[1], "nobody asks about the prompts that go on from it"
+
+
+def test_a_document_asked_about_again_and_again_is_no_dead_end() -> None:
+    """Two questions about each, one after another, end where the document does: each is a return to what the
+    one before left, and from the second question on the document counts as a trunk."""
+    returns, now = Returns(UNIT), 0
+    for document in range(300):
+        now += 20 * UNIT
+        end(returns, document, now)
+        for _ in range(2):
+            now += 2 * UNIT
+            arrival = returns.began([document], now)
+            end(returns, document, now, arrival.turn)
+    assert returns.promise(0, Turn.FIRST) > 0.2
+    assert returns.promise(0, Turn.SECOND) > 0.2
+    assert returns.promise(0, Turn.NONE) < 0.05, "the third question is the last"
+
+
+def test_where_nothing_is_left_no_return_is_counted() -> None:
+    """But it is known from then on where prompts part."""
+    left, nothing = Returns(UNIT), Returns(UNIT)
+    for number in range(200):
+        for returns, kept in ((left, True), (nothing, False)):
+            now = number * 10 * UNIT
+            returns.ended([Place(number, 0, kept=True), Place(-1 - number, 512, kept)], now, Arrival(Turn.FIRST))
+            assert returns.began([-1 - number], now + UNIT) == Arrival(Turn.FIRST, 512, -1 - number)
+    assert left.promise(0, Turn.FIRST) > 10 * nothing.promise(0, Turn.FIRST)
+
+
+def test_a_place_that_a_later_prompt_passes_stays_what_it_is() -> None:
+    returns = Returns(UNIT)
+    end(returns, "first turn", 0, Turn.LATER)
+    returns.ended([Place("second turn", 0, kept=True), Place("first turn", 512, kept=False)], 1, Arrival(Turn.LATER))
+    assert returns.began(["first turn"], 2) == Arrival(Turn.LATER, 0)
 
 
 def test_ends_are_forgotten_in_the_order_in_which_they_came() -> None:
     returns = Returns(UNIT)
     for number in range(20_000):
-        returns.ended([(number, 0)], number, Turn.FIRST)
-    assert returns.began([0], 20_000)[0] is None
-    assert returns.began([19_999], 20_000)[0] == 0
+        end(returns, number, number)
+    assert returns.began([0], 20_000).distance is None
+    assert returns.began([19_999], 20_000).distance == 0
+
+
+def test_no_wait_outlives_its_places() -> None:
+    """However often places are used anew, no more is remembered than places."""
+    returns = Returns(UNIT)
+    for number in range(40_000):
+        key = number % 50 if number % 2 else number
+        end(returns, key, number)
+    assert len(returns._waits) <= len(returns._places) <= 16_384
+    assert all(wait.places > 0 for wait in returns._waits)
 
 
 @given(
@@ -109,13 +182,14 @@ def test_ends_are_forgotten_in_the_order_in_which_they_came() -> None:
     st.integers(1, 10_000),
 )
 def test_promises_stay_finite_and_positive(steps: list[tuple[int, bool, int]], unit: int) -> None:
-    returns, now = Returns(unit), 0
+    returns, now, arrival = Returns(unit), 0, Arrival(Turn.FIRST)
     for key, ends, pause in steps:
         now += pause
         if ends:
-            returns.ended([(key, 0), (key + 100, 1)], now, Turn(key % 3))
+            places = [Place(key, 0, kept=True), Place(key + 10, 1, kept=key % 2 > 0)]
+            returns.ended(places, now, arrival)
         else:
-            returns.began([key], now)
+            arrival = returns.began([key], now)
     for turn in Turn:
         for age in AGES:
             assert 0 < returns.promise(age, turn) < 1e6

@@ -100,7 +100,7 @@ def make_request(engine: Any, name: str, tokens: list[int]) -> Any:
 
 def read_prompt(manager: Any, request: Any) -> int:
     """Allocate for a whole prompt as the scheduler would, in aligned chunks. Returns the tokens that were hit."""
-    hit, tokens, _ = manager.get_computed_blocks(request)
+    hit, tokens, request.shared_prefix_boundary = manager.get_computed_blocks(request)
     spacing = manager.coordinator.scheduler_block_size
     computed = tokens
     while computed < request.num_tokens:
@@ -132,25 +132,43 @@ def test_a_hit_needs_every_groups_blocks(engine: Any) -> None:
     assert tokens == 0, "attention blocks alone are no hit"
 
 
-def test_attention_behind_the_last_state_is_dropped(engine: Any) -> None:
-    """No hit can end there, so all but one block is clean at once, and whoever listens to events is told."""
-    manager = make_manager(engine)
+def ends(pool: Any) -> list[int]:
+    """Tokens up to the end of each cached block of a group, in order."""
+    return sorted(block.block_hash_num_tokens for block in pool.blocks if block.block_hash is not None)
+
+
+@pytest.mark.parametrize("drafter", [False, True])
+def test_attention_behind_the_last_state_is_dropped(engine: Any, drafter: bool) -> None:
+    """No hit can end there, so it is clean at once, and whoever listens to events is told. With a drafter a lookup has
+    to find one block more."""
+    manager = make_manager(engine, use_eagle=drafter)
     state, attention = manager.coordinator.block_pool.pools
-
-    def ends(pool: Any) -> list[int]:
-        return sorted(block.block_hash_num_tokens for block in pool.blocks if block.block_hash is not None)
-
     request = make_request(engine, "request", list(range(2000)))
     read_prompt(manager, request)
     tokens = ends(attention)
     assert tokens[-1] == 2000 // 16 * 16
     manager.take_events()
     manager.free(request)
-    assert ends(state)[-1] == 1536
-    kept = [end for end in tokens if end - attention.block_tokens <= 1536]
+    last = ends(state)[-1]
+    assert last == (1024 if drafter else 1536)
+    kept = [end for end in tokens if end <= last + 16 * drafter]
     assert ends(attention) == kept
     assert len(manager.take_events()) == len(tokens) - len(kept) > 0
     assert not manager.block_pool.last_states
+
+
+def test_one_question_after_another_about_a_document(engine: Any) -> None:
+    """Each goes on from the state at the document's end and leaves no later one, so that state is no spare, and the
+    question's attention is of no use."""
+    manager = make_manager(engine)
+    state, attention = manager.coordinator.block_pool.pools
+    document = list(range(2048))
+    for question in range(4):
+        request = make_request(engine, str(question), document + [3000 + question] * 300)
+        assert read_prompt(manager, request) == (2048 if question else 0)
+        assert not state.handed_on
+        finish(manager, request)
+        assert ends(state)[-1] == ends(attention)[-1] == 2048
 
 
 def test_reset_is_for_all_groups_or_none(engine: Any) -> None:
@@ -314,7 +332,7 @@ def test_nothing_is_known_of_a_request_that_is_aborted_while_it_waits(engine: An
     refused.status = RequestStatus.FINISHED_ABORTED
     assert not (manager.pop_blocks_for_free if deferred else manager.free)(refused)
     assert manager._refused is None
-    assert refused.request_id not in manager._turns
+    assert refused.request_id not in manager._arrivals
     assert refused.request_id not in manager.block_pool.arena._leaves
 
 
@@ -326,13 +344,31 @@ def test_a_state_that_was_gone_on_from_is_forgotten_with_it(engine: Any) -> None
     first = make_request(engine, "first", prompt)
     read_prompt(manager, first)
     finish(manager, first)
-    again = make_request(engine, "again", prompt)
-    assert read_prompt(manager, again) == 512
-    for block_hash in again.block_hashes:
+    longer = make_request(engine, "longer", list(range(1200)))
+    hit, tokens, _ = manager.get_computed_blocks(longer)
+    assert tokens == 512
+    assert manager.allocate_slots(longer, 512, tokens, hit) is not None
+    for block_hash in longer.block_hashes:
         manager.block_pool.remember_junction(block_hash)
     assert state.handed_on
-    finish(manager, again)
+    finish(manager, longer)
     assert not state.handed_on
+
+
+def test_a_second_state_is_known_of_until_its_request_ends(engine: Any) -> None:
+    manager = make_manager(engine)
+    pool = manager.block_pool
+    for _ in range(200):
+        pool.partings.saw(512)
+    request = make_request(engine, "request", list(range(4000)))
+    read_prompt(manager, request)
+    assert manager._second_states == {"request": 3072}
+    finish(manager, request)
+    assert not manager._second_states
+    assert {3072, 3584} <= set(ends(pool.pools[0]))
+    parted = make_request(engine, "parted", [*range(3500), *range(5000, 5500)])
+    assert read_prompt(manager, parted) == 3072
+    assert manager._arrivals["parted"].distance == 512
 
 
 def finish(manager: Any, request: Any) -> None:

@@ -18,7 +18,7 @@ from tidepool.cache.geometry import (
     fixed_stage_shares,
 )
 from tidepool.cache.partings import Partings
-from tidepool.cache.returns import Returns, Turn
+from tidepool.cache.returns import Arrival, Place, Returns, Turn
 from tidepool.cache.spec import (
     CacheConfigError,
     FullAttention,
@@ -32,6 +32,7 @@ from tidepool.cache.spec import (
 
 __all__ = [
     "Arena",
+    "Arrival",
     "CacheConfigError",
     "Cut",
     "ExpectedReturn",
@@ -44,6 +45,7 @@ __all__ = [
     "LeastRecentlyUsed",
     "OutOfBlocksError",
     "Partings",
+    "Place",
     "Policy",
     "Returns",
     "Share",

@@ -31,8 +31,13 @@ class Standing(IntEnum):
     """What prompts of different requests begin with, such as a system prompt."""
 
 
-OF_TURN = {Turn.FIRST: Standing.FIRST, Turn.SECOND: Standing.SECOND, Turn.LATER: Standing.LATER}
-"""What a request's own leaf is, by its turn."""
+OF_TURN = {
+    Turn.FIRST: Standing.FIRST,
+    Turn.SECOND: Standing.SECOND,
+    Turn.LATER: Standing.LATER,
+    Turn.NONE: Standing.TRUNK,
+}
+"""What a leaf is, by whose times of return it is judged by; of spares nothing is expected."""
 
 
 class Leaf:
@@ -92,10 +97,6 @@ class LeastRecentlyUsed:
         return next(iter(self._queue), None)
 
 
-_JUDGED_AS = (*((standing, turn) for turn, standing in OF_TURN.items()), (Standing.TRUNK, Turn.LATER))
-"""Whose times of return a leaf is judged by; of spares nothing is expected."""
-
-
 class ExpectedReturn:
     """The leaf that promises the fewest hits for the time that its memory is taken.
 
@@ -136,7 +137,7 @@ class ExpectedReturn:
 
     def _least_promising(self, now: int) -> Leaf | None:
         least: tuple[float, Leaf] | None = None
-        for standing, turn in _JUDGED_AS:
+        for turn, standing in OF_TURN.items():
             queue = self._queues[standing]
             ends = [*islice(queue, 1), *islice(reversed(queue), int(standing != Standing.TRUNK))]
             for leaf in ends:

@@ -1,9 +1,9 @@
 """When prompts are gone on from: learned from those that were, still cached or not.
 
 A prompt's end is remembered by a key (a hash of the text up to there) long after its blocks are gone. When a later
-prompt contains that key, somebody has come back after a time that no cache had to last for. From these times follows
-how likely a return is at any age, and from that the *promise* of keeping a leaf: hits to be had for the time that its
-memory stays taken,
+prompt contains that key, somebody has come back after a time that no cache had to last for. That prompt leaves a leaf
+with the same beginning, and the wait for the next one starts again. From these times follows how likely a return is at
+any age, and from that the *promise* of keeping a leaf: hits to be had for the time that its memory stays taken,
 
     promise(age) = max over t of  P(return in [age, age + t])  /  E[time until then, or t if nobody comes]
 
@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from math import exp
+from typing import NamedTuple
 
 _BINS = 12
 """Ages: under one unit, then up to 2, 4, ... units; older than 2048 units counts as never."""
@@ -33,7 +35,7 @@ _SHARED_WEIGHT = 10.0
 """Returns to later turns that the table starts from as if they had been seen: there are few of each at first, and what
 is known of all turns but the first is a fair guess. Chosen by simulation, see docs/prefix-caching.md."""
 _TRUNK_USES = 2
-"""Prompts that may go on from one end, until it counts as what many prompts begin with."""
+"""Prompts that may go on from one place, until it counts as what many prompts begin with."""
 
 
 class Turn(IntEnum):
@@ -43,20 +45,57 @@ class Turn(IntEnum):
     """It goes on from no earlier prompt."""
     SECOND = 1
     LATER = 2
+    NONE = 3
+    """No turn of any, but what prompts of different conversations begin with."""
 
 
-class _End:
-    """Where a prompt ended."""
+@dataclass(frozen=True)
+class Arrival:
+    """What is known of a prompt when it comes."""
 
-    __slots__ = ("counted", "since", "turn", "uses")
+    turn: Turn
+    distance: int | None = None
+    """How far before the end of an earlier prompt it parts from it, as told to `Returns.ended`: 0 if it goes on from
+    there, None if it goes on from no earlier prompt, or from where many do."""
+    trunk: Hashable | None = None
+    """The key of the longest known place that it shares with prompts of other conversations."""
+
+
+class Place(NamedTuple):
+    """Where a later prompt may go on from one that was served."""
+
+    key: Hashable
+    distance: int
+    """How far before the end of the prompt it is, in any unit; 0 for places that are as good as the end."""
+    kept: bool
+    """Whether something was left there to come back to. If not, it only tells where prompts part."""
+
+
+class _Wait:
+    """One wait for a return."""
+
+    __slots__ = ("counted", "places", "since", "turn")
 
     def __init__(self, since: int, turn: Turn) -> None:
         self.since = since
         self.turn = turn
+        self.places = 0
+        """Places where a return would end it."""
+        self.counted = False
+        """The time until the first return, or until it was given up, is in the record."""
+
+
+class _Known:
+    """What is known of a place."""
+
+    __slots__ = ("distance", "uses", "wait")
+
+    def __init__(self, distance: int) -> None:
+        self.distance = distance
         self.uses = 0
         """Prompts that went on from here."""
-        self.counted = False
-        """The time until the first of them, or until it was given up, is in the record."""
+        self.wait: _Wait | None = None
+        """For the next of them; None where nothing was left."""
 
 
 class Returns:
@@ -68,60 +107,82 @@ class Returns:
 
     def __init__(self, unit: int) -> None:
         self._unit = max(unit, 1)
-        self._ends: OrderedDict[Hashable, tuple[_End, int]] = OrderedDict()
-        """By key the end that it is of, and how far before it."""
-        self._waiting: dict[_End, None] = {}
-        """Ends that aren't counted yet."""
-        # By turn and bin: returns, and units of time spent there without one, of ends forgotten.
+        self._places: OrderedDict[Hashable, _Known] = OrderedDict()
+        """By key; the place that a prompt ended at last is last."""
+        self._waits: dict[_Wait, None] = {}
+        """Those that aren't counted yet."""
+        # By turn and bin: returns, and units of time spent there without one, of waits that are over.
         self._returns = [[0] * _BINS for _ in Turn]
         self._exposure = [[0.0] * _BINS for _ in Turn]
         self._promise = [[0.0] * _BINS for _ in Turn]
         self._since_learned = 0
         self._learn(0)
 
-    def began(self, keys: Sequence[Hashable], now: int) -> tuple[int | None, Turn]:
-        """A prompt with these keys came, the key of its longest prefix first.
-
-        Returns:
-            How far before the end of an earlier prompt it parts from it, as told to `ended`: 0 if it goes on from
-            there, None if it goes on from no earlier prompt. And which turn that makes it.
-        """
-        ends = self._ends
+    def began(self, keys: Sequence[Hashable], now: int) -> Arrival:
+        """A prompt with these keys came, the key of its longest prefix first."""
         for key in keys:
-            found = ends.get(key)
-            if found is None or found[0].uses >= _TRUNK_USES:
-                continue
-            end, before = found
-            end.uses += 1
-            if not end.counted:
-                self._returns[end.turn][self._bin(now - end.since)] += 1
-                self._count(end, now)
-            return before, Turn.FIRST if before else Turn(min(end.turn + 1, Turn.LATER))
-        return None, Turn.FIRST
+            known = self._places.get(key)
+            if known is not None:
+                return self._returned(key, known, now)
+        return Arrival(Turn.FIRST)
 
-    def ended(self, places: Sequence[tuple[Hashable, int]], now: int, turn: Turn) -> None:
+    def _returned(self, key: Hashable, known: _Known, now: int) -> Arrival:
+        """A prompt goes on from here."""
+        known.uses += 1
+        wait = known.wait
+        if wait is not None and not wait.counted:
+            self._returns[wait.turn][self._bin(now - wait.since)] += 1
+            self._count(wait, now)
+        if known.uses > _TRUNK_USES:
+            return Arrival(Turn.FIRST, trunk=key)
+        if known.distance:
+            return Arrival(Turn.FIRST, known.distance, key)
+        earlier = Turn.FIRST if wait is None else wait.turn
+        return Arrival(Turn(min(earlier + 1, Turn.LATER)), 0)
+
+    def ended(self, places: Sequence[Place], now: int, arrival: Arrival) -> None:
         """A prompt was served.
 
         Args:
-            places: the keys of places where a later prompt may go on, and how far before the end each is, in any unit;
-                the last place first.
+            places: where a later prompt may go on.
             now: the time.
-            turn: which turn it was, as `began` said.
+            arrival: what `began` said of it.
         """
-        end: _End | None = None
-        for key, before in places:
-            if key not in self._ends:
-                # One prompt counts once, by its last end that isn't known yet.
-                end = end or _End(now, turn)
-                self._ends[key] = end, before
-                self._waiting[end] = None
-        while len(self._ends) > _REMEMBERED:
-            _, (old, _) = self._ends.popitem(last=False)
-            if not old.counted:
-                self._count(old, now)
+        own, shared = _Wait(now, arrival.turn), _Wait(now, Turn.NONE)
+        trunk = None if arrival.trunk is None else self._places.get(arrival.trunk)
+        if trunk is not None:
+            self._await(arrival.trunk, trunk.distance, shared, now)
+        for place in places:
+            known = self._places.get(place.key)
+            if place.kept:
+                many = known is not None and (known is trunk or known.uses >= _TRUNK_USES)
+                self._await(place.key, place.distance, shared if many else own, now)
+            elif known is None:
+                self._places[place.key] = _Known(place.distance)
+        while len(self._places) > _REMEMBERED:
+            self._give_up(self._places.popitem(last=False)[1], now)
         self._since_learned += 1
         if self._since_learned >= _LEARN_EVERY:
             self._learn(now)
+
+    def _await(self, key: Hashable, distance: int, wait: _Wait, now: int) -> None:
+        """The next return to this place ends this wait: what was left there earlier is part of a new leaf."""
+        known = self._places.setdefault(key, _Known(distance))
+        self._places.move_to_end(key)
+        known.distance = distance
+        if known.wait is not wait:
+            self._give_up(known, now)
+            known.wait = wait
+            wait.places += 1
+            self._waits[wait] = None
+
+    def _give_up(self, known: _Known, now: int) -> None:
+        """What this place has waited for doesn't come any more."""
+        wait = known.wait
+        if wait is not None:
+            wait.places -= 1
+            if not wait.places and not wait.counted:
+                self._count(wait, now)
 
     def promise(self, age: int, turn: Turn) -> float:
         """Returns for each unit of time, if what such a turn left is kept at this age."""
@@ -130,15 +191,15 @@ class Returns:
     def _bin(self, age: int) -> int:
         return min((age // self._unit).bit_length(), _BINS - 1)
 
-    def _count(self, end: _End, now: int) -> None:
-        end.counted = True
-        del self._waiting[end]
-        self._expose(self._exposure, end, now)
+    def _count(self, wait: _Wait, now: int) -> None:
+        wait.counted = True
+        del self._waits[wait]
+        self._expose(self._exposure, wait, now)
 
-    def _expose(self, table: list[list[float]], end: _End, now: int) -> None:
-        """Add the time that an end has waited to each bin that it passed."""
-        age = (now - end.since) / self._unit
-        row = table[end.turn]
+    def _expose(self, table: list[list[float]], wait: _Wait, now: int) -> None:
+        """Add the time waited to each bin that it passed."""
+        age = (now - wait.since) / self._unit
+        row = table[wait.turn]
         start, stop = 0.0, 1.0
         for index in range(_BINS):
             if age <= stop:
@@ -148,16 +209,15 @@ class Returns:
             start, stop = stop, 2 * stop
 
     def _learn(self, now: int) -> None:
-        """Make the table anew: O(ends that wait), once in `_LEARN_EVERY` prompts."""
+        """Make the table anew: O(waits), once in `_LEARN_EVERY` prompts."""
         self._since_learned = 0
         exposure = [row.copy() for row in self._exposure]
-        for end in self._waiting:
-            self._expose(exposure, end, now)
-        first = [self._risk(exposure, index, (Turn.FIRST,)) for index in range(_BINS)]
+        for wait in self._waits:
+            self._expose(exposure, wait, now)
         others = [self._risk(exposure, index, (Turn.SECOND, Turn.LATER)) for index in range(_BINS)]
         for turn in Turn:
-            risks = first
-            if turn != Turn.FIRST:
+            risks = [self._risk(exposure, index, (turn,)) for index in range(_BINS)]
+            if turn in (Turn.SECOND, Turn.LATER):
                 risks = [
                     (returned + _SHARED_WEIGHT) / (time + _SHARED_WEIGHT / shared)
                     for returned, time, shared in zip(self._returns[turn], exposure[turn], others, strict=True)

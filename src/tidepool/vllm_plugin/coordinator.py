@@ -20,8 +20,8 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request, RequestStatus
 
-from tidepool.cache import Turn
-from tidepool.vllm_plugin.pools import ArenaBlockPool
+from tidepool.cache import Arrival, Place, Turn
+from tidepool.vllm_plugin.pools import ArenaBlockPool, saves_little
 from tidepool.vllm_plugin.settings import poison_requested
 from tidepool.vllm_plugin.worker import encode
 
@@ -50,6 +50,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         for manager, pool in zip(self.single_type_managers, self.block_pool.pools, strict=True):
             manager.block_pool = pool
             manager._null_block = pool.null_block
+            pool.ahead_tokens = manager.block_size if manager.use_eagle else 0
         self._no_charges = [0] * len(self.single_type_managers)
         self._charges = self._no_charges
         self.postponed = False
@@ -156,8 +157,10 @@ class TidepoolKVCacheManager(KVCacheManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._turns: dict[str, Turn] = {}
-        """For each request that was offered memory and hasn't ended, which turn it is."""
+        self._arrivals: dict[str, Arrival] = {}
+        """Of each request that was offered memory and hasn't ended, what was known when it came."""
+        self._second_states: dict[str, int] = {}
+        """Of these requests, tokens up to the second state that they were told to leave, if any."""
         self._found: tuple[KVCacheBlocks, int, int] = (self.empty_kv_cache_blocks, 0, 0)
         """What the last lookup found."""
         self._refused: tuple[Request, int, tuple[KVCacheBlocks, int, int]] | None = None
@@ -172,15 +175,15 @@ class TidepoolKVCacheManager(KVCacheManager):
 
     def _continues(self, request: Request) -> bool:
         """Whether a request goes on from an earlier one; looked up once, before its first blocks."""
-        turn = self._turns.get(request.request_id)
-        if turn is None:
+        arrival = self._arrivals.get(request.request_id)
+        if arrival is None:
             pool: ArenaBlockPool = self.block_pool
-            distance, turn = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
-            if distance is not None:
-                pool.partings.saw(distance)
-            self._turns[request.request_id] = turn
-            pool.arena.start(request.request_id, turn)
-        return turn != Turn.FIRST
+            arrival = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
+            if arrival.distance is not None:
+                pool.partings.saw(arrival.distance)
+            self._arrivals[request.request_id] = arrival
+            pool.arena.start(request.request_id, arrival.turn)
+        return arrival.turn != Turn.FIRST
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's, but another place for the state that it would keep where prompts part.
@@ -199,15 +202,17 @@ class TidepoolKVCacheManager(KVCacheManager):
             pool.remember_junction(request.block_hashes[junction // pool.pools[0].hash_block_size - 1])
         elif self.mamba_shared_prefix_checkpoint:
             junction = self._second_state(request, tokens)
+            if junction:
+                self._second_states[request.request_id] = junction
         self._found = blocks, tokens, junction
         return blocks, tokens, junction
 
     def _second_state(self, request: Request, computed: int) -> int:
         """Tokens up to which a prompt should leave a second state, of which ``computed`` are cached; 0 for none."""
         pool: ArenaBlockPool = self.block_pool
-        end = (request.num_prompt_tokens - 1) // pool.checkpoint_tokens * pool.checkpoint_tokens
-        distance = pool.partings.second_state(end, pool.state_tokens)
-        place = end - distance
+        _, checkpoint = self._last_places(request)
+        distance = pool.partings.second_state(checkpoint, pool.state_tokens)
+        place = checkpoint - distance
         return place if distance and place > computed and place >= LONG_PROMPT else 0
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
@@ -219,6 +224,10 @@ class TidepoolKVCacheManager(KVCacheManager):
         pool: ArenaBlockPool = self.block_pool
         pool.finds_trunk = not self._continues(request)
         pool.request = request.request_id
+        if request.status != RequestStatus.RUNNING:
+            end, checkpoint = self._last_places(request)
+            long = request.num_prompt_tokens >= LONG_PROMPT
+            pool.last_state = checkpoint if long or saves_little(end, pool.checkpoint_tokens) else end
         slots = super().allocate_slots(request, *args, **kwargs)
         pool.request = None
         if slots is None and request.status != RequestStatus.RUNNING and not self.coordinator.postponed:
@@ -256,18 +265,32 @@ class TidepoolKVCacheManager(KVCacheManager):
             self._refused = None
         if not self.enable_caching or not request.is_finished():
             return
-        turn = self._turns.pop(request.request_id, None)
-        if turn is None:
+        second = self._second_states.pop(request.request_id, None)
+        arrival = self._arrivals.pop(request.request_id, None)
+        if arrival is None:
             return
         pool: ArenaBlockPool = self.block_pool
         pool.arena.finish(request.request_id)
-        # The last token is always computed anew, so nobody can go on from behind it.
-        last, unit = request.num_prompt_tokens - 1, pool.pools[0].hash_block_size
-        checkpoint = last // pool.checkpoint_tokens * pool.checkpoint_tokens
-        places = [(last // unit * unit, 0), (checkpoint, 0)]
+        end, checkpoint = self._last_places(request)
+        unit = pool.pools[0].hash_block_size
+        places = [(end, 0), (checkpoint, 0)]
         places += [(checkpoint - distance, distance) for distance in pool.partings.distances]
-        keys = [(request.block_hashes[place // unit - 1], distance) for place, distance in places if place > 0]
-        pool.returns.ended(keys, pool.arena.turnover, turn)
+        pool.returns.ended(
+            [
+                Place(request.block_hashes[place // unit - 1], distance, kept=not distance or place == second)
+                for place, distance in places
+                if place > 0
+            ],
+            pool.arena.turnover,
+            arrival,
+        )
+
+    def _last_places(self, request: Request) -> tuple[int, int]:
+        """Tokens up to the last place where a later prompt can go on from this one, and up to the last checkpoint."""
+        # The last token is always computed anew, so nobody can go on from behind it.
+        last = request.num_prompt_tokens - 1
+        unit, spacing = self.block_pool.pools[0].hash_block_size, self.block_pool.checkpoint_tokens
+        return last // unit * unit, last // spacing * spacing
 
     @property
     def watermark_blocks(self) -> int:

@@ -32,6 +32,11 @@ SECOND_STATES = (1, 2, 4, 8)
 """How far before its last checkpoint a prompt may leave a second state, in checkpoints; see `Partings`."""
 
 
+def saves_little(tokens: int, spacing: int) -> bool:
+    """Whether a state is less use than memory, beside the one at the last multiple of ``spacing`` tokens."""
+    return 0 < tokens % spacing * SPARE_SHARE < tokens
+
+
 class GroupBlockPool(BlockPool):
     """The blocks of one group. Everything about hashes is vLLM's; where blocks come from and go is the arena's."""
 
@@ -45,7 +50,8 @@ class GroupBlockPool(BlockPool):
         spec: KVCacheSpec,
     ) -> None:
         self.group = group
-        self.block_tokens: int = spec.block_size
+        self.ahead_tokens = 0
+        """How much more than it gives a lookup has to find: a block, with a drafter."""
         self.checkpoint_tokens = spec.block_size if isinstance(spec, MambaSpec) else None
         """Tokens between states; None where the blocks aren't states."""
         self.memory = memory
@@ -87,8 +93,11 @@ class GroupBlockPool(BlockPool):
             if block.ref_cnt == 0:
                 waking.append(block.block_id)
             block.ref_cnt += 1
-            if self.checkpoint_tokens and not self.memory.finds_trunk:
-                self.handed_on.add(block.block_id)
+            if self.checkpoint_tokens:
+                tokens = block.block_hash_num_tokens or 0
+                self.memory.leaves_state_at(tokens)
+                if tokens < self.memory.last_state and not self.memory.finds_trunk:
+                    self.handed_on.add(block.block_id)
         if waking:
             self.arena.touch(self.group, waking, trunk=self.memory.finds_trunk)
 
@@ -119,11 +128,10 @@ class GroupBlockPool(BlockPool):
     def _worth(self, block: KVCacheBlock) -> Keep:
         """What becomes of a block without references.
 
-        Attention behind the last state that its request leaves is of no use to anybody, but for one block: with a
-        drafter a lookup has to find one more than it gives. A prompt leaves a state at its last checkpoint and one at
-        its end, which is less than `checkpoint_tokens` ahead and takes as much memory: with long prompts it is kept
-        only while there is memory to spare. So is the state that a conversation has gone on from, once it has a later
-        one.
+        Attention behind the last state that its request leaves is of no use to anybody. A prompt leaves a state at its
+        last checkpoint and one at its end, which is less than `checkpoint_tokens` ahead and takes as much memory: with
+        long prompts it is kept only while there is memory to spare. So is the state that a conversation has gone on
+        from, once it has a later one.
         """
         handed_on = block.block_id in self.handed_on
         self.handed_on.discard(block.block_id)
@@ -131,7 +139,7 @@ class GroupBlockPool(BlockPool):
             return Keep.NO
         tokens, spacing = block.block_hash_num_tokens or 0, self.checkpoint_tokens
         if not spacing:
-            if self.memory.reach is None or tokens - self.block_tokens <= self.memory.reach:
+            if self.memory.reach is None or tokens - self.ahead_tokens <= self.memory.reach:
                 return Keep.YES
             self._maybe_evict_cached_block(block)
             return Keep.NO
@@ -139,16 +147,15 @@ class GroupBlockPool(BlockPool):
             return Keep.YES
         if handed_on:
             return Keep.YES if self.arena.pools[self.group].trunk[block.block_id] else Keep.SPARE
-        return Keep.SPARE if 0 < tokens % spacing * SPARE_SHARE < tokens else Keep.YES
+        return Keep.SPARE if saves_little(tokens, spacing) else Keep.YES
 
     def _insert_block_hash(
         self, block_hash_with_group_id: BlockHashWithGroupId, block: KVCacheBlock, num_tokens: int | None
     ) -> None:
         """Put contents into the prefix cache; of states it is remembered how far the last one of a request reaches."""
         super()._insert_block_hash(block_hash_with_group_id, block, num_tokens)
-        if self.checkpoint_tokens and self.memory.request is not None:
-            last_states, request = self.memory.last_states, self.memory.request
-            last_states[request] = max(num_tokens or 0, last_states.get(request, 0))
+        if self.checkpoint_tokens:
+            self.memory.leaves_state_at(num_tokens or 0)
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Drop blocks of this group from the prefix cache; those in use stay in use."""
@@ -216,7 +223,9 @@ class ArenaBlockPool:
         self.reach: int | None = None
         """Tokens up to the last state of the request whose blocks are being released; None if that isn't known."""
         self.last_states: dict[str, int] = {}
-        """Tokens up to the last state that a request under way has left in the cache, if any."""
+        """Tokens up to the last state that a request under way has found or left in the cache, if any."""
+        self.last_state = 0
+        """Tokens up to the last state that this request is to leave and that is no spare."""
         self.junctions: OrderedDict[BlockHash, None] = OrderedDict()
         """Hashes of the places where prompts parted."""
         self.finds_trunk = False
@@ -250,6 +259,11 @@ class ArenaBlockPool:
         self.state_tokens = state_bytes / token_bytes
         """Tokens whose attention takes as many bytes as a state."""
         self.null_block = self.pools[0].null_block
+
+    def leaves_state_at(self, tokens: int) -> None:
+        """This request has found or left a state there."""
+        if self.request is not None:
+            self.last_states[self.request] = max(tokens, self.last_states.get(self.request, 0))
 
     def remember_junction(self, key: BlockHash) -> None:
         """Other prompts went on differently from here: the state at this place is no spare."""
