@@ -32,7 +32,7 @@ ENVIRON = {
 }
 
 
-def run_child(child: Path, job: dict[str, Any], *, timeout: float) -> dict[str, Any]:
+def run_child(child: Path, job: dict[str, Any], *, timeout: float) -> Any:
     """Run a script that reads a job and writes its result to the file that the job names as ``answer``."""
     with TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
@@ -45,8 +45,7 @@ def run_child(child: Path, job: dict[str, Any], *, timeout: float) -> dict[str, 
             timeout=timeout,
         )
         assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        return result
+        return json.loads(answer.read_text(encoding="utf-8"))
 
 
 def serve(job: dict[str, Any], child: Path = CHILD) -> dict[str, Any]:
@@ -58,6 +57,6 @@ def serve(job: dict[str, Any], child: Path = CHILD) -> dict[str, Any]:
 
 @cache
 def _serve(child: Path, job: str) -> dict[str, Any]:
-    result = run_child(child, json.loads(job), timeout=900)
+    result: dict[str, Any] = run_child(child, json.loads(job), timeout=900)
     assert result["in_use_at_end"] == 0, "blocks leaked"
     return result

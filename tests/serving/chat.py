@@ -1,7 +1,7 @@
 """Chats of several turns through real vLLM in a process of its own; run by test_chat.py.
 
-Prints, for each turn, the tokens that its prompts took from the prefix cache and those that they shared with the turn
-before, as JSON.
+Reads a job on standard input. Writes, for each turn, the tokens that its prompts took from the prefix cache and those
+that they shared with the turn before, to the file that the job names.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import sys
 SYSTEM, ADDED, ANSWER, TURNS, CHATS = 200, 60, 24, 6, 4
 
 
-def main(model: str, side: str) -> None:
-    os.environ |= {"TIDEPOOL": side, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+def main() -> None:
+    job = json.load(sys.stdin)
+    os.environ |= {"TIDEPOOL": job["side"], "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=model,
+        model=job["model"],
         max_model_len=2048,
         max_num_seqs=8,
         kv_cache_memory_bytes=120_000_000,
@@ -47,7 +48,8 @@ def main(model: str, side: str) -> None:
         # The last token of an answer was never read by the model.
         shared = [len(chat) - 1 for chat in chats]
         chats = [chat + some(ADDED) for chat in chats]
-    print(json.dumps(turns))
+    with open(job["answer"], "w", encoding="utf-8") as file:
+        json.dump(turns, file)
 
 
-main(*sys.argv[1:])
+main()

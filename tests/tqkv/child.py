@@ -1,6 +1,6 @@
 """Engines of several formats and kinds of memory, one after the other in one process; run by test_tqkv_engine.py.
 
-Reads a JSON list of jobs on standard input, writes a JSON list of answers to the file named on the command line.
+Reads a list of jobs on standard input, and writes a list of answers to the file named there.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ STOCK_BLOCK_TOKENS = 128
 """vLLM's own on the CPU; it inflates the block in steps of so many tokens."""
 
 
-def main(answer_file: str) -> None:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+def main() -> None:
+    work = json.load(sys.stdin)
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
     engines: list[Any] = []  # An engine that is collected takes vLLM's process-wide state with it.
-    answers = [run(job, engines) for job in json.load(sys.stdin)]
-    with open(answer_file, "w", encoding="utf-8") as file:
+    answers = [run(job, engines) for job in work["jobs"]]
+    with open(work["answer"], "w", encoding="utf-8") as file:
         json.dump(answers, file)
 
 
@@ -73,4 +74,4 @@ def turn_keys_around(llm: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

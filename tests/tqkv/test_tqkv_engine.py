@@ -6,14 +6,12 @@ The model is the trained one that comes along, so that answers are right or wron
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engines import run_child
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
 from tidepool.tiny import make_checkpoint
@@ -73,18 +71,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     folder = tmp_path_factory.mktemp("tqkv")
     other = {"model": str(make_checkpoint("nemotron-h", folder / "nemotron-h")), "prompts": RANDOM, "output_tokens": 12}
     jobs = JOBS | {name: job | other for name, job in OTHER_JOBS.items()}
-    # One thread: rounding must not depend on how many cores a machine has.
-    threads = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("child.py")), str(folder / "answers.json")],
-        input=json.dumps(list(jobs.values())),
-        text=True,
-        capture_output=True,
-        env=os.environ | threads,
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+    found = run_child(Path(__file__).with_name("child.py"), {"jobs": list(jobs.values())}, timeout=400)
     return dict(zip(jobs, found, strict=True))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from engines import run_child
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
 from tidepool.tiny import Family, make_checkpoint
@@ -49,17 +48,8 @@ def test_what_plan_predicts_is_allocated_to_the_block(tmp_path: Path) -> None:
                         "prefix_caching": caching,
                     }
                 )
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("engine_report.py"))],
-        input=json.dumps(jobs),
-        text=True,
-        capture_output=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    line = next(line for line in run.stdout.splitlines() if line.startswith("REPORT "))
-    for job, report, (units, blocks) in zip(jobs, json.loads(line.removeprefix("REPORT ")), predictions, strict=True):
+    reports = run_child(Path(__file__).with_name("engine_report.py"), {"jobs": jobs}, timeout=400)
+    for job, report, (units, blocks) in zip(jobs, reports, predictions, strict=True):
         if job["side"] == "elastic":
             assert report["extents"] == units
         # Groups come in the order in which their first layer does: states before attention in both models.

@@ -72,7 +72,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         if self.retention_interval != 0:
             prefill_end = 0
         needs: list[int] = []
-        touched: list[list[int]] = []
+        touched: list[Sequence[int]] = []
         anything = self.postponed = False
         for manager, computed in zip(self.single_type_managers, new_computed_blocks, strict=True):
             need = manager.get_num_blocks_to_allocate(
@@ -92,8 +92,10 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
                 return self.block_pool.num_gpu_blocks + 1
             # Managers count the cached blocks that a hit will touch among the needed; the arena wants them by name.
             # What lies before a window was found and isn't touched.
-            skipped = manager.get_num_skipped_tokens(total_computed_tokens) // manager.block_size if computed else 0
-            idle = [block.block_id for block in computed[skipped:] if block.ref_cnt == 0 and not block.is_null]
+            idle: Sequence[int] = ()
+            if computed:
+                skipped = manager.get_num_skipped_tokens(total_computed_tokens) // manager.block_size
+                idle = [block.block_id for block in computed[skipped:] if block.ref_cnt == 0 and not block.is_null]
             needs.append(need - len(idle))
             touched.append(idle)
             anything |= need > 0
@@ -219,18 +221,19 @@ class TidepoolKVCacheManager(KVCacheManager):
         """As vLLM's; it files what the request leaves in the cache under its name."""
         if not self.enable_caching:
             return super().allocate_slots(request, *args, **kwargs)
-        if self._refused_before(request):
-            return None
         pool: ArenaBlockPool = self.block_pool
-        pool.finds_trunk = not self._continues(request)
-        pool.request = request.request_id
-        if request.status != RequestStatus.RUNNING:
+        waits = request.status != RequestStatus.RUNNING
+        if waits:
+            if self._refused_before(request):
+                return None
+            pool.finds_trunk = not self._continues(request)
             end, checkpoint = self._last_places(request)
             long = request.num_prompt_tokens >= LONG_PROMPT
             pool.last_state = checkpoint if long or saves_little(end, pool.checkpoint_tokens) else end
+        pool.request = request.request_id
         slots = super().allocate_slots(request, *args, **kwargs)
         pool.request = None
-        if slots is None and request.status != RequestStatus.RUNNING and not self.coordinator.postponed:
+        if slots is None and waits and not self.coordinator.postponed:
             self._refused = request, pool.arena.released, self._found
         return slots
 
