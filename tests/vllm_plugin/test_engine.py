@@ -326,6 +326,20 @@ def test_nothing_is_known_of_a_request_that_is_aborted_while_it_waits(engine: An
     assert refused.request_id not in manager.block_pool.arena._leaves
 
 
+@pytest.mark.parametrize("deferred", [False, True])
+def test_nobody_comes_back_to_a_request_that_left_no_state(engine: Any, deferred: bool) -> None:
+    from vllm.v1.request import RequestStatus
+
+    manager = make_manager(engine)
+    for tokens in (300, 1536):
+        request = make_request(engine, str(tokens), list(range(2000)))
+        assert ask_for(manager, request, tokens) is not None
+        request.status = RequestStatus.FINISHED_ABORTED
+        (manager.pop_blocks_for_free if deferred else manager.free)(request)
+        assert not manager.block_pool.last_states
+        assert bool(manager.block_pool.returns._waits) == (tokens == 1536)
+
+
 def test_a_state_that_was_gone_on_from_is_forgotten_with_it(engine: Any) -> None:
     """Else the next request that gets the block would leave a spare there."""
     manager = make_manager(engine)

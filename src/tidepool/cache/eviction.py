@@ -37,7 +37,7 @@ OF_TURN = {
     Turn.LATER: Standing.LATER,
     Turn.NONE: Standing.TRUNK,
 }
-"""What a leaf is, by whose times of return it is judged by; of spares nothing is expected."""
+"""What a leaf is, by the turn whose times of return it is judged by; of spares nothing is expected."""
 
 
 class Leaf:

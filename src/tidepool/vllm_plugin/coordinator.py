@@ -229,7 +229,7 @@ class TidepoolKVCacheManager(KVCacheManager):
             pool.finds_trunk = not self._continues(request)
             end, checkpoint = self._last_places(request)
             long = request.num_prompt_tokens >= LONG_PROMPT
-            pool.last_state = checkpoint if long or saves_little(end, pool.checkpoint_tokens) else end
+            pool.state_to_come = checkpoint if long or saves_little(end, pool.checkpoint_tokens) else end
         pool.request = request.request_id
         slots = super().allocate_slots(request, *args, **kwargs)
         pool.request = None
@@ -253,17 +253,18 @@ class TidepoolKVCacheManager(KVCacheManager):
         if self.enable_caching:
             pool.request = request.request_id
             pool.reach = pool.last_states.pop(request.request_id, None)
+        left = pool.reach is not None
         super().free(request)
         pool.request = pool.reach = None
-        self._end(request)
+        self._end(request, left=left)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """The same, where the blocks are released later."""
-        self.block_pool.last_states.pop(request.request_id, None)
-        self._end(request)
+        self._end(request, left=self.block_pool.last_states.pop(request.request_id, None) is not None)
         return super().pop_blocks_for_free(request)
 
-    def _end(self, request: Request) -> None:
+    def _end(self, request: Request, *, left: bool) -> None:
+        """Forget a request if it has finished, but for where it ended if it has ``left`` (or found) a state."""
         if self._refused and self._refused[0] is request:
             self._refused = None
         if not self.enable_caching or not request.is_finished():
@@ -274,13 +275,15 @@ class TidepoolKVCacheManager(KVCacheManager):
             return
         pool: ArenaBlockPool = self.block_pool
         pool.arena.finish(request.request_id)
+        if not left:
+            return
         end, checkpoint = self._last_places(request)
         unit = pool.pools[0].hash_block_size
         places = [(end, 0), (checkpoint, 0)]
         places += [(checkpoint - distance, distance) for distance in pool.partings.distances]
         pool.returns.ended(
             [
-                Place(request.block_hashes[place // unit - 1], distance, kept=not distance or place == second)
+                Place(request.block_hashes[place // unit - 1], distance, kept=place in (end, checkpoint, second))
                 for place, distance in places
                 if place > 0
             ],

@@ -96,7 +96,7 @@ class GroupBlockPool(BlockPool):
             if self.checkpoint_tokens:
                 tokens = block.block_hash_num_tokens or 0
                 self.memory.leaves_state_at(tokens)
-                if tokens < self.memory.last_state and not self.memory.finds_trunk:
+                if tokens < self.memory.state_to_come and not self.memory.finds_trunk:
                     self.handed_on.add(block.block_id)
         if waking:
             self.arena.touch(self.group, waking, trunk=self.memory.finds_trunk)
@@ -224,7 +224,7 @@ class ArenaBlockPool:
         """Tokens up to the last state of the request whose blocks are being released; None if that isn't known."""
         self.last_states: dict[str, int] = {}
         """Tokens up to the last state that a request under way has found or left in the cache, if any."""
-        self.last_state = 0
+        self.state_to_come = 0
         """Tokens up to the last state that this request is to leave and that is no spare."""
         self.junctions: OrderedDict[BlockHash, None] = OrderedDict()
         """Hashes of the places where prompts parted."""
