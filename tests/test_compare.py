@@ -90,6 +90,9 @@ def test_rounding_is_told_from_wrong_answers() -> None:
     assert result.workloads[0].sides["elastic"].agreement == report.Agreement(2, 1, 1)
     assert report.failures([result]) == []
     assert "yes, 1 of 2*" in printed(result)
+    same = result_of({"short": {"stock": [run_of()], "elastic": [run_of()]}})
+    assert [len(report.notes(results)) for results in ([same], [same, result])] == [1, 3], "a star has its note"
+    assert all(len(note) < 100 for note in report.notes([result]))
 
 
 @pytest.mark.parametrize("token", [FAR, 9])

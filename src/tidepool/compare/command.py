@@ -157,7 +157,7 @@ def _print(results: Sequence[report.ModelResult], console: Console) -> None:
     for result in results:
         report.print_result(result, console)
     console.print()
-    for note in report.NOTES:
+    for note in report.notes(results):
         console.print(note, style="dim")
     problems = report.failures(results)
     for problem in problems:

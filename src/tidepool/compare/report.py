@@ -210,9 +210,13 @@ def _agreement(agreement: Agreement) -> str:
     return f"{verdict}, {agreement.identical} of {agreement.requests}{star}"
 
 
-NOTES = (
-    "output tok/s: per second of computing time, median of the ratios of neighbouring runs.",
-    "* the others part where stock found both tokens as good as equal: in batches of other sizes, or cut in other",
-    "  places, the same numbers round otherwise in bfloat16.",
-)
-"""Under the tables."""
+def notes(results: Sequence[ModelResult]) -> list[str]:
+    """What stands under the tables: what their columns mean, and their stars where there are any."""
+    lines = ["output tok/s: per second of computing time, median of the ratios of neighbouring runs."]
+    sides = [side for result in results for workload in result.workloads for side in workload.sides.values()]
+    if any(side.agreement.rounded for side in sides):
+        lines += [
+            "* the others part where stock found both tokens as good as equal: in batches of other",
+            "  sizes, or cut in other places, the same numbers round otherwise in bfloat16.",
+        ]
+    return lines
