@@ -270,8 +270,9 @@ def left_behind(engine: Any) -> list[str]:
             found.append(f"group {group} keeps blocks that nobody can find")
     if arena._leaves:
         found.append(f"the arena still knows {len(arena._leaves)} requests")
-    if scheduler.kv_cache_manager._turns:
-        found.append(f"the manager still knows {len(scheduler.kv_cache_manager._turns)} requests")
+    for name in ("_arrivals", "_second_states"):
+        if known := getattr(scheduler.kv_cache_manager, name):
+            found.append(f"the manager still knows {len(known)} requests ({name})")
     if scheduler.kv_cache_manager.block_pool.last_states:
         found.append(f"the pools still know the states of {len(scheduler.kv_cache_manager.block_pool.last_states)}")
     return found
