@@ -20,7 +20,6 @@ def main() -> None:
         "TIDEPOOL": {"stock": "off"}.get(job["side"], job["side"]),
         "TIDEPOOL_POISON": "1" if job["poison"] else "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     from vllm import LLM

@@ -24,6 +24,7 @@ JOB: dict[str, Any] = {
 ``max_num_seqs``, ``prompts`` and ``output_tokens``. ``engine`` are further arguments of vLLM's."""
 ENVIRON = {
     "PYTHONPATH": str(CHILD.parent),
+    "HF_HUB_OFFLINE": "1",
     # One thread: rounding must not depend on how many cores a machine has.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from math import ceil
 from time import process_time
 
 import pytest
@@ -128,7 +127,7 @@ def test_no_better_extent_is_overlooked(sizes: list[tuple[int, int]]) -> None:
         return max(1 - size / narrowest(extent, size, align) for size, align in sizes)
 
     least: dict[int, tuple[float, int]] = {}
-    for extent in range(largest, ceil(4 * largest / (1 - MAX_PADDING)) + 1):
+    for extent in range(largest, math.ceil(4 * largest / (1 - MAX_PADDING)) + 1):
         # Of equally padded extents for as many of the largest blocks any may be chosen.
         found = padding(extent), -extent
         count = extent // narrowest(extent, *max(sizes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
 
 from mixed_model import differ
 

@@ -18,7 +18,6 @@ def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     results = {name: run(job, shape) for name, shape in job["engines"].items()}

@@ -16,7 +16,7 @@ SYSTEM, ADDED, ANSWER, TURNS, CHATS = 200, 60, 24, 6, 4
 
 def main() -> None:
     job = json.load(sys.stdin)
-    os.environ |= {"TIDEPOOL": job["side"], "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"TIDEPOOL": job["side"], "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
 
     llm = LLM(

@@ -16,7 +16,7 @@ STOCK_BLOCK_TOKENS = 128
 
 def main() -> None:
     work = json.load(sys.stdin)
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     engines: list[Any] = []  # An engine that is collected takes vLLM's process-wide state with it.
     answers = [run(job, engines) for job in work["jobs"]]
     with open(work["answer"], "w", encoding="utf-8") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 
 from tidepool.replay.engine import EngineShape, make_engine
@@ -11,7 +10,6 @@ from tidepool.replay.engine import EngineShape, make_engine
 
 def main() -> None:
     work = json.load(sys.stdin)
-    os.environ["HF_HUB_OFFLINE"] = "1"
     reports = []
     for job in work["jobs"]:
         engine = make_engine(EngineShape(**job))

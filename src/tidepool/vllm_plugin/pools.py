@@ -14,7 +14,7 @@ from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, get_block_hash
-from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+from vllm.v1.kv_cache_interface import MambaSpec
 
 from tidepool.cache import Arena, ExpectedReturn, Keep, LeastRecentlyUsed, Partings, Returns
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
@@ -47,12 +47,12 @@ class GroupBlockPool(BlockPool):
         num_blocks: int,
         enable_caching: bool,
         hash_block_size: int,
-        spec: KVCacheSpec,
+        checkpoint_tokens: int | None,
     ) -> None:
         self.group = group
         self.ahead_tokens = 0
         """How much more than it gives a lookup has to find: a block, with a drafter."""
-        self.checkpoint_tokens = spec.block_size if isinstance(spec, MambaSpec) else None
+        self.checkpoint_tokens = checkpoint_tokens
         """Tokens between states; None where the blocks aren't states."""
         self.memory = memory
         self.arena: Arena = memory.arena
@@ -237,7 +237,7 @@ class ArenaBlockPool:
                 blocks,
                 enable_caching,
                 hash_block_size,
-                spec,
+                spec.block_size if isinstance(spec, MambaSpec) else None,
             )
             for group, (blocks, spec) in enumerate(zip(config.pool_blocks, specs, strict=True))
         )
