@@ -2,7 +2,8 @@
 
 Read in this order: `spec` (what layers keep), `geometry` (how the memory is cut), `pool` (one group's blocks),
 `arena` (who owns which extent), `eviction` (which cached memory goes first), `returns` (when people come back),
-`partings` (where a prompt leaves a second state).
+`partings` (where a prompt leaves a second state), `retention` (where it leaves states, and is cut for them),
+`growth` (what running requests will still need).
 """
 
 from tidepool.cache.arena import Arena, Keep, OutOfBlocksError, Usage
@@ -17,7 +18,18 @@ from tidepool.cache.geometry import (
     fixed_shares,
     fixed_stage_shares,
 )
+from tidepool.cache.growth import AnswerLengths, Growth, Outlook
 from tidepool.cache.partings import Partings
+from tidepool.cache.retention import (
+    LONG_PROMPT,
+    CheckpointRules,
+    Checkpoints,
+    FarPlaces,
+    PromptEnds,
+    Resumed,
+    plan_checkpoints,
+    spacing_within,
+)
 from tidepool.cache.returns import Arrival, Place, Returns, Turn
 from tidepool.cache.spec import (
     CacheConfigError,
@@ -31,22 +43,31 @@ from tidepool.cache.spec import (
 )
 
 __all__ = [
+    "LONG_PROMPT",
+    "AnswerLengths",
     "Arena",
     "Arrival",
     "CacheConfigError",
+    "CheckpointRules",
+    "Checkpoints",
     "Cut",
     "ExpectedReturn",
+    "FarPlaces",
     "FullAttention",
     "Geometry",
     "Group",
+    "Growth",
     "Keep",
     "LayerCache",
     "Leaf",
     "LeastRecentlyUsed",
     "OutOfBlocksError",
+    "Outlook",
     "Partings",
     "Place",
     "Policy",
+    "PromptEnds",
+    "Resumed",
     "Returns",
     "Share",
     "SlidingWindow",
@@ -61,4 +82,6 @@ __all__ = [
     "fixed_shares",
     "fixed_stage_shares",
     "group_layers",
+    "plan_checkpoints",
+    "spacing_within",
 ]

@@ -171,6 +171,11 @@ class Arena:
     # Admission.
 
     @property
+    def unowned(self) -> int:
+        """Extents that no group has."""
+        return len(self._unowned)
+
+    @property
     def available(self) -> int:
         """Extents that could go to any group: unowned and idle ones."""
         return len(self._unowned) + sum(len(pool.idle) for pool in self.pools)
@@ -189,16 +194,32 @@ class Arena:
         Returns:
             (extents for each group's new blocks, idle extents that the touched blocks pin).
         """
-        charges: list[int] = []
-        pinned_by_touch = 0
-        for pool, need, blocks in zip(self.pools, needs, touched, strict=True):
-            usable = pool.usable
+        usable, pinned_by_touch = self._usable_behind(touched)
+        return self._charges(needs, usable), pinned_by_touch
+
+    def extents_needed_at_most(self, needs: Sequence[Sequence[int]], touched: Sequence[Sequence[int]]) -> int:
+        """The most that any of several needs would take from `available`, as `extents_needed` counts."""
+        usable, pinned_by_touch = self._usable_behind(touched)
+        return max(sum(self._charges(each, usable)) for each in needs) + pinned_by_touch
+
+    def _usable_behind(self, touched: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+        """(blocks of each group to be had without another extent once some are touched, idle extents that pins)."""
+        usable: list[int] = []
+        pinned = 0
+        for pool, blocks in zip(self.pools, touched, strict=True):
+            usable.append(pool.usable)
             if blocks:
                 idle = {number for block in blocks if (number := (block - pool.first) // pool.slots) in pool.idle}
-                pinned_by_touch += len(idle)
-                usable += len(idle) * pool.slots - len(blocks)
-            charges.append(-(-(need - usable) // pool.slots) if need > usable else 0)
-        return charges, pinned_by_touch
+                pinned += len(idle)
+                usable[-1] += len(idle) * pool.slots - len(blocks)
+        return usable, pinned
+
+    def _charges(self, needs: Sequence[int], usable: Sequence[int]) -> list[int]:
+        """Extents that each group's need takes beyond what is usable."""
+        return [
+            -(-(need - have) // pool.slots) if need > have else 0
+            for pool, need, have in zip(self.pools, needs, usable, strict=True)
+        ]
 
     def admit(self, needs: Sequence[int], touched: Sequence[Sequence[int]] | None = None) -> bool:
         """Whether ``needs[g]`` blocks of every group g can be had, and if so promise them.

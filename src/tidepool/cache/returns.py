@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from math import exp
 from typing import NamedTuple
@@ -59,6 +59,8 @@ class Arrival:
     there, None if it goes on from no earlier prompt, or from where many do."""
     trunk: Hashable | None = None
     """The key of the longest known place that it shares with prompts of other conversations."""
+    place: Hashable | None = field(default=None, compare=False)
+    """The key of the longest known place that it shares with any prompt."""
 
 
 class Place(NamedTuple):
@@ -134,11 +136,11 @@ class Returns:
             self._returns[wait.turn][self._bin(now - wait.since)] += 1
             self._count(wait, now)
         if known.uses > _TRUNK_USES:
-            return Arrival(Turn.FIRST, trunk=key)
+            return Arrival(Turn.FIRST, trunk=key, place=key)
         if known.distance:
-            return Arrival(Turn.FIRST, known.distance, key)
+            return Arrival(Turn.FIRST, known.distance, key, key)
         earlier = Turn.FIRST if wait is None else wait.turn
-        return Arrival(Turn(min(earlier + 1, Turn.LATER)), 0)
+        return Arrival(Turn(min(earlier + 1, Turn.LATER)), 0, place=key)
 
     def ended(self, places: Sequence[Place], now: int, arrival: Arrival) -> None:
         """A prompt was served.

@@ -1,0 +1,310 @@
+"""Where a prompt leaves checkpoints, and where its steps end for them.
+
+A hit needs a state at its end, and a state can be kept only where a step ends. Some layers save one more inside the
+step that reads a prompt's end. Any other checkpoint takes a *cut*: the prompt's step ends there, and the rest waits for
+the next one. A cut must earn its step. What prompts of a length are gone on from is learned (`PromptEnds`), and a
+prompt is cut where that saves later ones more tokens than a step is worth; where stock vLLM cuts too, it costs nothing.
+
+All positions are tokens from the start of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+
+LONG_PROMPT = 2048
+"""Tokens from which on a prompt leaves a state at its last checkpoint alone: not at its very end, which would save less
+than a quarter more, and not behind the answer that it goes on from. Chosen by replay, see docs/prefix-caching.md."""
+CUT_TOKENS = 32
+"""Tokens that a cut must save later prompts, on average, to be worth its step. Chosen by replay, likewise."""
+LIKELY = 0.5
+"""How likely a prompt is gone on from where it went on from an earlier one itself, at least: one that goes on from the
+very end of another has the form of a conversation, and so has its next turn."""
+STATE_TOKENS = 16
+"""Tokens that a second state of a prompt must save later ones, on average, to be worth its memory."""
+_CLASSES = 4
+"""Classes of prompts by length, in spacings: under 1, under 2, under 4, and longer ones."""
+_HALVE_AFTER = 256
+"""Prompts of a class after which older counts weigh half."""
+_DOUBT = 2.0
+"""Prompts of each class that nobody has gone on from, to begin with."""
+
+
+@dataclass(frozen=True)
+class CheckpointRules:
+    """What decides where checkpoints can be. Sizes are tokens."""
+
+    unit: int
+    """A hit ends at a multiple of it."""
+    spacing: int
+    """From one checkpoint that different prompts may share to the next; a multiple of ``unit``."""
+    ahead: int = 0
+    """How much more than it gives a lookup has to find: an attention block, with a drafter."""
+    within: int = 0
+    """Layers that can save a state inside a step do so at multiples of it from the step's start; 0 if they can't."""
+    column: int = 1
+    """What one column of the states' block table stands for. A state saved inside a step takes one that the step adds
+    before its last."""
+    free_cut: int | None = None
+    """Stock vLLM cuts longer prompts too, so that one cut of theirs is free; None where it cuts none."""
+    interval: int = 0
+    """The user wants states at multiples of it, wherever a step of a prompt ends anyway; 0 for none."""
+
+    def last_places(self, prompt_tokens: int) -> tuple[int, int]:
+        """The last place where a later prompt can go on from this one, and the last checkpoint."""
+        # The last token is always computed anew, so nobody can go on from behind it. With a drafter a lookup finds
+        # whole attention blocks, and gives one less.
+        last = prompt_tokens // self.ahead * self.ahead - self.ahead if self.ahead else prompt_tokens - 1
+        last = max(last, 0)
+        return last // self.unit * self.unit, last // self.spacing * self.spacing
+
+    def whole(self, start: int, end: int) -> int:
+        """Where a step that could go from ``start`` to ``end`` inside a prompt ends.
+
+        At a multiple of the user's interval; else of the spacing, unless that leaves more than a quarter of the step
+        unused; else of the unit where a later step may save a state inside, which starts at one. Steps that aren't
+        filled to the last token let answers under way wait less for the next one: a replay with each step filled hit
+        less, see docs/prefix-caching.md.
+        """
+        if self.interval and end // self.interval * self.interval > start:
+            return end // self.interval * self.interval
+        shared = end // self.spacing * self.spacing
+        if shared > start and (end - shared) * 4 <= end - start:
+            return shared
+        aligned = end // self.unit * self.unit
+        return aligned if self.within and aligned > start else end
+
+    def place_within(self, start: int, end: int) -> int:
+        """Where a state is saved inside the step from ``start`` to ``end``, which reads a prompt's end; 0 for nowhere.
+
+        The last checkpoint of long prompts, the very end of others. Scheduler and workers must agree on it, so it is a
+        function of the step alone.
+        """
+        if not self.within or start % self.unit:
+            return 0
+        place = self.last_places(end)[end >= LONG_PROMPT]
+        fits = -(-end // self.column) - 2 > (start - 1) // self.column
+        return place if fits and place >= start + self.unit and (place - start) % self.within == 0 else 0
+
+
+class Resumed(IntEnum):
+    """Where a prompt goes on from an earlier one."""
+
+    NOWHERE = 0
+    CHECKPOINT = 1
+    """From its last checkpoint, having parted from it behind that."""
+    END = 2
+    """From its very end."""
+
+
+class _Prompt:
+    """A prompt that was served."""
+
+    __slots__ = ("keys", "kind", "settled", "since")
+
+    def __init__(self, kind: int, since: int, keys: tuple[Hashable, ...]) -> None:
+        self.kind = kind
+        self.since = since
+        self.keys = keys
+        self.settled = False
+
+
+class PromptEnds:
+    """What share of prompts is gone on from, by their length: from their very end, or from their last checkpoint by
+    prompts that part from them behind it.
+
+    A prompt counts once: when it is gone on from, or when it is so old that nobody is expected any more.
+
+    Args:
+        spacing: tokens between checkpoints.
+        lifetime: bytes handed out, after which nobody is expected to go on from a prompt.
+    """
+
+    def __init__(self, spacing: int, lifetime: int) -> None:
+        self._spacing = spacing
+        self._lifetime = lifetime
+        self._served: deque[_Prompt] = deque()
+        """The oldest first. Those that are settled already are still among them."""
+        self._known: dict[Hashable, _Prompt] = {}
+        """By both of its places, the last prompt that ended there."""
+        self._settled = [0.0] * _CLASSES
+        self._from_end = [0.0] * _CLASSES
+        self._from_checkpoint = [0.0] * _CLASSES
+
+    def ended(self, prompt_tokens: int, end: Hashable, checkpoint: Hashable | None, now: int) -> None:
+        """A prompt was served; keys of its last place and of its last checkpoint, None if it is as good as none."""
+        while self._served and self._served[0].since + self._lifetime < now:
+            self._forget(self._served.popleft())
+        keys = (end,) if checkpoint is None or checkpoint == end else (end, checkpoint)
+        prompt = _Prompt(self._class(prompt_tokens), now, keys)
+        self._served.append(prompt)
+        for key in keys:
+            self._known[key] = prompt
+
+    def began(self, key: Hashable) -> Resumed:
+        """A prompt goes on from the place with this key, the last that it shares with any."""
+        prompt = self._known.get(key)
+        if prompt is None:
+            return Resumed.NOWHERE
+        resumed = Resumed.END if key == prompt.keys[0] else Resumed.CHECKPOINT
+        if not prompt.settled:
+            self._settle(prompt)
+            counts = self._from_end if resumed == Resumed.END else self._from_checkpoint
+            counts[prompt.kind] += 1
+        return resumed
+
+    def from_end(self, prompt_tokens: int) -> float:
+        """The share of prompts as long as this that are gone on from their very end, 0 to 1."""
+        kind = self._class(prompt_tokens)
+        return self._from_end[kind] / (self._settled[kind] + _DOUBT)
+
+    def from_checkpoint(self, prompt_tokens: int) -> float:
+        """The share that is gone on from the last checkpoint and no further, 0 to 1."""
+        kind = self._class(prompt_tokens)
+        return self._from_checkpoint[kind] / (self._settled[kind] + _DOUBT)
+
+    def _class(self, prompt_tokens: int) -> int:
+        return min((prompt_tokens // self._spacing).bit_length(), _CLASSES - 1)
+
+    def _settle(self, prompt: _Prompt) -> None:
+        prompt.settled = True
+        kind = prompt.kind
+        self._settled[kind] += 1
+        if self._settled[kind] >= _HALVE_AFTER:
+            for counts in (self._settled, self._from_end, self._from_checkpoint):
+                counts[kind] /= 2
+
+    def _forget(self, prompt: _Prompt) -> None:
+        if not prompt.settled:
+            self._settle(prompt)
+        for key in prompt.keys:
+            if self._known.get(key) is prompt:
+                del self._known[key]
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where one prompt leaves states."""
+
+    cuts: tuple[int, ...] = ()
+    """Places where its steps end, in order."""
+    within: int = 0
+    """A place that takes no cut where the step that reads it reads the prompt's end as well; 0 for none."""
+    spares: frozenset[int] = frozenset()
+    """Those that save little beside another one."""
+    found: int = 0
+    """Where the prompt goes on from a cached state; 0 for nowhere."""
+
+    def __contains__(self, place: int) -> bool:
+        """Whether a state is left at ``place``, or was found there."""
+        return place > 0 and (place in (self.within, self.found) or place in self.cuts)
+
+    @property
+    def last(self) -> int:
+        """The last of them that is no spare; 0 for none."""
+        return max((place for place in (*self.cuts, self.within) if place not in self.spares), default=0)
+
+    def step_end(self, rules: CheckpointRules, start: int, end: int, prompt_end: int) -> int:
+        """Where a step ends that starts at ``start`` and for which there are tokens up to ``end``.
+
+        Never at ``start``: a prompt makes progress in every step that has tokens left. A step that doesn't reach the
+        prompt's end ends at a round place, see `CheckpointRules.whole`.
+
+        Args:
+            rules: what decides where checkpoints can be.
+            start: tokens computed so far.
+            end: as far as the step's tokens go.
+            prompt_end: where the prompt has been read.
+        """
+        stops = [place for place in self.cuts if start < place < end]
+        saved = end >= prompt_end and rules.place_within(start, end) == self.within
+        if start < self.within < end and not saved:
+            stops.append(self.within)
+        if end < prompt_end:
+            end = rules.whole(start, end)
+        return min(stops, default=end)
+
+
+def plan_checkpoints(
+    rules: CheckpointRules,
+    ends: PromptEnds,
+    prompt_tokens: int,
+    computed: int,
+    branches: Iterable[int] = (),
+    resumed: Resumed = Resumed.NOWHERE,
+) -> Checkpoints:
+    """Where a prompt leaves states, of which ``computed`` tokens are cached.
+
+    Args:
+        rules: what decides where checkpoints can be.
+        ends: what is known of prompts of this length.
+        prompt_tokens: the prompt.
+        computed: tokens that needn't be read.
+        branches: where this prompt parts from others, or is expected to be parted from: these are always cut.
+        resumed: where it goes on from an earlier one.
+    """
+    end, checkpoint = rules.last_places(prompt_tokens)
+    from_end, from_checkpoint = ends.from_end(prompt_tokens), ends.from_checkpoint(prompt_tokens)
+    if resumed == Resumed.END:
+        from_end = max(from_end, LIKELY)
+    elif resumed == Resumed.CHECKPOINT:
+        from_checkpoint = max(from_checkpoint, LIKELY)
+    saved_by_end, saved_by_checkpoint = from_end * end, (from_end + from_checkpoint) * checkpoint
+    long = prompt_tokens >= LONG_PROMPT
+    best = checkpoint if long or saved_by_checkpoint >= saved_by_end else end
+    cuts, spares = set(branches), set()
+    within = rules.place_within(computed, prompt_tokens)
+    if within:
+        best = within
+    else:
+        free = rules.free_cut is not None and prompt_tokens > rules.free_cut
+        if free or max(saved_by_end, saved_by_checkpoint) >= CUT_TOKENS:
+            cuts.add(best)
+    if best == end and from_checkpoint * checkpoint >= CUT_TOKENS:
+        cuts.add(checkpoint)
+        if within and from_end * (end - checkpoint) < STATE_TOKENS:
+            within = 0
+    if best == checkpoint and not long and from_end * (end - checkpoint) >= CUT_TOKENS:
+        cuts.add(end)
+    if checkpoint in cuts and 2 * (end - checkpoint) < end:
+        spares.add(end)
+    return Checkpoints(
+        tuple(sorted(place for place in cuts if computed < place < prompt_tokens)), within, frozenset(spares), computed
+    )
+
+
+class FarPlaces:
+    """Which of the ends that the steps of a long prompt happen to have are kept, in case of a fork far back.
+
+    They take no cut, and are left while there is memory that nothing else needs. One is kept for each doubling of the
+    distance from the prompt's last checkpoint, the one farthest from it.
+    """
+
+    def __init__(self, checkpoint: int, nearest: int) -> None:
+        self._checkpoint = checkpoint
+        self._nearest = nearest
+        self._octave = 0
+
+    def keeps(self, place: int) -> bool:
+        """Whether the state at the end of a step is kept; asked for each step of the prompt in order."""
+        octave = (max(self._checkpoint - place, 0) // self._nearest).bit_length()
+        if octave == 0 or octave == self._octave:
+            return False
+        self._octave = octave
+        return True
+
+
+def spacing_within(interval: int, block: int, wished: int) -> int:
+    """The checkpoint spacing that divides an interval and is nearest to the one wished for, as a ratio.
+
+    Args:
+        interval: tokens, a multiple of ``block``.
+        block: tokens in an attention block, which the spacing is a multiple of.
+        wished: tokens.
+    """
+    blocks = interval // block
+    spacings = [blocks // parts * block for parts in range(1, blocks + 1) if blocks % parts == 0]
+    return min(spacings, key=lambda spacing: max(spacing / wished, wished / spacing))

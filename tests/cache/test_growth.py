@@ -1,0 +1,76 @@
+"""What running requests will still need."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, strategies as st
+
+from tidepool.cache import AnswerLengths, Growth, Outlook
+
+
+def test_answers_are_expected_to_get_as_long_as_most_did() -> None:
+    answers = AnswerLengths()
+    assert answers.expected() == 256, "before any has ended"
+    rng = random.Random(0)
+    lengths = [rng.randint(10, 90) for _ in range(2_000)]
+    for tokens in lengths:
+        answers.ended(tokens)
+    longer = sum(tokens > answers.expected() for tokens in lengths)
+    assert 0.1 < longer / len(lengths) < 0.25
+    for _ in range(2_000):
+        answers.ended(1_000)
+    assert answers.expected() > 900, "older ones fade"
+
+
+numbers = st.integers(0, 90)
+outlooks = st.builds(Outlook, st.tuples(st.integers(0, 2), numbers), numbers, st.tuples(st.integers(0, 2), numbers))
+changes = st.lists(st.tuples(st.sampled_from("abc"), st.one_of(st.none(), outlooks)), max_size=40)
+
+
+@given(changes)
+def test_sums_are_those_of_the_requests_under_way(changes: list[tuple[str, Outlook | None]]) -> None:
+    growth, expected = Growth([0, 16]), dict[str, Outlook]()
+    for request, outlook in changes:
+        if outlook is None:
+            growth.end(request)
+            expected.pop(request, None)
+        else:
+            growth.set(request, outlook)
+            expected[request] = outlook
+        assert growth.blocks == [sum(growth.total(each)[group] for each in expected.values()) for group in (0, 1)]
+        assert bool(growth) == bool(expected)
+        assert all((name in growth) == (name in expected) for name in "abc")
+
+
+@given(st.lists(outlooks, max_size=12), outlooks)
+def test_needs_are_what_a_run_token_by_token_takes(running: list[Outlook], waiting: Outlook) -> None:
+    growth = Growth([0, 1])
+    for number, outlook in enumerate(running):
+        growth.set(str(number), outlook)
+    everyone = [*running, waiting]
+    taken = []
+    for tokens in range(91):
+        alive = [each for each in everyone if each.answer_tokens >= tokens]
+        freed = [sum(each.frees[group] for each in everyone if each.answer_tokens < tokens) for group in (0, 1)]
+        soon = [sum(each.soon[group] for each in alive) for group in (0, 1)]
+        taken.append([soon[0] - freed[0], soon[1] - freed[1] + tokens * len(alive)])
+    needs = growth.needs(waiting)
+    assert max(each[1] for each in needs) == max(each[1] for each in taken)
+    assert max(each[0] for each in needs) == max(each[0] for each in taken)
+
+
+def test_many_requests_cost_few_moments() -> None:
+    growth = Growth([0, 16])
+    for number in range(256):
+        growth.set(str(number), Outlook((0, 4), number, (1, 40)))
+    assert len(growth.needs(Outlook((0, 0), 10, (1, 10)))) <= 18
+
+
+def test_requests_that_end_one_after_the_other_need_less_than_all_at_once() -> None:
+    growth = Growth([0, 16])
+    for number in range(20):
+        growth.set(str(number), Outlook((0, 0), 16 * number, (1, 100)))
+    waiting = Outlook((0, 0), 0, (1, 100))
+    assert growth.blocks == [0, 190]
+    assert max(each[1] for each in growth.needs(waiting)) < 20
