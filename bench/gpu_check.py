@@ -242,7 +242,11 @@ def run_job(job: Job, logs: Path) -> dict[str, Any]:
         return {"log": name, "failed": (reasons or process.stdout.splitlines() or [""])[-1][-300:]}
     served = "tidepool serves this model" in process.stdout
     if served != (job.side != "stock"):
-        return {"log": name, "failed": "tidepool stepped aside, see the log"}
+        lines = process.stdout.splitlines()
+        aside = next(
+            (line[line.index("tidepool steps aside") :] for line in lines if "tidepool steps aside" in line), None
+        )
+        return {"log": name, "failed": aside or "tidepool's plugin isn't loaded"}
     made: dict[str, Any] = json.loads(line.removeprefix(MARK))
     return made | {"log": name, "wall": time.perf_counter() - began}
 

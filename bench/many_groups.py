@@ -85,7 +85,7 @@ def child(model: str, side: str, memory: int, prompt: int, requests: int) -> dic
         prefix_caching=False,
         change_specs=partial(change_specs, model),
     )
-    engine = replay.make_engine(shape)
+    engine = replay.make_checked_engine(shape)
     layout = engine.scheduler.kv_cache_config
     for index in range(requests):
         tokens = [(7 * index + place) % 1000 for place in range(prompt)]

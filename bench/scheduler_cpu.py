@@ -22,7 +22,7 @@ from typing import Any
 MODELS = ("Qwen3.5-4B", "Nemotron-3-Nano-4B")
 SIDES = ("stock", "elastic")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
-MARK = "scheduler_cpu: "
+MARK, REFUSED = "scheduler_cpu: ", "refused: "
 
 
 def requests(seed: int, running: int) -> list[tuple[list[int], int]]:
@@ -56,12 +56,17 @@ def serve_round(engine: Any, seed: int, running: int) -> dict[str, Any]:
 def child(model: str, side: str, caching: bool, running: int, memory: int, profile: str | None) -> None:
     """One side: an engine that serves a round for every line that it reads."""
     from tidepool.models import entry
-    from tidepool.replay.engine import EngineShape, make_engine
+    from tidepool.replay.engine import EngineShape, make_checked_engine
+    from tidepool.vllm_plugin.served import NotServedError
 
     shape = EngineShape(
         entry(model).config, memory, side, max_num_seqs=running, max_model_len=32_768, prefix_caching=caching
     )
-    engine = make_engine(shape)
+    try:
+        engine = make_checked_engine(shape)
+    except NotServedError as error:
+        print(f"{MARK}{REFUSED}{error}", flush=True)
+        return
     print(MARK + "ready", flush=True)
     profiler = None
     for line in sys.stdin:
@@ -97,6 +102,8 @@ class Side:
     def receive(self) -> str:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            if line.startswith(MARK + REFUSED):
+                raise SystemExit(line.removeprefix(MARK + REFUSED).strip())
             if line.startswith(MARK):
                 return line.removeprefix(MARK).strip()
         raise SystemExit(f"The engine stopped: {self.process.args}")

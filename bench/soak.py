@@ -305,9 +305,13 @@ def main() -> None:
     fresh = make_prompts(options.seed + 77, length=500, stories=4, questions=2)
     with console.status("Starting vLLM"):
         engine = make_engine(options.side, options.memory * 1_000_000)
+    from tidepool.vllm_plugin.served import NotServedError, require_served
+
+    try:
+        require_served(options.side, engine.vllm_config, scheduler_of(engine).kv_cache_config)
+    except NotServedError as error:
+        sys.exit(str(error))
     arena = getattr(scheduler_of(engine).kv_cache_manager.block_pool, "arena", None)
-    if (arena is not None) != (options.side != "stock"):
-        sys.exit("tidepool stepped aside; set VLLM_LOGGING_LEVEL=WARNING to see why.")
     before = answers_to(engine, "before", fresh)
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     began = time.perf_counter()

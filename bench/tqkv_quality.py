@@ -64,6 +64,8 @@ def measure(formats: Sequence[str], stories: int) -> list[Row]:
     """Ask every question with every format."""
     from vllm import LLM
 
+    from tidepool.vllm_plugin.served import require_plugin
+
     engines, rows = [], []  # An engine that is collected takes vLLM's process-wide state with it.
     for name in formats:
         engines.append(
@@ -79,6 +81,7 @@ def measure(formats: Sequence[str], stories: int) -> list[Row]:
                 additional_config={} if name == "auto" else {"tidepool": {"kv": name}},
             )
         )
+        require_plugin()  # Without it the format would be bfloat16, whatever its name.
         scores = {kind: ask(engines[-1], kind, stories) for kind in KINDS}
         rows.append(Row(name, token_bytes(engines[-1]), scores, attention_error(name)))
     return rows

@@ -20,22 +20,22 @@ def make_prompts(workload: dict[str, Any]) -> list[list[int]]:
     ]
 
 
-def ask(llm: Any, prompts: list[list[int]], *, output_tokens: int, rounds: int) -> dict[str, Any]:
+def ask(llm: Any, prompts: list[list[int]], *, output_tokens: int, rounds: int = 1) -> dict[str, list[Any]]:
     """Ask everything at once, as often as ``rounds`` says.
 
     Returns:
-        ``answers`` as in answers.py, and ``cached_tokens``: tokens of prompts that were found in the cache.
+        ``answers`` as in answers.py, and ``cached``: for each, the tokens of its prompt that were found in the cache.
     """
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False, logprobs=20)
     answers = []
-    cached = 0
+    cached: list[int] = []
     for _ in range(rounds):
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        cached += sum(output.num_cached_tokens or 0 for output in outputs)
+        cached += [output.num_cached_tokens or 0 for output in outputs]
         for output in outputs:
             completion = output.outputs[0]
             logprobs = [{token: entry.logprob for token, entry in step.items()} for step in completion.logprobs]
             answers.append({"tokens": list(completion.token_ids), "logprobs": logprobs})
-    return {"answers": answers, "cached_tokens": cached}
+    return {"answers": answers, "cached": cached}

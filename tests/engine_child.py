@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 from asking import ask
@@ -28,7 +29,6 @@ def main() -> None:
         FAULTS[job["fault"]]()
     llm = LLM(
         model=job["model"],
-        max_model_len=2048,
         max_num_seqs=job["max_num_seqs"],
         kv_cache_memory_bytes=job["kv_bytes"],
         # Prompts are never cut, so that every side computes the same chunks.
@@ -37,17 +37,23 @@ def main() -> None:
         enforce_eager=True,
         seed=0,
         disable_log_stats=False,
-        **job["engine"],
+        **{"max_model_len": 2048} | job["engine"],
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     held = watch(scheduler) if job["watch"] else {}
-    result = ask(llm, job["prompts"], output_tokens=job["output_tokens"], rounds=job["rounds"])
-    metrics = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    drafts = [spec_counts(llm)]
+    result: dict[str, Any] = {"answers": [], "cached": []}
+    for _ in range(job["rounds"]):
+        for key, values in ask(llm, job["prompts"], output_tokens=job["output_tokens"]).items():
+            result[key] += values
+        drafts.append(spec_counts(llm))
     arena = getattr(scheduler.kv_cache_manager.block_pool, "arena", None)
     result |= held | {
-        "drafted": metrics.get("vllm:spec_decode_num_draft_tokens", 0),
-        "accepted": metrics.get("vllm:spec_decode_num_accepted_tokens", 0),
-        "preemptions": metrics["vllm:num_preemptions"],
+        "cached_tokens": sum(result["cached"]),
+        "drafted": drafts[-1][0],
+        "accepted": drafts[-1][1],
+        "accepted_share": [(after[1] - before[1]) / max(after[0] - before[0], 1) for before, after in pairwise(drafts)],
+        "preemptions": metrics_of(llm)["vllm:num_preemptions"],
         "served": arena is not None,
         "moves": arena.moves if arena else 0,
         "extents": scheduler.kv_cache_config.num_blocks,
@@ -56,6 +62,18 @@ def main() -> None:
     }
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(result, file)
+
+
+def metrics_of(llm: Any) -> dict[str, float]:
+    """vLLM's counters by name."""
+    return {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+
+
+def spec_counts(llm: Any) -> tuple[float, float]:
+    """Tokens drafted and accepted so far."""
+    metrics = metrics_of(llm)
+    drafted, accepted = (metrics.get(f"vllm:spec_decode_num_{kind}_tokens", 0) for kind in ("draft", "accepted"))
+    return drafted, accepted
 
 
 def watch(scheduler: Any) -> dict[str, Any]:

@@ -28,6 +28,8 @@ ENVIRON = {
     # One thread: rounding must not depend on how many cores a machine has.
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Memory is tight for the sake of preemption, which hardly happens to requests that are left room.
+    "TIDEPOOL_OVERCOMMIT": "1",
     # vLLM compiles a helper for log-probabilities, which takes longer than everything else here.
     "TORCHDYNAMO_DISABLE": "1",
 }

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -209,3 +210,27 @@ def test_compare_end_to_end(tmp_path: Path) -> None:
     short = content["models"][0]["workloads"][0]["sides"]["elastic"]
     assert short["peak_ratio"] >= 1.15
     assert LONG.title in result.output
+
+
+@pytest.mark.vllm
+def test_stock_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vllm")
+    from tidepool.tiny import make_checkpoint
+
+    python = tmp_path / "python"
+    python.write_text(f"""#!{sys.executable}
+import runpy, sys
+sys.argv[:] = sys.argv[2:]
+import vllm
+from tidepool.vllm_plugin import gates
+gates.GATES += (gates.Gate("test", "this is a test", lambda config: True),)
+runpy.run_module("tidepool.compare.worker", run_name="__main__")
+""")
+    python.chmod(0o755)
+    job = Job(str(make_checkpoint("qwen3.5", tmp_path / "tiny")), 65_000_000)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with (
+        drive.Worker(job, "elastic", tmp_path, drive.worker_environment(os.environ)) as worker,
+        pytest.raises(drive.CompareError, match=r"\(tiny, elastic\): tidepool steps aside, .* this is a test; its log"),
+    ):
+        worker.start(caching=False, max_num_seqs=8)

@@ -2,12 +2,12 @@
 
 They are small copies in shape of real models: one state is as large as several hundred tokens of attention
 cache, and the layer counts do not divide evenly. Torch, tokenizers and safetensors, which come with vLLM, are
-needed here and nowhere else in the package.
+needed here and in `tidepool.tiny_library`, which also takes transformers.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,20 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-Family = Literal["qwen3.5", "nemotron-h"]
+from tidepool.tiny_library import library_weights
+
+Family = Literal[
+    "qwen3.5",
+    "nemotron-h",
+    "qwen3.5-vl",
+    "qwen3.5-moe",
+    "qwen3-next",
+    "falcon-h1",
+    "granite-4-h",
+    "granite-4-h-moe",
+    "zamba2",
+    "lfm2",
+]
 
 VOCAB_SIZE = 512
 MAX_POSITIONS = 8192
@@ -24,6 +37,8 @@ MAX_POSITIONS = 8192
 _HIDDEN = 128
 _CONV_WIDTH = 4
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_VISION_ROLES = ("vision_start", "vision_end", "image", "video")
+_VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _END = 0
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -71,7 +86,8 @@ def make_checkpoint(family: Family, path: Path, *, seed: int = 0, mtp: bool = Fa
 
     Args:
         family: whose architecture to copy; ``qwen3.5`` has 6 Gated DeltaNet and 2 attention layers,
-            ``nemotron-h`` has 7 Mamba2, 2 attention and 6 MLP layers.
+            ``nemotron-h`` has 7 Mamba2, 2 attention and 6 MLP layers. The others are smaller, and made by transformers
+            (`tidepool.tiny_library`); ``qwen3.5-vl`` sees images.
         path: directory to write, made if it is not there.
         seed: of the random weights.
         mtp: whether ``qwen3.5`` gets a head that drafts a token, mostly the right one. The rest is as without.
@@ -85,7 +101,8 @@ def make_checkpoint(family: Family, path: Path, *, seed: int = 0, mtp: bool = Fa
             raise ValueError(f"Only qwen3.5 has a head that drafts tokens here, not {family}.")
         config = config | {"mtp_num_hidden_layers": 1}
     path.mkdir(parents=True, exist_ok=True)
-    tokenizer = _make_tokenizer()
+    sees = "vision_config" in config
+    tokenizer = _make_tokenizer(_SPECIAL_TOKENS + _VISION_TOKENS if sees else _SPECIAL_TOKENS)
     tokenizer.save(str(path / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -95,12 +112,17 @@ def make_checkpoint(family: Family, path: Path, *, seed: int = 0, mtp: bool = Fa
         "clean_up_tokenization_spaces": False,
         "chat_template": _CHAT_TEMPLATE,
     }
+    if sees:
+        names = ("vision_bos_token", "vision_eos_token", "image_token", "video_token")
+        tokenizer_config["extra_special_tokens"] = dict(zip(names, _VISION_TOKENS, strict=True))
+        _write_json(path / "preprocessor_config.json", _IMAGE_CONFIG)
+        _write_json(path / "video_preprocessor_config.json", _VIDEO_CONFIG)
     _write_json(path / "tokenizer_config.json", tokenizer_config)
     _write_json(path / "config.json", config)
     _write_json(path / "generation_config.json", {"eos_token_id": _END, "pad_token_id": _END})
 
     silent = _silent_tokens(tokenizer)
-    weights = make_weights(_Init(seed, [token for token in range(VOCAB_SIZE) if token not in silent]), config)
+    weights = make_weights(Init(seed, [token for token in range(VOCAB_SIZE) if token not in silent]), config)
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
 
@@ -108,13 +130,13 @@ def make_checkpoint(family: Family, path: Path, *, seed: int = 0, mtp: bool = Fa
 # Tokenizer --------------------------------------------------------------------------------------------------
 
 
-def _make_tokenizer() -> Tokenizer:
+def _make_tokenizer(special_tokens: Sequence[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=[AddedToken(token, special=True) for token in _SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True) for token in special_tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -135,7 +157,7 @@ def _silent_tokens(tokenizer: Tokenizer) -> list[int]:
 # Weights ----------------------------------------------------------------------------------------------------
 
 
-class _Init:
+class Init:
     """Draws weights, in a fixed order, from one seeded generator."""
 
     def __init__(self, seed: int, spoken: list[int]) -> None:
@@ -143,15 +165,25 @@ class _Init:
         self.spoken = spoken
         """Tokens that the model may emit."""
 
+    def vocabulary(self, loudness: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings with this standard deviation, and the head that follows each token by its successor in a cycle."""
+        tokens = self.normal(VOCAB_SIZE, _HIDDEN, std=loudness)
+        before, after = self.cycle()
+        head = torch.zeros_like(tokens)
+        head[after] = tokens[before] * (_LOGIT_SCALE / loudness / math.sqrt(_HIDDEN))
+        return tokens, head
+
     def cycle(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The spoken tokens in random order, and after each its successor in a cycle."""
         order = torch.tensor(self.spoken)[torch.randperm(len(self.spoken), generator=self._generator)]
         return order, order.roll(-1)
 
     def normal(self, *shape: int, std: float) -> torch.Tensor:
+        """Normally distributed numbers."""
         return (torch.randn(*shape, generator=self._generator) * std).bfloat16()
 
     def uniform(self, *shape: int, low: float, high: float) -> torch.Tensor:
+        """Evenly distributed numbers."""
         return torch.rand(*shape, generator=self._generator) * (high - low) + low
 
     def linear(self, outputs: int, inputs: int, *, gain: float = 1.0) -> torch.Tensor:
@@ -167,7 +199,7 @@ class _Init:
         return torch.log(a), inverse_softplus.bfloat16()
 
 
-def _qwen_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _qwen_weights(init: Init, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     head_dim = config["head_dim"]
     q_dim = config["num_attention_heads"] * head_dim
     kv_dim = config["num_key_value_heads"] * head_dim
@@ -213,7 +245,7 @@ def _qwen_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Tensor
     return weights
 
 
-def _nemotron_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _nemotron_weights(init: Init, config: dict[str, Any]) -> dict[str, torch.Tensor]:
     head_dim = config["head_dim"]
     q_dim = config["num_attention_heads"] * head_dim
     kv_dim = config["num_key_value_heads"] * head_dim
@@ -248,7 +280,7 @@ def _nemotron_weights(init: _Init, config: dict[str, Any]) -> dict[str, torch.Te
 
 
 def _embeddings(
-    init: _Init, loudness: float, embedding: str, final_norm: str, norm: Callable[[int], torch.Tensor]
+    init: Init, loudness: float, embedding: str, final_norm: str, norm: Callable[[int], torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """What surrounds the layers: by itself, every token is followed by its successor in one long cycle.
 
@@ -258,10 +290,7 @@ def _embeddings(
 
     ``loudness`` is the standard deviation of embeddings; what the layers add to them is the same whatever it is.
     """
-    tokens = init.normal(VOCAB_SIZE, _HIDDEN, std=loudness)
-    before, after = init.cycle()
-    head = torch.zeros_like(tokens)
-    head[after] = tokens[before] * (_LOGIT_SCALE / loudness / math.sqrt(_HIDDEN))
+    tokens, head = init.vocabulary(loudness)
     return {embedding: tokens, final_norm: norm(_HIDDEN).bfloat16(), "lm_head.weight": head}
 
 
@@ -324,10 +353,150 @@ _NEMOTRON_CONFIG: dict[str, Any] = _COMMON_CONFIG | {
     "mamba_ssm_cache_dtype": "float32",
 }
 
-_FAMILIES: dict[Family, tuple[dict[str, Any], Callable[[_Init, dict[str, Any]], dict[str, torch.Tensor]]]] = {
+_DELTA_LAYERS: dict[str, Any] = {
+    key: value for key, value in _QWEN_CONFIG.items() if key.startswith("linear_") or key == "mamba_ssm_dtype"
+}
+_DELTA_EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+_VISION_CONFIG: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 2,
+    "patch_size": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+    "out_hidden_size": _HIDDEN,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [],
+}
+_IMAGE_CONFIG: dict[str, Any] = {
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "processor_class": "Qwen3VLProcessor",
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    # Sides of 64 to 256 pixels: an image is 4 to 64 tokens.
+    "size": {"shortest_edge": 64 * 64, "longest_edge": 256 * 256},
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+_VIDEO_CONFIG = {key: value for key, value in _IMAGE_CONFIG.items() if key != "image_processor_type"} | {
+    "video_processor_type": "Qwen3VLVideoProcessor"
+}
+_MAMBA_LAYERS: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 128,
+    "mamba_d_conv": _CONV_WIDTH,
+    "mamba_expand": 4,
+    "mamba_chunk_size": 128,
+}
+_GRANITE_CONFIG: dict[str, Any] = (
+    _COMMON_CONFIG
+    | _MAMBA_LAYERS
+    | {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "num_hidden_layers": 8,
+        "layer_types": (["mamba"] * 3 + ["attention"]) * 2,
+        "intermediate_size": 64,
+        "shared_intermediate_size": 256,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "position_embedding_type": "nope",
+        "attention_multiplier": 0.125,
+    }
+)
+
+_LIBRARY_CONFIGS: dict[Family, dict[str, Any]] = {
+    "qwen3.5-vl": {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "text_config": _QWEN_CONFIG
+        | {
+            "rope_parameters": _QWEN_CONFIG["rope_parameters"] | {"mrope_interleaved": True, "mrope_section": [3, 3, 2]}
+        },
+        "vision_config": _VISION_CONFIG,
+    }
+    | {f"{role}_token_id": len(_SPECIAL_TOKENS) + index for index, role in enumerate(_VISION_ROLES)},
+    "qwen3.5-moe": _COMMON_CONFIG
+    | _DELTA_LAYERS
+    | _DELTA_EXPERTS
+    | {
+        "architectures": ["Qwen3_5MoeForCausalLM"],
+        "model_type": "qwen3_5_moe_text",
+        "num_hidden_layers": 8,
+        "rope_parameters": _QWEN_CONFIG["rope_parameters"],
+    },
+    "qwen3-next": _COMMON_CONFIG
+    | _DELTA_LAYERS
+    | _DELTA_EXPERTS
+    | {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "num_hidden_layers": 8,
+        "intermediate_size": 256,
+        "rope_parameters": _QWEN_CONFIG["rope_parameters"],
+    },
+    "falcon-h1": _COMMON_CONFIG
+    | _MAMBA_LAYERS
+    | {
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
+        "num_hidden_layers": 4,
+        "intermediate_size": 256,
+        "mamba_d_ssm": 512,
+    },
+    "granite-4-h": _GRANITE_CONFIG,
+    "granite-4-h-moe": _GRANITE_CONFIG | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "zamba2": _COMMON_CONFIG
+    | {
+        "architectures": ["Zamba2ForCausalLM"],
+        "model_type": "zamba2",
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 9,
+        "layers_block_type": ["mamba", "mamba", "hybrid"] * 3,
+        "mamba_d_state": 64,
+        "mamba_d_conv": _CONV_WIDTH,
+        "mamba_expand": 4,
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "num_mem_blocks": 2,
+        "adapter_rank": 16,
+        "use_mem_rope": True,
+        "intermediate_size": 256,
+        "chunk_size": 128,
+    },
+    "lfm2": _COMMON_CONFIG
+    | {
+        "architectures": ["Lfm2ForCausalLM"],
+        "model_type": "lfm2",
+        "head_dim": _HIDDEN // _COMMON_CONFIG["num_attention_heads"],
+        "block_dim": _HIDDEN,
+        "conv_dim": _HIDDEN,
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 8,
+        "layer_types": ["conv", "conv", "full_attention", "conv"] * 2,
+        "intermediate_size": 256,
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": 3,
+    },
+}
+
+_FAMILIES: dict[Family, tuple[dict[str, Any], Callable[[Init, dict[str, Any]], dict[str, torch.Tensor]]]] = {
     "qwen3.5": (_QWEN_CONFIG, _qwen_weights),
     "nemotron-h": (_NEMOTRON_CONFIG, _nemotron_weights),
-}
+} | {family: (config, library_weights) for family, config in _LIBRARY_CONFIGS.items()}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -62,6 +62,7 @@ def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
                 (config.num_blocks - 1 if config.geometry else 1) * (cut.slots if config.geometry else cut.blocks)
                 for cut in (config.geometry.cuts if config.geometry else config.shares)
             ],
+            "told": core.vllm_config.cache_config.num_gpu_blocks * core.vllm_config.cache_config.block_size,
             "moves": arena.moves,
             "in_use_at_end": arena.usage().in_use,
             "ranks": core.model_executor.collective_rpc(check_rank),

@@ -33,6 +33,7 @@ def test_stages_of_unequal_memory_get_the_same_blocks(
     from vllm.model_executor.models.utils import extract_layer_index
 
     from tidepool.replay.engine import EngineShape, NoModelExecutor, make_engine
+    from tidepool.vllm_plugin.planning import core_groups
 
     configs: list[Any] = []
 
@@ -66,6 +67,14 @@ def test_stages_of_unequal_memory_get_the_same_blocks(
         assert any(rest < config.strides[attention] for rest, config in zip(left, configs, strict=True)), "all is used"
     for config in configs:
         assert all(tensor.layers for tensor in config.kv_cache_tensors)
+    # What is told to others: attention's blocks beside the states of one request.
+    if partition == "elastic":
+        slots = [cut.slots for cut in scheduler.geometry.cuts]
+        states = core_groups(engine.vllm_config, scheduler.kv_cache_groups)[0].blocks_for(1)
+        attention_blocks = (scheduler.num_blocks - 1 - -(-states // slots[0])) * slots[1]
+    else:
+        attention_blocks = scheduler.shares[1].blocks
+    assert engine.vllm_config.cache_config.num_gpu_blocks == attention_blocks
     engine.shutdown()
 
 
@@ -138,7 +147,8 @@ class TestAgreement:
         views = [RankView(read_settings({}, environment), specs, 16) for specs, environment in others]
         monkeypatch.setattr(planning, "views_of_ranks", lambda config, mine: [mine, *views])
         monkeypatch.setattr(planning, "layer_specs_of", lambda config: {"s": self.specs()["s"]})
-        monkeypatch.setattr(planning, "_smallest_kernel_block", lambda platform, config: 1)
+        monkeypatch.setattr(planning, "_attention_backends", lambda platform, config: [])
+        monkeypatch.setattr(planning, "_smallest_kernel_block", lambda config, backends: 1)
         monkeypatch.setattr(planning, "closed_gates", lambda config, allow: iter(()))
         monkeypatch.delenv("TIDEPOOL", raising=False)
         cache_config = SimpleNamespace(mamba_cache_mode="none", block_size=128, user_specified_block_size=False)

@@ -109,6 +109,44 @@ def test_concurrent_streams_are_answered_right(healthy: Server) -> None:
         assert list(threads.map(converse, range(12), timeout=WAIT_SECONDS)) == [[True] * 3] * 12
 
 
+def test_a_router_reads_the_truth(healthy: Server) -> None:
+    """From the text of /metrics alone: how many tokens fit, and that the memory is full when requests wait for it."""
+    (labels,) = re.findall(r"^vllm:cache_config_info\{(.*)\} 1\.0$", healthy.get("/metrics"), re.MULTILINE)
+    told = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+    tokens = int(told["num_gpu_blocks"]) * int(told["block_size"])
+    assert tokens == 99 * 32, "an extent of attention beside one of states"
+    assert f"tokens beside 1 request: {tokens:,}" in healthy.output
+    assert MAX_MODEL_LEN <= int(told["kv_cache_size_tokens"]) <= tokens
+
+    over = threading.Event()
+
+    def look() -> list[tuple[float, float]]:
+        seen = []
+        while not over.wait(0.02):
+            text = healthy.get("/metrics")
+            waiting, usage = (read_metric(text, name) for name in ("num_requests_waiting", "kv_cache_usage_perc"))
+            seen.append((waiting, usage))
+        return seen
+
+    def answer(number: int) -> None:
+        prompt = make_prompts(number, length=200, stories=1)[0]
+        complete(client_of(healthy), prompt, max_tokens=300, extra_body={"ignore_eos": True})
+
+    with ThreadPoolExecutor(9) as threads:
+        looks = threads.submit(look)
+        try:
+            list(threads.map(answer, range(8), timeout=WAIT_SECONDS))
+        finally:
+            over.set()
+        seen = looks.result(WAIT_SECONDS)
+    assert all(usage < 1 for waiting, usage in seen if not waiting)
+    usages = [usage for waiting, usage in seen if waiting]
+    # A request that has just ended leaves memory that nobody has got yet.
+    assert len(usages) > 10
+    assert sum(usage == 1 for usage in usages) > 0.8 * len(usages)
+    assert metric(healthy, "kv_cache_usage_perc") == 0
+
+
 def test_clients_that_go_away_leave_nothing_behind(healthy: Server) -> None:
     """Eight clients close the connection after the first token of a long answer, and eight before it."""
 
@@ -143,7 +181,12 @@ def running(server: Server) -> float:
 
 def metric(server: Server, name: str) -> float:
     """A number that the server tells."""
-    (value,) = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", server.get("/metrics"), re.MULTILINE)
+    return read_metric(server.get("/metrics"), name)
+
+
+def read_metric(text: str, name: str) -> float:
+    """A number in what a server answers when asked for its metrics."""
+    (value,) = re.findall(rf"^vllm:{name}\{{.*\}} (\S+)$", text, re.MULTILINE)
     return float(value)
 
 

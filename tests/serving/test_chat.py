@@ -18,7 +18,8 @@ BLOCK = 32
 def test_turns_reuse_what_they_can(family: str, tmp_path: Path) -> None:
     model = make_checkpoint(family, tmp_path / family)  # type: ignore[arg-type]
     turns = run_child(Path(__file__).with_name("chat.py"), {"model": str(model), "side": "elastic"}, timeout=300)
-    later = turns[1:]
-    print(turns)
+    # Until somebody has come back, a short prompt isn't cut for a state at its end.
+    assert turns[1][0] >= 0.6 * turns[1][1], "what all chats begin with"
+    later = turns[2:]
     reused, shared = (sum(turn[index] for turn in later) for index in (0, 1))
     assert reused >= 0.9 * shared, turns

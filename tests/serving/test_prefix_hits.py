@@ -65,6 +65,16 @@ def test_nobody_reads_what_it_does_not_own(serve: Serve, family: Family) -> None
     assert tokens(serve(family, "elastic", poison=True)) == tokens(serve(family, "elastic"))
 
 
+@pytest.mark.parametrize(("family", "interval"), [("qwen3.5", None), ("nemotron-h", 1_024)])
+def test_retained_states_give_the_same_answers(serve: Serve, family: Family, interval: int | None) -> None:
+    """States kept on the way through a prompt as well, with its steps cut short; under poison."""
+    reference = serve(family, "stock", caching=False)
+    options = {"prefix_cache_retention_interval": interval, "long_prefill_token_threshold": 600}
+    result = serve(family, "elastic", poison=True, engine=options)
+    assert result["cached_tokens"] > 1000, "nothing was reused"
+    assert all(gap <= BFLOAT16_GAP for gap in gaps(reference, result)), gaps(reference, result)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_catches_a_corrupted_state(serve: Serve, family: Family) -> None:
     reference = serve(family, "stock", caching=False)

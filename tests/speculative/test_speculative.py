@@ -34,8 +34,8 @@ KV_BYTES = {"qwen3.5": 73_000_000, "nemotron-h": 72_000_000}
 SHARED_KV_BYTES = {"qwen3.5": 60_000_000, "nemotron-h": 80_000_000}
 
 
-def tiny_prompts(model: Path) -> list[list[int]]:
-    """Prompts of which every other begins like two others.
+def make_habit(model: Path) -> Callable[[int], list[int]]:
+    """Makes so many tokens that follow the model's own habit.
 
     By itself the model follows a cycle of tokens (`tidepool.tiny`), and so do prompts, with jumps: so what it answers
     has mostly stood in the prompt, and goes on otherwise where its layers have it so.
@@ -53,6 +53,13 @@ def tiny_prompts(model: Path) -> list[list[int]]:
             tokens.append(rng.randrange(5, 500) if rng.random() < 0.08 else follower[tokens[-1]])
         return tokens
 
+    return some
+
+
+def tiny_prompts(model: Path) -> list[list[int]]:
+    """Prompts of which every other begins like two others."""
+    some = make_habit(model)
+    rng = random.Random(5)
     shared = [some(150), some(200)]
     prompts = []
     for number in range(12):
@@ -79,7 +86,7 @@ def serve(checkpoint: Checkpoint) -> Serve:
     def serve(family: Family, *, drafts: dict[str, Any] | None = NGRAM, **changes: Any) -> dict[str, Any]:
         model = checkpoint(family)
         job = JOB | {"kv_bytes": KV_BYTES[family], "model": str(model), "prompts": tiny_prompts(model)} | changes
-        return engines.serve(job | {"engine": {"speculative_config": drafts}})
+        return engines.serve(job | {"engine": {"speculative_config": drafts} | job.get("engine", {})})
 
     return serve
 
@@ -149,6 +156,48 @@ def test_a_head_that_drafts(serve: Serve, checkpoint: Checkpoint) -> None:
     assert result["cached_tokens"] > 1000, "nothing was reused"
     memory, _ = planned(checkpoint("qwen3.5"), SHARED_KV_BYTES["qwen3.5"], prefix_caching=True, mtp=True)
     assert_as_planned(result, memory)
+
+
+HITS = {2_100: 2_048, 600: 544, 300: 256, 200: 160, 150: 96, 100: 64, 80: 32, 60: 0} | {
+    3_000: 2_560,
+    520: 480,
+    310: 256,
+    210: 160,
+    160: 128,
+    110: 64,
+    90: 32,
+    70: 32,
+}
+"""Lengths of prompts, and what they hit when they are asked again: a block of attention (32 tokens on the CPU) less
+than is found of it, and from 2,048 on no state is left but at the last checkpoint."""
+
+
+@pytest.mark.parametrize(
+    "kv_bytes", [400_000_000, pytest.param(40_000_000, marks=pytest.mark.heavy)], ids=["room for all", "little room"]
+)
+def test_a_head_that_drafts_after_hits(serve: Serve, checkpoint: Checkpoint, kv_bytes: int) -> None:
+    """Eight prompts, eight others, and both again: what drafts find in the cache is as good as what they compute."""
+    some = make_habit(checkpoint("qwen3.5"))
+    job = {
+        "prompts": [some(length) for length in HITS],
+        "max_num_seqs": 8,
+        "output_tokens": 48,
+        "engine": {"max_model_len": 4096},
+    }
+    reference = serve("qwen3.5", **job, side="stock", kv_bytes=400_000_000, drafts=None)
+    result = serve("qwen3.5", **job, drafts=MTP, prefix_caching=True, rounds=2, kv_bytes=kv_bytes)
+    found = gaps({"answers": reference["answers"] * 2}, result)
+    assert all(gap <= BFLOAT16_GAP for gap in found), found
+    hits = result["cached"][len(HITS) :]
+    if kv_bytes == 400_000_000:
+        assert result["cached"][: len(HITS)] == [0] * len(HITS)
+        assert hits == list(HITS.values())
+    else:
+        assert 0 < sum(hits) < sum(HITS.values())
+        assert result["moves"] > 0
+    before, after = result["accepted_share"]
+    assert 0.2 < before < 0.95
+    assert after > before - 0.03
 
 
 def test_a_trained_models_answers_are_right(serve: Serve) -> None:

@@ -89,12 +89,11 @@ def make_request(engine: Any, name: str, tokens: list[int]) -> Any:
 
 
 def read_prompt(manager: Any, request: Any) -> int:
-    """Allocate for a whole prompt as the scheduler would, in aligned chunks. Returns the tokens that were hit."""
+    """Allocate for a whole prompt as the scheduler would. Returns the tokens that were hit."""
     hit, tokens, request.shared_prefix_boundary = manager.get_computed_blocks(request)
-    spacing = manager.coordinator.scheduler_block_size
     computed = tokens
     while computed < request.num_tokens:
-        end = min((computed // spacing + 1) * spacing, request.num_tokens)
+        end = manager.step_end(request, computed, request.num_tokens, request.num_tokens)
         first = computed == tokens
         given = manager.allocate_slots(request, end - computed, tokens if first else 0, hit if first else None)
         assert given is not None
@@ -140,7 +139,7 @@ def test_attention_behind_the_last_state_is_dropped(engine: Any, drafter: bool) 
     manager.take_events()
     manager.free(request)
     last = ends(state)[-1]
-    assert last == (1024 if drafter else 1536)
+    assert last == 1536
     kept = [end for end in tokens if end <= last + 16 * drafter]
     assert ends(attention) == kept
     assert len(manager.take_events()) == len(tokens) - len(kept) > 0
@@ -299,16 +298,16 @@ def ask_for(manager: Any, request: Any, tokens: int) -> Any:
 def test_what_is_refused_for_one_step_is_had_in_the_next(engine: Any) -> None:
     """A state can't be read in the step that computes it, which has nothing to do with memory."""
     manager = make_manager(engine)
-    prompt = list(range(600))
+    prompt = list(range(700))
     first = make_request(engine, "first", prompt)
     manager.new_step_starts()
     assert ask_for(manager, first, 512) is not None
     again = make_request(engine, "again", prompt)
-    assert ask_for(manager, again, 600) is None
+    assert ask_for(manager, again, 700) is None
     released = manager.block_pool.arena.released
     manager.new_step_starts()
     assert manager.block_pool.arena.released == released, "not because something came free"
-    assert ask_for(manager, again, 600) is not None
+    assert ask_for(manager, again, 700) is not None
 
 
 @pytest.mark.parametrize("deferred", [False, True])
@@ -344,7 +343,7 @@ def test_a_state_that_was_gone_on_from_is_forgotten_with_it(engine: Any) -> None
     """Else the next request that gets the block would leave a spare there."""
     manager = make_manager(engine)
     state = manager.block_pool.pools[0]
-    prompt = list(range(600))
+    prompt = list(range(700))
     first = make_request(engine, "first", prompt)
     read_prompt(manager, first)
     finish(manager, first)
@@ -359,16 +358,17 @@ def test_a_state_that_was_gone_on_from_is_forgotten_with_it(engine: Any) -> None
     assert not state.handed_on
 
 
-def test_a_second_state_is_known_of_until_its_request_ends(engine: Any) -> None:
+def test_where_a_request_leaves_states_is_known_until_it_ends(engine: Any) -> None:
     manager = make_manager(engine)
     pool = manager.block_pool
     for _ in range(200):
         pool.partings.saw(512)
     request = make_request(engine, "request", list(range(4000)))
     read_prompt(manager, request)
-    assert manager._second_states == {"request": 3072}
+    assert manager.coordinator.books.of["request"].cuts == (3072, 3584)
     finish(manager, request)
-    assert not manager._second_states
+    assert not manager.coordinator.books.of
+    assert not manager.coordinator.books.far
     assert {3072, 3584} <= set(ends(pool.pools[0]))
     parted = make_request(engine, "parted", [*range(3500), *range(5000, 5500)])
     assert read_prompt(manager, parted) == 3072

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tidepool.vllm_plugin.gates import GATES, closed_gates, unservable_specs, version_gate
+from tidepool.vllm_plugin.gates import GATES, closed_gates, unservable_backends, unservable_specs, version_gate
 
 
 def config() -> SimpleNamespace:
@@ -20,7 +20,6 @@ def config() -> SimpleNamespace:
             cache_dtype="auto",
             mamba_cache_mode="align",
             use_replayssm=False,
-            prefix_cache_retention_interval=0,
             prefix_match_unit=None,
         ),
         parallel_config=SimpleNamespace(
@@ -54,7 +53,6 @@ CLOSING: dict[str, tuple[str, Any]] = {
     "kv-cache-dtype": ("cache_config.cache_dtype", "fp8"),
     "mamba-cache-mode": ("cache_config.mamba_cache_mode", "all"),
     "replayssm": ("cache_config.use_replayssm", True),
-    "retention-interval": ("cache_config.prefix_cache_retention_interval", None),
     "prefix-match-unit": ("cache_config.prefix_match_unit", 32),
     "hisparse": ("attention_config.hisparse_config", object()),
     "hybrid-manager-off": ("scheduler_config.disable_hybrid_kv_cache_manager", True),
@@ -222,6 +220,11 @@ class TestLayers:
         config = make_kv_cache_config(engine, plan, groups(128), 1 << 30)
         assert config.block_bytes[0] == 128 * per_token
         assert core_groups(engine, groups(2688))[0].block_tokens == 2688, "stock vLLM's, for the comparison in the log"
+
+
+def test_backends_that_reckon_with_num_gpu_blocks_are_not_served() -> None:
+    assert unservable_backends(["FlashAttentionBackend"]) is None
+    assert "FlexAttention" in str(unservable_backends(["FlashAttentionBackend", "FlexAttentionBackend"]))
 
 
 def test_turboquant_is_for_gpus() -> None:

@@ -76,7 +76,7 @@ class Worker:
         job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
         with self.log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tidepool.compare.worker", str(job_file)],
+                [sys.executable, "-m", "tidepool.compare.worker", str(job_file), side],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -117,7 +117,7 @@ class Worker:
             alarm.cancel()
         answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"error": "the process ended"}
         if "error" in answer:
-            raise CompareError(f"vLLM failed ({self.name}): {answer['error']}; its log is {self.log}.")
+            raise CompareError(f"vLLM failed ({self.name}): {answer['error'].rstrip('.')}; its log is {self.log}.")
         return answer
 
 

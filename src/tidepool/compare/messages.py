@@ -23,7 +23,7 @@ class Facts:
     """An engine's memory, as it stands after start."""
 
     served: bool
-    """Whether tidepool serves the engine; False on the stock side, and where the plugin stepped aside."""
+    """Whether tidepool serves the engine; where it should and doesn't, nothing is measured."""
     attention_block_tokens: int
     groups: int
     capacity_tokens: int

@@ -133,9 +133,8 @@ def print_result(result: ModelResult, console: Console) -> None:
     for heading in ("memory", "attention block", "KV cache groups", "one request could fill"):
         memory.add_column(heading, justify="left" if heading == "memory" else "right")
     for side, facts in result.facts[False].items():
-        aside = "" if facts.served or side == "stock" else " (stepped aside)"
         memory.add_row(
-            side + aside,
+            side,
             f"{facts.attention_block_tokens:,} tokens",
             str(facts.groups),
             f"{facts.capacity_tokens:,} tokens",

@@ -1,7 +1,8 @@
 """One side of a comparison: real vLLM in a process of its own.
 
-``python -m tidepool.compare.worker JOB`` reads its job from a file, then one JSON command a line from standard input,
-and answers each with one JSON line on standard output. What vLLM prints goes to standard error.
+``python -m tidepool.compare.worker JOB SIDE`` reads its job from a file, then one JSON command a line from standard
+input, and answers each with one JSON line on standard output. What vLLM prints goes to standard error. The side is also
+what the environment variable TIDEPOOL says; where the engine turns out to be another, that is an error.
 """
 
 from __future__ import annotations
@@ -33,21 +34,22 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     try:
-        _serve(job, sys.stdin, answers)
+        _serve(job, sys.argv[2], sys.stdin, answers)
     except Exception as error:
         traceback.print_exc()
-        message = " ".join(f"{type(error).__name__}: {error}".split())
+        kind = "" if type(error).__name__ == "NotServedError" else f"{type(error).__name__}: "
+        message = " ".join(f"{kind}{error}".split())
         _answer(answers, {"error": message if len(message) <= 300 else message[:300] + "..."})
         sys.exit(1)
 
 
-def _serve(job: Job, commands: TextIO, answers: TextIO) -> None:
+def _serve(job: Job, side: str, commands: TextIO, answers: TextIO) -> None:
     engine: Any = None
     started: list[Any] = []  # An engine that is collected takes vLLM's process-wide state with it.
     for line in commands:
         command = json.loads(line)
         if command["do"] == "start":
-            engine = _start(job, command["caching"], command["max_num_seqs"])
+            engine = _start(job, side, command["caching"], command["max_num_seqs"])
             started.append(engine)
             _answer(answers, asdict(_facts(engine, job.kv_bytes)))
         else:
@@ -61,10 +63,12 @@ def _answer(answers: TextIO, content: dict[str, Any]) -> None:
     answers.flush()
 
 
-def _start(job: Job, caching: bool, max_num_seqs: int) -> Any:
+def _start(job: Job, side: str, caching: bool, max_num_seqs: int) -> Any:
     from vllm import EngineArgs, LLMEngine
 
-    return LLMEngine.from_engine_args(
+    from tidepool.vllm_plugin.served import require_served
+
+    engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=job.model,
             seed=0,
@@ -77,6 +81,8 @@ def _start(job: Job, caching: bool, max_num_seqs: int) -> Any:
             disable_log_stats=True,
         )
     )
+    require_served(side, engine.vllm_config, _scheduler(engine).kv_cache_config)
+    return engine
 
 
 def _facts(engine: Any, kv_bytes: int) -> Facts:

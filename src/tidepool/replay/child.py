@@ -19,11 +19,12 @@ def main(job_file: str, result_file: str) -> int:
     job = Job.read(Path(job_file))
     requests = load_workload(job)
     from tidepool.replay.run import ReplayError, run_job
+    from tidepool.vllm_plugin.served import NotServedError
 
     try:
         result = run_job(job, requests, lambda done: print(f"progress {done}", flush=True))
         content = result.to_dict()
-    except (ValueError, ReplayError) as error:
+    except (ValueError, ReplayError, NotServedError) as error:
         # vLLM says with a ValueError that the memory doesn't hold the longest request, and so does tidepool.
         content = {"error": str(error)}
     Path(result_file).write_text(json.dumps(content), encoding="utf-8")

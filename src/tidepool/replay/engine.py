@@ -11,12 +11,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm import SamplingParams
+from vllm.config import KVEventsConfig
 from vllm.config.vllm import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.utils import extract_layer_index
@@ -35,6 +36,7 @@ from tidepool.models.dtypes import head_bytes
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.trace import GENERATED_TOKEN
 from tidepool.vllm_plugin.planning import layer_specs_of
+from tidepool.vllm_plugin.served import require_served
 from tidepool.vllm_plugin.settings import Eviction
 
 GPU_KERNEL_BLOCK = 16
@@ -55,8 +57,14 @@ class EngineShape:
     max_num_batched_tokens: int = 8_192
     prefix_caching: bool = True
     eviction: Eviction = "returns"
+    kv_events: bool = False
+    """Whether the KV cache manager tells of what enters and leaves the cache."""
     change_specs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Makes other layers of the model's, both given as layer name to vLLM's KVCacheSpec."""
+    speculative: Mapping[str, Any] | None = None
+    """vLLM's ``speculative_config``. Nothing is drafted, for there is no model, but memory is kept for it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's EngineArgs; they win over the fields above."""
 
 
 class GpuBlocks:
@@ -150,7 +158,8 @@ class _Done:
 def make_engine(shape: EngineShape) -> EngineCore:
     """An engine core of this shape, in this process.
 
-    The side is chosen by the environment variable ``TIDEPOOL``, which this sets.
+    The side is chosen by the environment variable ``TIDEPOOL``, which this sets. Where tidepool steps aside, it is
+    stock vLLM's all the same: `make_checked_engine` is for what compares.
     """
     os.environ["TIDEPOOL"] = {"stock": "off"}.get(shape.side, shape.side)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -158,23 +167,37 @@ def make_engine(shape: EngineShape) -> EngineCore:
         named = shape.hf_config.get("architectures") or [ARCHITECTURES[shape.hf_config["model_type"]]]
         hf_config = {"architectures": named, "dtype": "bfloat16"}
         Path(folder, "config.json").write_text(json.dumps(hf_config | shape.hf_config), encoding="utf-8")
-        vllm_config = EngineArgs(
-            model=folder,
-            skip_tokenizer_init=True,
-            max_model_len=shape.max_model_len,
-            max_num_seqs=shape.max_num_seqs,
-            max_num_batched_tokens=shape.max_num_batched_tokens,
-            enable_prefix_caching=shape.prefix_caching,
-            enable_chunked_prefill=True,
-            enforce_eager=True,
-            async_scheduling=False,
-            block_size=GPU_KERNEL_BLOCK,
-            additional_config={"tidepool": {"eviction": shape.eviction}},
-            language_model_only=True,
-        ).create_engine_config()
+        arguments: dict[str, Any] = {
+            "model": folder,
+            "skip_tokenizer_init": True,
+            "max_model_len": shape.max_model_len,
+            "max_num_seqs": shape.max_num_seqs,
+            "max_num_batched_tokens": shape.max_num_batched_tokens,
+            "enable_prefix_caching": shape.prefix_caching,
+            "enable_chunked_prefill": True,
+            "enforce_eager": True,
+            "async_scheduling": False,
+            "block_size": GPU_KERNEL_BLOCK,
+            "additional_config": {"tidepool": {"eviction": shape.eviction}},
+            "language_model_only": True,
+            "speculative_config": dict(shape.speculative) if shape.speculative else None,
+            "kv_events_config": KVEventsConfig(shape.kv_events, "null"),
+        }
+        vllm_config = EngineArgs(**arguments | dict(shape.options)).create_engine_config()
         executor = type("SizedExecutor", (NoModelExecutor,), {"shape": shape})
         engine = EngineCore(vllm_config, executor, log_stats=True)
     engine.model_executor.scheduler = engine.scheduler
+    return engine
+
+
+def make_checked_engine(shape: EngineShape) -> EngineCore:
+    """An engine core of this shape whose memory is the side's.
+
+    Raises:
+        NotServedError: it is another, as where tidepool steps aside.
+    """
+    engine = make_engine(shape)
+    require_served(shape.side, engine.vllm_config, engine.scheduler.kv_cache_config)
     return engine
 
 

@@ -62,7 +62,7 @@ def agent_sessions(writer: Writer, count: int) -> None:
     system = writer.text(4_000, 4_000)
     sessions = writer.arrivals(0.05)
     while len(writer.requests) < count:
-        _conversation(writer, next(sessions), [system, writer.text(200, 2_000)], (20, 60), (100, 3_000), (50, 400), 6.0)
+        conversation(writer, next(sessions), [system, writer.text(200, 2_000)], (20, 60), (100, 3_000), (50, 400), 6.0)
 
 
 def sharing_tree(writer: Writer, count: int) -> None:
@@ -103,7 +103,7 @@ def short_chats(writer: Writer, count: int) -> None:
     while len(writer.requests) < count:
         began = 0.0 if started < 200 else next(starts)
         started += 1
-        _conversation(writer, began, [system, writer.text(20, 300)], (1, 8), (20, 300), (30, 400), 15.0)
+        conversation(writer, began, [system, writer.text(20, 300)], (1, 8), (20, 300), (30, 400), 15.0)
 
 
 WORKLOADS: dict[str, Callable[[Writer, int], None]] = {
@@ -131,7 +131,7 @@ def generate(workload: str, count: int | None, seed: int) -> list[TraceRequest]:
     return sorted(writer.requests, key=lambda request: request.arrival)[:count]
 
 
-def _conversation(
+def conversation(
     writer: Writer,
     began: float,
     opening: list[range | tuple[int, ...]],

@@ -12,7 +12,7 @@ from vllm.v1.engine.core import EngineCore
 
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import CostModel, Work, cost_model, find_roofline
-from tidepool.replay.engine import EngineShape, add_request, make_engine, typed_layers
+from tidepool.replay.engine import EngineShape, add_request, make_checked_engine, typed_layers
 from tidepool.replay.figures import median, spread
 from tidepool.replay.job import Job, Result, Sample
 from tidepool.replay.memory_use import MemoryMeter
@@ -134,7 +134,7 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
         eviction=job.eviction,
         change_specs=partial(typed_layers, layer_kv_dtypes=job.layer_kv_dtypes),
     )
-    engine = make_engine(shape)
+    engine = make_checked_engine(shape)
     # The clock is the hybrid model's in every mode, so that times differ by what the memory policy does alone.
     costs = cost_model(job.config, find_roofline(job.gpu)[1], job.layer_kv_dtypes)
     replay = Replay(engine, costs, requests, job.rate)

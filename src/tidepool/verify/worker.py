@@ -8,7 +8,6 @@ between `ALIVE` after each step of the engine. What vLLM prints goes to standard
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import sys
@@ -26,10 +25,6 @@ from tidepool.verify.task import ANSWER_TOKENS, MODEL, Prompt
 
 ABORT_STEPS = 4
 """Steps that a request to be aborted runs for at most: its prompt and all but the last token of its answer."""
-
-
-class SteppedAsideError(RuntimeError):
-    """tidepool doesn't serve an engine that it should."""
 
 
 def main() -> None:
@@ -51,12 +46,13 @@ def main() -> None:
             name, _, poison = part.partition("+")
             os.environ["TIDEPOOL_POISON"] = "1" if poison else "0"
             scenario, prompts = SCENARIOS[name], SCENARIOS[name].requests()
+            os.environ["TIDEPOOL_OVERCOMMIT"] = "1" if "preemptions" in scenario.must else "0"
             engines.append(_start(side, scenario, prompts))
             answer(asdict(_run(engines[-1], scenario, prompts, evictions, lambda: answer(ALIVE))))
     except Exception as error:
         traceback.print_exc()
-        kind = "" if isinstance(error, SteppedAsideError) else f"{type(error).__name__}: "
-        answer({"error": " ".join(f"{kind}{error}".split())[:300]})
+        kind = "" if type(error).__name__ == "NotServedError" else f"{type(error).__name__}: "
+        answer({"error": " ".join(f"{kind}{error}".split()).rstrip(".")[:300]})
         sys.exit(1)
 
 
@@ -84,9 +80,8 @@ def _gates_to_open() -> list[str]:
 def _start(side: str, scenario: Scenario, prompts: Sequence[Prompt]) -> Any:
     from vllm import EngineArgs, LLMEngine
 
-    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+    from tidepool.vllm_plugin.served import require_served
 
-    warnings = _keep_warnings()
     allow = _gates_to_open()
     engine = LLMEngine.from_engine_args(
         EngineArgs(
@@ -104,9 +99,7 @@ def _start(side: str, scenario: Scenario, prompts: Sequence[Prompt]) -> Any:
             additional_config={"tidepool": {"allow": allow}} if allow else {},
         )
     )
-    served = isinstance(_scheduler(engine).kv_cache_config, TidepoolKVCacheConfig)
-    if served != (side != "stock"):
-        raise SteppedAsideError(warnings[-1].rstrip(".") if warnings else "tidepool's plugin isn't active in this vLLM")
+    require_served(side, engine.vllm_config, _scheduler(engine).kv_cache_config)
     return engine
 
 
@@ -198,20 +191,6 @@ class _EvictionCount:
             return evicted
 
         BlockPool._maybe_evict_cached_block = counted
-
-
-def _keep_warnings() -> list[str]:
-    """The plugin's warnings from now on; one says why it steps aside."""
-    kept: list[str] = []
-
-    def keep(record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.WARNING:
-            kept.append(record.getMessage())
-        return True
-
-    # A filter, since vLLM configures logging more than once, which drops handlers.
-    logging.getLogger("vllm.tidepool").addFilter(keep)
-    return kept
 
 
 def _scheduler(engine: Any) -> Any:

@@ -32,6 +32,7 @@ def apply_compat() -> list[str]:
         "mamba2-cpu-checkpoints": patch_mamba2_cpu_checkpoints,
         "cpu-stage-buffers": patch_cpu_stage_buffers,
         "cpu-draft-rollback": patch_cpu_draft_rollback,
+        "adapter-numbers": patch_adapter_hashes,
     }
     return [name for name, apply in workarounds.items() if apply()]
 
@@ -143,13 +144,18 @@ def patch_mamba2_cpu_checkpoints() -> bool:
     return True
 
 
-def _is_affected_vllm() -> bool:
-    """Whether this is vLLM 0.32 on its CPU platform."""
+def _is_affected_version() -> bool:
+    """Whether this is vLLM 0.32."""
     try:
         from vllm.version import __version_tuple__
     except ImportError:
         return False
-    if tuple(__version_tuple__[:2]) != (0, 32):
+    return tuple(__version_tuple__[:2]) == (0, 32)
+
+
+def _is_affected_vllm() -> bool:
+    """Whether this is vLLM 0.32 on its CPU platform."""
+    if not _is_affected_version():
         return False
     from vllm.platforms import current_platform
 
@@ -351,3 +357,27 @@ def _put_in_draft_rollback() -> None:
         mixer = sys.modules.get("vllm.model_executor.layers.mamba.mamba_mixer2")
         if mixer is not None:
             mixer.causal_conv1d_update = causal_conv1d.causal_conv1d_update  # type: ignore[attr-defined]
+
+
+# Adapters ---------------------------------------------------------------------------------------------------
+
+
+def patch_adapter_hashes() -> bool:
+    """Keep apart what adapters of one name and path have left in the prefix cache of vLLM 0.32, on any platform.
+
+    Returns:
+        Whether the patch is in force.
+    """
+    if not _is_affected_version():
+        return False
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.core import EngineCore
+
+    from tidepool.vllm_plugin import adapters
+
+    keys = kv_cache_utils._gen_lora_extra_hash_keys
+    if not hasattr(keys, _MARK):
+        numbers = adapters.AdapterNumbers()
+        kv_cache_utils._gen_lora_extra_hash_keys = _marked(adapters.with_number(keys, numbers))
+        EngineCore.add_lora = adapters.counting_loads(EngineCore.add_lora, numbers)
+    return True

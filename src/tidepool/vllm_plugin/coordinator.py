@@ -20,16 +20,28 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request, RequestStatus
 
-from tidepool.cache import Arrival, Place, Turn
-from tidepool.vllm_plugin.pools import ArenaBlockPool, saves_little
-from tidepool.vllm_plugin.settings import poison_requested
+from tidepool.cache import (
+    LONG_PROMPT,
+    AnswerLengths,
+    Arrival,
+    CheckpointRules,
+    Checkpoints,
+    FarPlaces,
+    Growth,
+    Outlook,
+    Place,
+    Resumed,
+    Turn,
+    plan_checkpoints,
+)
+from tidepool.vllm_plugin.planning import checkpoint_rules
+from tidepool.vllm_plugin.pools import ArenaBlockPool
+from tidepool.vllm_plugin.settings import overcommit_requested, poison_requested
+from tidepool.vllm_plugin.states import CheckpointBooks, StateManager
 from tidepool.vllm_plugin.worker import encode
 
 GROWING_PER_SPARE_EXTENT = 8
 """Chosen by replay, see docs/prefix-caching.md."""
-LONG_PROMPT = 2048
-"""Tokens from which on a prompt leaves a state at its last checkpoint alone: not at its very end, which would save less
-than a quarter more for a whole step, and not behind the answer that it goes on from. Chosen by replay, likewise."""
 
 
 class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -50,11 +62,55 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         for manager, pool in zip(self.single_type_managers, self.block_pool.pools, strict=True):
             manager.block_pool = pool
             manager._null_block = pool.null_block
-            pool.ahead_tokens = manager.block_size if manager.use_eagle else 0
+            if manager.use_eagle and not isinstance(manager, MambaManager):
+                self.block_pool.ahead_tokens = max(self.block_pool.ahead_tokens, manager.block_size)
+        self._overcommits = overcommit_requested()
+        self.growth = Growth(
+            [0 if isinstance(manager, MambaManager) else manager.block_size for manager in self.single_type_managers]
+        )
+        self._found_blocks: dict[str, list[int]] = {}
+        """Blocks of each group that a request found cached."""
+        self._expected: dict[str, tuple[int, int]] = {}
+        """Of each request that was offered memory, tokens to its prompt's end, and how many it is expected to get."""
         self._no_charges = [0] * len(self.single_type_managers)
         self._charges = self._no_charges
         self.postponed = False
         """Whether the last need counted was refused for this step alone, whatever memory there is."""
+        self.asked: Sequence[int] = self._no_charges
+        """The last need counted, in blocks of each group."""
+
+    def expect(self, request_id: str, prompt_end: int, tokens: int) -> None:
+        """A request that waits for memory, whose prompt is ``prompt_end`` tokens, is expected to get so long."""
+        self._expected[request_id] = prompt_end, tokens
+
+    def ends(self, request_id: str) -> None:
+        """A request gives up its memory."""
+        self.growth.end(request_id)
+        self._expected.pop(request_id, None)
+        self._found_blocks.pop(request_id, None)
+
+    def _outlook(self, request_id: str, tokens: int) -> Outlook:
+        """What a request will take, and free at its end, once it has blocks for ``tokens`` tokens."""
+        prompt_end, final = self._expected.get(request_id, (tokens, tokens))
+        found = self._found_blocks.get(request_id) or [0] * len(self.single_type_managers)
+        soon, frees = [], []
+        for group, manager in enumerate(self.single_type_managers):
+            if isinstance(manager, MambaManager):
+                soon.append(self._states_to_come(request_id, tokens) if tokens < prompt_end else 0)
+                frees.append(1)
+                continue
+            most = manager.max_admission_blocks_per_request
+            held, needed = (-(-each // manager.block_size) for each in (tokens, max(prompt_end, tokens)))
+            if most is not None:
+                held, needed = min(held, most), min(needed, most)
+            soon.append(needed - held)
+            # What it found cached may be in use by others, too.
+            frees.append(max(held - found[group], 0))
+        return Outlook(tuple(soon), max(final - max(prompt_end, tokens), 0), tuple(frees))
+
+    def _states_to_come(self, request_id: str, tokens: int) -> int:
+        """Blocks of states that a request whose prompt is read up to here will take beside the one that it has."""
+        return 0
 
     def get_num_blocks_to_allocate(
         self,
@@ -73,6 +129,8 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             prefill_end = 0
         needs: list[int] = []
         touched: list[Sequence[int]] = []
+        asked = [0] * len(self.single_type_managers)
+        self.asked = asked
         anything = self.postponed = False
         for manager, computed in zip(self.single_type_managers, new_computed_blocks, strict=True):
             need = manager.get_num_blocks_to_allocate(
@@ -85,6 +143,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
                 apply_admission_cap=apply_admission_cap,
                 prefill_end=prefill_end,
             )
+            asked[manager.kv_cache_group_id] = need
             if need > manager.block_pool.num_gpu_blocks:
                 # More than the pool has: a manager's way to say "not in this step".
                 self._charges = self._no_charges
@@ -102,19 +161,45 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         if not anything:
             self._charges = self._no_charges
             return 0
-        self._charges, pinned = self.block_pool.arena.extents_needed(needs, touched)
-        return sum(self._charges) + pinned
+        arena = self.block_pool.arena
+        self._charges, pinned = arena.extents_needed(needs, touched)
+        if request_id in self.growth or not self.growth or self._overcommits:
+            return sum(self._charges) + pinned
+        # A waiting request leaves to those under way what they will still take, and must find what it will take itself.
+        self._found_blocks[request_id] = [len(computed) for computed in new_computed_blocks]
+        outlook = self._outlook(request_id, num_tokens)
+        later = [self.growth.blocks, self.growth.total(outlook)]
+        most = arena.extents_needed_at_most([[sum(each) for each in zip(needs, *later, strict=True)]], touched)
+        if most > arena.available:
+            moments = self.growth.needs(outlook)
+            moments = [[need + more for need, more in zip(needs, moment, strict=True)] for moment in moments]
+            most = arena.extents_needed_at_most(moments, touched)
+        return max(most, sum(self._charges) + pinned + self.headroom())
 
-    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
+    def headroom(self) -> int:
+        """Extents that stay out of use when a waiting request is admitted beside running ones.
+
+        A share of those that attention holds. Answers may get longer than expected; and what is cached there is worth
+        more to later prompts than one more running request is to this one. Short chats hold little attention, so for
+        them it is next to nothing.
+        """
+        if not self.kv_cache_config.geometry or not self.block_pool.enable_caching:
+            return 0
+        return sum(pool.pinned for pool in self.block_pool.growing) // GROWING_PER_SPARE_EXTENT
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any
+    ) -> tuple[list[KVCacheBlock], ...]:
         """Allocate for every group what `get_num_blocks_to_allocate` last counted."""
         if self._charges is self._no_charges:
-            return super().allocate_new_blocks(request_id, *args, **kwargs)
+            return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
+        self.growth.set(request_id, self._outlook(request_id, num_tokens))
         arena = self.block_pool.arena
         for manager, pool in zip(self.single_type_managers, self.block_pool.pools, strict=True):
             pool.request_blocks = manager.req_to_blocks.get(request_id, ())
         arena.promise(self._charges)
         try:
-            return super().allocate_new_blocks(request_id, *args, **kwargs)
+            return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
         finally:
             arena.settle()
             self._charges = self._no_charges
@@ -132,6 +217,52 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
     def __init__(self, *args: Any, hash_block_size: int, **kwargs: Any) -> None:
         super().__init__(*args, hash_block_size=hash_block_size, **kwargs)
         self.install_pools(hash_block_size)
+        self._hit_tokens = 0
+        """Up to where the last lookup found everything."""
+        states = [manager for manager in self.single_type_managers if isinstance(manager, StateManager)]
+        self.books = CheckpointBooks(
+            checkpoint_rules(
+                [manager.kv_cache_spec for manager in states],
+                unit=self._cache_hit_alignment_tokens,
+                spacing=self.kv_cache_config.checkpoint_tokens,
+                drafter=bool(self.eagle_group_ids),
+                stock_block_tokens=self.kv_cache_config.stock_block_tokens,
+                interval=self.retention_interval,
+            )
+        )
+        for manager in states:
+            manager.books = self.books
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """As vLLM's, with the places of the request's states as those that later prompts can go on from.
+
+        Groups with a window keep what lies before them.
+        """
+        plan = self.books.of.get(request.request_id, Checkpoints())
+        places = (*plan.cuts, plan.within)
+        for group, manager in enumerate(self.single_type_managers):
+            manager.cache_blocks(
+                request,
+                self.get_num_cacheable_tokens(num_computed_tokens, group),
+                retention_interval=self.retention_interval,
+                replay_boundaries=places,
+            )
+
+    def _states_to_come(self, request_id: str, tokens: int) -> int:
+        """One to go on in behind the state that the step leaves, and one for a state saved inside the last step."""
+        plan = self.books.of.get(request_id)
+        return 1 + (plan is not None and tokens <= plan.within)
+
+    def find_longest_cache_hit(self, *args: Any, **kwargs: Any) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
+        """As vLLM's; remembers how much was found, which blocks alone don't tell."""
+        found = super().find_longest_cache_hit(*args, **kwargs)
+        self._hit_tokens = found[1]
+        return found
+
+    def emit_cached_block_events(self, request: Request, computed_blocks: tuple[list[KVCacheBlock], ...]) -> None:
+        """Tell of what the last lookup found; vLLM would tell of states that aren't there."""
+        for manager, blocks in zip(self.single_type_managers, computed_blocks, strict=True):
+            manager.block_pool.tell_found(request, blocks, manager.block_size, self._hit_tokens)
 
 
 class TidepoolNoCacheCoordinator(ArenaCoordinator, KVCacheCoordinatorNoPrefixCache):
@@ -161,8 +292,9 @@ class TidepoolKVCacheManager(KVCacheManager):
         super().__init__(*args, **kwargs)
         self._arrivals: dict[str, Arrival] = {}
         """Of each request that was offered memory and hasn't ended, what was known when it came."""
-        self._second_states: dict[str, int] = {}
-        """Of these requests, tokens up to the second state that they were told to leave, if any."""
+        self._answers = AnswerLengths()
+        self._resumed: dict[str, Resumed] = {}
+        """Of these requests, where they go on from earlier ones."""
         self._found: tuple[KVCacheBlocks, int, int] = (self.empty_kv_cache_blocks, 0, 0)
         """What the last lookup found."""
         self._refused: tuple[Request, int, tuple[KVCacheBlocks, int, int]] | None = None
@@ -183,53 +315,82 @@ class TidepoolKVCacheManager(KVCacheManager):
             arrival = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
             if arrival.distance is not None:
                 pool.partings.saw(arrival.distance)
+            if arrival.place is not None:
+                self._resumed[request.request_id] = pool.prompt_ends.began(arrival.place)
             self._arrivals[request.request_id] = arrival
             pool.arena.start(request.request_id, arrival.turn)
         return arrival.turn != Turn.FIRST
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
-        """As vLLM's, but another place for the state that it would keep where prompts part.
+        """As vLLM's; it also plans where the request leaves checkpoints.
 
-        None where a long prompt goes on from an earlier one: it shares that one's answer as well, which looks like a
-        place where prompts part; but the answer was given once, and a state there costs each turn a step and a block.
-        And where no prompt has parted from this one yet, the place where later ones are expected to.
+        vLLM names the place where a prompt parts from others, if no state is kept there yet. It isn't kept where a long
+        prompt goes on from an earlier one: that shares the earlier one's answer as well, which looks like a place where
+        prompts part; but the answer was given once, and a state there costs each turn a step and a block.
         """
         if found := self._refused_before(request):
             return found
-        blocks, tokens, junction = super().get_computed_blocks(request)
-        if junction >= LONG_PROMPT and self._continues(request):
-            junction = 0
+        blocks, tokens, branch = super().get_computed_blocks(request)
+        if not self.enable_caching:
+            return blocks, tokens, branch
+        if branch >= LONG_PROMPT and self._continues(request):
+            branch = 0
         pool: ArenaBlockPool = self.block_pool
-        if junction:
-            pool.remember_junction(request.block_hashes[junction // pool.pools[0].hash_block_size - 1])
-        elif self.mamba_shared_prefix_checkpoint:
-            junction = self._second_state(request, tokens)
-            if junction:
-                self._second_states[request.request_id] = junction
-        self._found = blocks, tokens, junction
-        return blocks, tokens, junction
+        if branch:
+            branch = branch // self._rules.unit * self._rules.unit
+            pool.remember_junction(request.block_hashes[branch // pool.pools[0].hash_block_size - 1])
+        self._plan_checkpoints(request, tokens, branch or self._second_state(request, tokens))
+        self._found = blocks, tokens, branch
+        return self._found
+
+    def _plan_checkpoints(self, request: Request, computed: int, branch: int) -> None:
+        """Decide where a request leaves states, ``computed`` tokens of which are cached."""
+        pool: ArenaBlockPool = self.block_pool
+        books, name = self.coordinator.books, request.request_id
+        self._continues(request)
+        books.of[name] = plan_checkpoints(
+            self._rules,
+            pool.prompt_ends,
+            request.num_prompt_tokens,
+            computed,
+            (branch,) if branch else (),
+            self._resumed.get(name, Resumed.NOWHERE),
+        )
+        _, checkpoint = self._rules.last_places(request.num_prompt_tokens)
+        books.far[name] = FarPlaces(checkpoint, pool.partings.distances[-1])
+
+    def step_end(self, request: Request, start: int, end: int, prompt_end: int) -> int:
+        """Where a step of a request's prompt ends; see `Checkpoints.step_end`."""
+        plan = self.coordinator.books.of.get(request.request_id, Checkpoints())
+        return plan.step_end(self._rules, start, end, prompt_end)
+
+    @property
+    def _rules(self) -> CheckpointRules:
+        rules: CheckpointRules = self.coordinator.books.rules
+        return rules
 
     def _second_state(self, request: Request, computed: int) -> int:
         """Tokens up to which a prompt should leave a second state, of which ``computed`` are cached; 0 for none."""
         pool: ArenaBlockPool = self.block_pool
-        _, checkpoint = self._last_places(request)
+        _, checkpoint = self._rules.last_places(request.num_prompt_tokens)
         distance = pool.partings.second_state(checkpoint, pool.state_tokens)
         place = checkpoint - distance
         return place if distance and place > computed and place >= LONG_PROMPT else 0
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """As vLLM's; it files what the request leaves in the cache under its name."""
+        waits = request.status != RequestStatus.RUNNING
+        if waits:
+            answer = min(request.max_tokens, max(self._answers.expected(), request.num_output_tokens))
+            self.coordinator.expect(request.request_id, request.num_prompt_tokens, request.num_prompt_tokens + answer)
         if not self.enable_caching:
             return super().allocate_slots(request, *args, **kwargs)
         pool: ArenaBlockPool = self.block_pool
-        waits = request.status != RequestStatus.RUNNING
         if waits:
             if self._refused_before(request):
                 return None
             pool.finds_trunk = not self._continues(request)
-            end, checkpoint = self._last_places(request)
-            long = request.num_prompt_tokens >= LONG_PROMPT
-            pool.state_to_come = checkpoint if long or saves_little(end, pool.checkpoint_tokens) else end
+            pool.state_to_come = self.coordinator.books.of[request.request_id].last
         pool.request = request.request_id
         slots = super().allocate_slots(request, *args, **kwargs)
         pool.request = None
@@ -253,66 +414,59 @@ class TidepoolKVCacheManager(KVCacheManager):
         if self.enable_caching:
             pool.request = request.request_id
             pool.reach = pool.last_states.pop(request.request_id, None)
-        left = pool.reach is not None
+        reach = pool.reach
+        self.coordinator.ends(request.request_id)
         super().free(request)
         pool.request = pool.reach = None
-        self._end(request, left=left)
+        self._end(request, reach)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """The same, where the blocks are released later."""
-        self._end(request, left=self.block_pool.last_states.pop(request.request_id, None) is not None)
+        self._end(request, self.block_pool.last_states.pop(request.request_id, None))
+        self.coordinator.ends(request.request_id)
         return super().pop_blocks_for_free(request)
 
-    def _end(self, request: Request, *, left: bool) -> None:
-        """Forget a request if it has finished, but for where it ended if it has ``left`` (or found) a state."""
+    def _end(self, request: Request, reach: int | None) -> None:
+        """Forget a request if it has finished, but for where it ended.
+
+        Args:
+            request: the request.
+            reach: tokens up to the last state that it left or found in the cache; None if there is none.
+        """
         if self._refused and self._refused[0] is request:
             self._refused = None
-        if not self.enable_caching or not request.is_finished():
+        if not request.is_finished():
             return
-        second = self._second_states.pop(request.request_id, None)
+        if request.num_output_tokens:
+            self._answers.ended(request.num_output_tokens)
+        if not self.enable_caching:
+            return
+        plan = self.coordinator.books.forget(request.request_id)
+        self._resumed.pop(request.request_id, None)
         arrival = self._arrivals.pop(request.request_id, None)
         if arrival is None:
             return
         pool: ArenaBlockPool = self.block_pool
         pool.arena.finish(request.request_id)
-        if not left:
+        read = request.num_computed_tokens >= request.num_prompt_tokens
+        if reach is None and not read:
             return
-        end, checkpoint = self._last_places(request)
+        end, checkpoint = self._rules.last_places(request.num_prompt_tokens)
         unit = pool.pools[0].hash_block_size
-        places = [(end, 0), (checkpoint, 0)]
-        places += [(checkpoint - distance, distance) for distance in pool.partings.distances]
-        pool.returns.ended(
-            [
-                Place(request.block_hashes[place // unit - 1], distance, kept=place in (end, checkpoint, second))
-                for place, distance in places
-                if place > 0
-            ],
-            pool.arena.turnover,
-            arrival,
-        )
 
-    def _last_places(self, request: Request) -> tuple[int, int]:
-        """Tokens up to the last place where a later prompt can go on from this one, and up to the last checkpoint."""
-        # The last token is always computed anew, so nobody can go on from behind it.
-        last = request.num_prompt_tokens - 1
-        unit, spacing = self.block_pool.pools[0].hash_block_size, self.block_pool.checkpoint_tokens
-        return last // unit * unit, last // spacing * spacing
+        def left(place: int) -> bool:
+            return reach is not None and place <= reach and place in plan
 
-    @property
-    def watermark_blocks(self) -> int:
-        """Extents to leave free when a waiting request is admitted beside running ones.
-
-        A share of those that attention holds, for running requests will need about that much more before they end:
-        for their answers, and for a second state at each checkpoint. Without it each of them preempts a request that
-        has to be read again. Short chats hold little attention, so for them it is next to nothing.
-        """
-        if not self.enable_caching or not self.kv_cache_config.geometry:
-            return 0
-        return sum(pool.pinned for pool in self.block_pool.growing) // GROWING_PER_SPARE_EXTENT
-
-    @watermark_blocks.setter
-    def watermark_blocks(self, blocks: int) -> None:
-        assert blocks == 0, "a watermark of the user's closes a gate"
+        keys = {place: request.block_hashes[place // unit - 1] for place in (end, checkpoint) if place}
+        places = [Place(key, 0, left(place) or left(checkpoint)) for place, key in keys.items()]
+        places += [
+            Place(request.block_hashes[place // unit - 1], distance, left(place))
+            for distance in pool.partings.distances
+            if (place := checkpoint - distance) > 0
+        ]
+        pool.returns.ended(places, pool.arena.turnover, arrival)
+        if end and read:
+            pool.prompt_ends.ended(request.num_prompt_tokens, keys[end], keys.get(checkpoint), pool.arena.turnover)
 
     def take_new_block_ids(self) -> list[int]:
         """What workers do to blocks before the next step: poisoning first, then zeroing of new attention blocks."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+NO_STATES = "layers: the model doesn't keep states beside attention"
 SUPPORTED_VLLM = ("0.32.0",)
 """Versions whose seams were read and tested."""
 
@@ -60,16 +61,15 @@ GATES: tuple[Gate, ...] = (
     Gate("speculative-decoding", "of speculative decoding only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run", _other_drafter),
     Gate("speculative-ranks", "speculative decoding has been run in one process on the CPU only", _drafts_elsewhere),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
-    Gate("kv-cache-dtype", "quantized KV caches are untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
+    Gate("kv-cache-dtype", "a KV cache dtype of one's own is untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
     Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
     Gate("replayssm", "ReplaySSM keeps rings in place of states", lambda c: bool(c.cache_config.use_replayssm)),
-    Gate("retention-interval", "only vLLM's default retention of states is tested", lambda c: c.cache_config.prefix_cache_retention_interval != 0),
-    Gate("prefix-match-unit", "a match unit of one's own is untested", lambda c: c.cache_config.prefix_match_unit is not None),
+    Gate("prefix-match-unit", "prefix hits land on every attention block here, so there is nothing to set: leave prefix_match_unit out", lambda c: c.cache_config.prefix_match_unit is not None),
     Gate("hisparse", "HiSparse has pools of its own", lambda c: c.attention_config.hisparse_config is not None),
     Gate("hybrid-manager-off", "without vLLM's hybrid KV cache manager all layers are one group", lambda c: bool(c.scheduler_config.disable_hybrid_kv_cache_manager)),
     Gate("scheduler-class", "a scheduler class of one's own is untested", lambda c: c.scheduler_config.scheduler_cls is not None),
-    Gate("watermark", "a watermark counts blocks of one pool", lambda c: c.scheduler_config.watermark > 0),
-    Gate("kv-cache-metrics", "block residency metrics tell blocks apart by an id of one pool", lambda c: bool(c.observability_config.kv_cache_metrics)),
+    Gate("watermark", "a watermark counts blocks of one pool, and tidepool keeps room for those who run by itself: leave watermark out", lambda c: c.scheduler_config.watermark > 0),
+    Gate("kv-cache-metrics", "block residency metrics tell blocks apart by an id of one pool: leave kv_cache_metrics out", lambda c: bool(c.observability_config.kv_cache_metrics)),
     Gate("encoder-decoder", "encoder-decoder models are untested", lambda c: bool(c.model_config.is_encoder_decoder)),
     Gate("model-runner-v2", "vLLM's second model runner is untested on the CPU", lambda c: bool(c.use_v2_model_runner) and c.device_config.device_type == "cpu"),
     Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] opens this gate)", lambda c: c.device_config.device_type != "cpu"),
@@ -104,7 +104,7 @@ def unservable_specs(specs: Mapping[str, Any]) -> str | None:
     attention = {spec for spec in specs.values() if not isinstance(spec, MambaSpec)}
     states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
     if not attention or not states:
-        return "layers: the model doesn't keep states beside attention"
+        return NO_STATES
     for spec in attention:
         if type(spec) not in (FullAttentionSpec, SlidingWindowSpec) or spec.page_size_padded is not None:
             return f"layers: {type(spec).__name__} layers beside states are untested"
@@ -115,4 +115,15 @@ def unservable_specs(specs: Mapping[str, Any]) -> str | None:
                 return "layers: windows that keep more tokens than they attend to are untested beside states"
         elif spec.sliding_window is not None or spec.attention_chunk_size is not None:
             return "layers: windowed or chunked attention that keeps every token is untested beside states"
+    return None
+
+
+def unservable_backends(backends: Sequence[str]) -> str | None:
+    """Why layers aren't served for their attention backends, or None.
+
+    Args:
+        backends: names of the backends' classes.
+    """
+    if "FlexAttentionBackend" in backends:
+        return "layers: FlexAttention takes num_gpu_blocks for the blocks of every layer"
     return None

@@ -4,7 +4,6 @@ tidepool doesn't serve go vLLM's way in the same process. Every name patched is 
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -34,13 +33,17 @@ def _patch_settings() -> None:
     """Refuse wrong settings where the user's arguments are read, before any process starts."""
     from vllm.engine.arg_utils import EngineArgs
 
+    from tidepool.vllm_plugin.asked import note_asked
     from tidepool.vllm_plugin.settings import check_kv, read_settings
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
             settings = read_settings(self.additional_config)
             config = original(self, *args, **kwargs)
-            check_kv(settings.kv, config.device_config.device_type, config.cache_config.cache_dtype)
+            cache = config.cache_config
+            skipped = cache.kv_cache_dtype_skip_layers
+            check_kv(settings.kv, config.device_config.device_type, cache.cache_dtype, skipped)
+            note_asked(self, config, settings)
             return config
 
         return create_engine_config
@@ -84,6 +87,9 @@ def _patch_planning() -> None:
     from vllm.v1.core import kv_cache_utils as utils
 
     from tidepool.vllm_plugin import planning
+    from tidepool.vllm_plugin.capacity import publish_capacity
+    from tidepool.vllm_plugin.gates import NO_STATES
+    from tidepool.vllm_plugin.settings import read_settings
     from tidepool.vllm_plugin.startup import log_start
 
     inflate = Platform.__dict__["_align_hybrid_block_size"].__func__
@@ -101,7 +107,9 @@ def _patch_planning() -> None:
     def update_block_size_for_backend(cls: Any, vllm_config: Any) -> None:
         update_block_size(cls, vllm_config)
         model_config = vllm_config.model_config
-        if model_config and model_config.is_hybrid and not cls._find_non_ssm_backends(vllm_config):
+        if model_config and not model_config.is_hybrid:
+            planning.step_aside(vllm_config, read_settings(vllm_config.additional_config), NO_STATES)
+        elif model_config and not cls._find_non_ssm_backends(vllm_config):
             # vLLM aligns nothing on a pipeline stage without attention. The others wait for its word.
             planning.keep_pages_natural(cls, vllm_config, None)
 
@@ -159,6 +167,15 @@ def _patch_planning() -> None:
 
         return update_kv_cache_capacity
 
+    def init_caches(original: Callable[..., Any]) -> Callable[..., Any]:
+        def _initialize_kv_caches(self: Any, vllm_config: Any) -> Any:
+            config = original(self, vllm_config)
+            if isinstance(config, planning.TidepoolKVCacheConfig):
+                publish_capacity(vllm_config, config)
+            return config
+
+        return _initialize_kv_caches
+
     def configs(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_configs(vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
             planning.agree(vllm_config, kv_cache_specs, available_memory)
@@ -196,13 +213,17 @@ def _patch_planning() -> None:
     _wrap(core, "get_kv_cache_configs", configs)
     _wrap(core, "generate_scheduler_kv_cache_config", scheduler_config)
     _wrap(core, "update_kv_cache_capacity", capacity)
+    _wrap(core.EngineCore, "_initialize_kv_caches", init_caches)
 
 
 def _patch_scheduler() -> None:
     from vllm.v1.core import kv_cache_manager
     from vllm.v1.core.sched import scheduler
+    from vllm.v1.request import RequestStatus
 
-    from tidepool.vllm_plugin.coordinator import LONG_PROMPT, TidepoolKVCacheManager, make_coordinator
+    from tidepool.vllm_plugin import states
+    from tidepool.vllm_plugin.capacity import MeteredKVCacheManager
+    from tidepool.vllm_plugin.coordinator import make_coordinator
     from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, plan_of
 
     def coordinator(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,52 +236,48 @@ def _patch_scheduler() -> None:
     def manager(original: type) -> Callable[..., Any]:
         def make_kv_cache_manager(*, kv_cache_config: Any, **kwargs: Any) -> Any:
             served = isinstance(kv_cache_config, TidepoolKVCacheConfig)
-            return (TidepoolKVCacheManager if served else original)(kv_cache_config=kv_cache_config, **kwargs)
+            return (MeteredKVCacheManager if served else original)(kv_cache_config=kv_cache_config, **kwargs)
 
         return make_kv_cache_manager
 
-    def scheduler_init(original: Callable[..., Any]) -> Callable[..., Any]:
-        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-            original(self, vllm_config, *args, **kwargs)
-            if plan_of(vllm_config) is not None and self.need_mamba_block_aligned_split:
-                # The scheduler ends prefill chunks at multiples of cache_config.block_size, meaning the distance of
-                # checkpoints; with natural pages the attention block is smaller. Only its own copy says so.
-                self.cache_config = copy.copy(self.cache_config)
-                self.cache_config.block_size = self.cache_config.mamba_block_size
-                # Backends that can save a state within a chunk save the one at the prompt's end and not the one at its
-                # last checkpoint, from which prompts go on that differ in the last few tokens. So prompts are cut at
-                # both, as for backends that can't.
-                self.mamba_has_prefill_checkpoint_blocks = False
-
-        return __init__
-
     def split(original: Callable[..., Any]) -> Callable[..., Any]:
-        def _mamba_block_aligned_split(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-            partial = self.mamba_partial_cache_hit
-            if not partial or request.num_prompt_tokens < LONG_PROMPT or plan_of(self.vllm_config) is None:
-                return original(self, request, *args, **kwargs)
-            # The one place where vLLM decides on a cut at the prompt's end, and this switch the only way to it.
-            self.mamba_partial_cache_hit = False
-            try:
-                return original(self, request, *args, **kwargs)
-            finally:
-                self.mamba_partial_cache_hit = partial
+        def _mamba_block_aligned_split(
+            self: Any,
+            request: Any,
+            num_new_tokens: int,
+            num_new_local_computed_tokens: int = 0,
+            num_external_computed_tokens: int = 0,
+        ) -> int:
+            cached = num_new_local_computed_tokens, num_external_computed_tokens
+            if plan_of(self.vllm_config) is None:
+                return int(original(self, request, num_new_tokens, *cached))
+            start = request.num_computed_tokens + sum(cached)
+            prompt_end = max(request.num_prompt_tokens, request.num_tokens - 1)
+            if start >= prompt_end:
+                return num_new_tokens
+            spacing = self.kv_cache_manager.block_pool.checkpoint_tokens
+            few = num_new_tokens < min(spacing, prompt_end - start) and self.max_num_scheduled_tokens >= 8 * spacing
+            if few and request.status != RequestStatus.RUNNING and self._inflight_prefills:
+                # What another prompt has left of a large step: to begin with so little would hold memory for nothing.
+                return 0
+            return int(self.kv_cache_manager.step_end(request, start, start + num_new_tokens, prompt_end)) - start
 
         return _mamba_block_aligned_split
 
     _wrap(scheduler.Scheduler, "_mamba_block_aligned_split", split)
     _wrap(kv_cache_manager, "get_kv_cache_coordinator", coordinator)
     scheduler.KVCacheManager = manager(scheduler.KVCacheManager)
-    _wrap(scheduler.Scheduler, "__init__", scheduler_init)
+    states.register()
 
 
 def _patch_workers() -> None:
     from vllm.config.compilation import CompilationConfig
+    from vllm.model_executor.layers.mamba.checkpoint import MambaPrefillCheckpointBuilder
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, send_plan
-    from tidepool.vllm_plugin.worker import arena_bytes_of, limit_requests
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, plan_of, send_plan
+    from tidepool.vllm_plugin.worker import arena_bytes_of, limit_requests, states_within_steps
 
     def specs(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_kv_cache_spec(self: Any) -> Any:
@@ -323,6 +340,16 @@ def _patch_workers() -> None:
 
         return update
 
+    def saved_within(original: Callable[..., Any]) -> Callable[..., Any]:
+        def build(self: Any, m: Any, request_rows: list[int]) -> Any:
+            plan = plan_of(self.vllm_config)
+            if plan is None:
+                return original(self, m, request_rows)
+            return states_within_steps(self.vllm_config, plan, self.kv_cache_spec, m, request_rows)
+
+        return build
+
+    _wrap(MambaPrefillCheckpointBuilder, "build", saved_within)
     _wrap(CompilationConfig, "resolve_cudagraph_mode_and_sizes", graph_sizes)
     _wrap(GPUModelRunner, "get_kv_cache_spec", specs)
     _wrap(GPUModelRunner, "initialize_kv_cache", init_cache)

@@ -30,6 +30,7 @@ from vllm.v1.kv_cache_interface import (
 from tidepool.cache import (
     Arena,
     CacheConfigError,
+    CheckpointRules,
     Cut,
     FullAttention,
     Geometry,
@@ -43,19 +44,27 @@ from tidepool.cache import (
     cut_by_slots,
     fixed_shares,
     fixed_stage_shares,
+    spacing_within,
 )
-from tidepool.vllm_plugin.gates import closed_gates, unservable_specs
+from tidepool.vllm_plugin.asked import asked_of
+from tidepool.vllm_plugin.gates import closed_gates, unservable_backends, unservable_specs
 from tidepool.vllm_plugin.settings import Eviction, Partition, Settings, read_settings
 
 logger = init_logger("vllm.tidepool")
 
 CHECKPOINT_TOKENS = 512
-"""How far apart states are kept at most; it costs no padding. Chosen by replay (docs/prefix-caching.md): few enough for
-shared system prompts, many enough that states are seldom copied."""
+"""From one checkpoint that different prompts may share to the next; it costs no padding. Chosen by replay
+(docs/prefix-caching.md): few enough for shared system prompts."""
+COLUMN_TOKENS = 128
+"""What a column of the states' block table stands for at most: vLLM's block size of states. Layers that save a state
+inside a step can do so from two columns on; and a running state moves to the next column at each multiple."""
 PROFILING_EXTENTS = 64
 """Extents at most in the KV cache that vLLM makes to measure CUDA graphs with, and throws away again: one for each
 request of a captured step, it thinks, which would take gigabytes."""
+STATES_ROLE = "tidepool-states"
+"""The role by which vLLM finds the manager of a group of states, `tidepool.vllm_plugin.states.StateManager`."""
 _PLAN = "tidepool_plan"
+_ASIDE = "tidepool_stepped_aside"
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,8 @@ class Plan:
     eviction: Eviction
     stock: StockBlocks | None
     """None on a pipeline stage without attention, which vLLM doesn't inflate."""
+    checkpoint_tokens: int = CHECKPOINT_TOKENS
+    """From one checkpoint to the next, with prefix caching."""
     slots: tuple[int, ...] = ()
     """Blocks of each group in an extent, where several pipeline stages share them."""
     places: tuple[tuple[int, int], ...] = ()
@@ -90,6 +101,8 @@ class RankView:
     """Of the layers that this rank has; none where it is switched off."""
     kernel_tokens: int
     """The fewest tokens of an attention block that its kernels take; 1 without attention."""
+    backends: tuple[str, ...] = ()
+    """Names of its attention backends' classes."""
 
 
 @dataclass
@@ -98,6 +111,10 @@ class TidepoolKVCacheConfig(KVCacheConfig):
 
     partition: Partition = "elastic"
     eviction: Eviction = "returns"
+    checkpoint_tokens: int = CHECKPOINT_TOKENS
+    """From one checkpoint to the next, with prefix caching."""
+    stock_block_tokens: int = 0
+    """Tokens of a block as vLLM alone would have it: with prefix caching it cuts longer prompts."""
     geometry: Geometry | None = None
     """Of the elastic partition."""
     shares: tuple[Share, ...] = ()
@@ -135,6 +152,27 @@ class TidepoolKVCacheConfig(KVCacheConfig):
 def plan_of(vllm_config: Any) -> Plan | None:
     """The plan of an engine that tidepool serves, else None."""
     return getattr(vllm_config.cache_config, _PLAN, None)
+
+
+def step_aside(vllm_config: Any, settings: Settings, closed: str | None) -> None:
+    """Leave an engine to vLLM, and say so once.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine; `stepped_aside` tells the reason from now on.
+        settings: they may have switched tidepool off, which needs no other reason.
+        closed: why it isn't served, as ``name: reason``.
+    """
+    if not settings.enabled:
+        closed = "off: TIDEPOOL or additional_config says so"
+        logger.info_once("tidepool is switched off: vLLM's own KV cache is used.", scope="global")
+    else:
+        logger.warning_once("tidepool steps aside, vLLM's own KV cache is used. %s.", closed, scope="global")
+    object.__setattr__(vllm_config, _ASIDE, closed)
+
+
+def stepped_aside(vllm_config: Any) -> str | None:
+    """Why the worker of this configuration left its engine to vLLM, as ``name: reason``; None if it didn't."""
+    return getattr(vllm_config, _ASIDE, None)
 
 
 def send_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> None:
@@ -259,12 +297,10 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
     views = [] if closed else views_of_ranks(vllm_config, _view(platform, vllm_config, settings))
     if len({view.settings for view in views}) > 1:
         raise CacheConfigError("TIDEPOOL isn't the same on every node: set it alike, or TIDEPOOL=off on all.")
-    if not settings.enabled:
-        logger.info_once("tidepool is switched off: vLLM's own KV cache is used.", scope="global")
-        return False
     closed = closed or unservable_specs({name: spec for view in views for name, spec in view.specs.items()})
-    if closed:
-        logger.warning_once("tidepool steps aside, vLLM's own KV cache is used. %s.", closed, scope="global")
+    closed = closed or unservable_backends([backend for view in views for backend in view.backends])
+    if closed or not settings.enabled:
+        step_aside(vllm_config, settings, closed)
         return False
 
     stock = None
@@ -284,15 +320,78 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
             "take: change block_tokens (or --block-size)."
         )
     if cache_config.mamba_cache_mode == "align":
-        spacing = settings.checkpoint_tokens or -(-CHECKPOINT_TOKENS // block_tokens) * block_tokens
-        if spacing % block_tokens:
-            raise CacheConfigError(
-                f"checkpoint_tokens ({spacing}) must be a multiple of the attention block ({block_tokens} tokens)."
-            )
-        cache_config.mamba_block_size = spacing
+        spacing = _spacing(vllm_config, settings, block_tokens)
+        cache_config.mamba_block_size = _column_tokens(spacing, block_tokens)
+    else:
+        spacing = CHECKPOINT_TOKENS
     cache_config.block_size = block_tokens
-    object.__setattr__(cache_config, _PLAN, Plan(settings.partition, settings.eviction, stock))
+    object.__setattr__(cache_config, _PLAN, Plan(settings.partition, settings.eviction, stock, spacing))
     return True
+
+
+def checkpoint_rules(
+    states: Sequence[MambaSpec],
+    *,
+    unit: int,
+    spacing: int,
+    drafter: bool,
+    stock_block_tokens: int = 0,
+    interval: int | None = 0,
+) -> CheckpointRules:
+    """What decides where an engine's prompts can leave checkpoints: the same for scheduler and workers.
+
+    Args:
+        states: the specs of its groups of states.
+        unit: a hit ends at a multiple of so many tokens.
+        spacing: tokens from one checkpoint to the next.
+        drafter: whether drafts come from a head that reads the model's hidden states, so that lookups find one unit
+            more than they give.
+        stock_block_tokens: the block that vLLM alone would have; only the scheduler asks for it, as for
+        interval: the user's retention interval in tokens; None for the ends of all steps.
+    """
+    within = 0
+    if all(spec.num_prefill_checkpoint_blocks and spec.prefill_checkpoint_alignment for spec in states):
+        within = lcm(*(spec.prefill_checkpoint_alignment for spec in states))
+    return CheckpointRules(
+        unit=unit,
+        spacing=-(-spacing // unit) * unit,
+        ahead=unit if drafter else 0,
+        within=within,
+        column=max(spec.block_size for spec in states),
+        free_cut=None if within or not stock_block_tokens else stock_block_tokens,
+        interval=unit if interval is None else interval,
+    )
+
+
+def _column_tokens(spacing: int, block_tokens: int) -> int:
+    """The widest column up to `COLUMN_TOKENS` (or else the attention block) of which checkpoints lie at multiples."""
+    blocks = spacing // block_tokens
+    widths = [width for width in range(1, blocks + 1) if blocks % width == 0 and width * block_tokens <= COLUMN_TOKENS]
+    return max(widths, default=1) * block_tokens
+
+
+def _spacing(vllm_config: Any, settings: Settings, block_tokens: int) -> int:
+    """How far checkpoints lie apart, in tokens: as the user said, or about `CHECKPOINT_TOKENS`.
+
+    Raises:
+        CacheConfigError: it isn't a multiple of the attention block, or doesn't divide the retention interval.
+    """
+    interval = vllm_config.cache_config.prefix_cache_retention_interval
+    named = {
+        "checkpoint_tokens": settings.checkpoint_tokens,
+        "--mamba-block-size": asked_of(vllm_config).mamba_block_size,
+        "prefix_cache_retention_interval": interval,
+    }
+    name, tokens = next(((name, tokens) for name, tokens in named.items() if tokens), ("", block_tokens))
+    if tokens % block_tokens:
+        raise CacheConfigError(f"{name} ({tokens}) must be a multiple of the attention block ({block_tokens} tokens).")
+    if not name:
+        return -(-CHECKPOINT_TOKENS // block_tokens) * block_tokens
+    if interval and name == "prefix_cache_retention_interval":
+        return spacing_within(interval, block_tokens, CHECKPOINT_TOKENS)
+    if interval and interval % tokens:
+        raise CacheConfigError(f"prefix_cache_retention_interval ({interval}) must be a multiple of {name} ({tokens}).")
+    return tokens
 
 
 def views_of_ranks(vllm_config: Any, mine: RankView) -> list[RankView]:
@@ -311,7 +410,9 @@ def views_of_ranks(vllm_config: Any, mine: RankView) -> list[RankView]:
 def _view(platform: Any, vllm_config: Any, settings: Settings) -> RankView:
     if not settings.enabled:
         return RankView(settings, {}, 1)
-    return RankView(settings, layer_specs_of(vllm_config), _smallest_kernel_block(platform, vllm_config))
+    backends = _attention_backends(platform, vllm_config)
+    names = tuple(backend.__name__ for backend in backends)
+    return RankView(settings, layer_specs_of(vllm_config), _smallest_kernel_block(vllm_config, backends), names)
 
 
 def group_by_layer_cache(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
@@ -319,7 +420,11 @@ def group_by_layer_cache(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupS
     layers: dict[KVCacheSpec, list[str]] = {}
     for name, spec in specs.items():
         layers.setdefault(spec, []).append(name)
-    return [KVCacheGroupSpec(names, type(spec).merge([spec] * len(names))) for spec, names in layers.items()]
+    groups = [KVCacheGroupSpec(names, type(spec).merge([spec] * len(names))) for spec, names in layers.items()]
+    for group in groups:
+        if isinstance(group.kv_cache_spec, MambaSpec):
+            group.role = STATES_ROLE
+    return groups
 
 
 def core_groups(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> list[Group]:
@@ -393,6 +498,8 @@ def make_kv_cache_config(
         prefix_cache_retention_interval=vllm_config.cache_config.prefix_cache_retention_interval,
         partition=plan.partition,
         eviction=plan.eviction,
+        checkpoint_tokens=plan.checkpoint_tokens,
+        stock_block_tokens=plan.stock.block_tokens if plan.stock else 0,
         geometry=None if shares else geometry,
         shares=shares,
         arena_bytes=arena_bytes,
@@ -436,7 +543,16 @@ def _geometry(plan: Plan | None, core: Sequence[Group]) -> Geometry:
 def _groups_on(groups: Sequence[KVCacheGroupSpec], layers: Sequence[str]) -> list[KVCacheGroupSpec]:
     """The groups with the layers that one rank has."""
     held = set(layers)
-    return [KVCacheGroupSpec([n for n in group.layer_names if n in held], group.kv_cache_spec) for group in groups]
+    return [replace(group, layer_names=[n for n in group.layer_names if n in held]) for group in groups]
+
+
+def requests_with_states(config: TidepoolKVCacheConfig) -> int:
+    """Requests whose states fit in the memory: one state each, and one for each draft token."""
+    return min(
+        (blocks - 1) // (1 + group.kv_cache_spec.num_speculative_blocks)
+        for blocks, group in zip(config.pool_blocks, config.kv_cache_groups, strict=True)
+        if isinstance(group.kv_cache_spec, MambaSpec)
+    )
 
 
 def max_concurrency(vllm_config: Any, config: TidepoolKVCacheConfig) -> float:
@@ -511,11 +627,19 @@ def layer_specs_of(vllm_config: Any) -> dict[str, KVCacheSpec]:
     }
 
 
-def _smallest_kernel_block(platform: Any, vllm_config: Any) -> int:
-    """The fewest tokens that a block of every attention backend in the model may have."""
+def _attention_backends(platform: Any, vllm_config: Any) -> list[Any]:
+    """The attention backends in the model."""
+    from vllm.config.vllm import set_current_vllm_config
+
+    with set_current_vllm_config(vllm_config):
+        return list(platform._find_non_ssm_backends(vllm_config))
+
+
+def _smallest_kernel_block(vllm_config: Any, backends: Sequence[Any]) -> int:
+    """The fewest tokens that a block of all these attention backends may have."""
     from vllm.config.vllm import set_current_vllm_config
     from vllm.v1.attention.backend import MultipleOf
 
     with set_current_vllm_config(vllm_config):
-        sizes = [b.get_supported_kernel_block_sizes() for b in platform._find_non_ssm_backends(vllm_config)]
+        sizes = [backend.get_supported_kernel_block_sizes() for backend in backends]
     return lcm(*(min(s.base if isinstance(s, MultipleOf) else s for s in each) for each in sizes if each))

@@ -16,28 +16,24 @@ from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, get_block_hash
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from tidepool.cache import Arena, ExpectedReturn, Keep, LeastRecentlyUsed, Partings, Returns
+from tidepool.cache import Arena, ExpectedReturn, Keep, LeastRecentlyUsed, Partings, PromptEnds, Returns
+from tidepool.vllm_plugin.events import ExactEvents
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
 
 logger = init_logger("vllm.tidepool")
 
-SPARE_SHARE = 2
-"""A prompt's second state is a spare where it saves less than this part of the prompt."""
 JUNCTIONS = 4096
 """Places where prompts parted that are remembered at most."""
 RETURN_UNITS = 16
 """Ages up to this part of the memory aren't told apart; see `Returns`."""
+LIFETIME = 16
+"""Times that the memory is handed out, after which a prompt counts as never gone on from; see `PromptEnds`."""
 SECOND_STATES = (1, 2, 4, 8)
 """How far before its last checkpoint a prompt may leave a second state, in checkpoints; see `Partings`."""
 
 
-def saves_little(tokens: int, spacing: int) -> bool:
-    """Whether a state is less use than memory, beside the one at the last multiple of ``spacing`` tokens."""
-    return 0 < tokens % spacing * SPARE_SHARE < tokens
-
-
-class GroupBlockPool(BlockPool):
+class GroupBlockPool(ExactEvents, BlockPool):
     """The blocks of one group. Everything about hashes is vLLM's; where blocks come from and go is the arena's."""
 
     def __init__(
@@ -47,13 +43,13 @@ class GroupBlockPool(BlockPool):
         num_blocks: int,
         enable_caching: bool,
         hash_block_size: int,
+        block_tokens: int,
         checkpoint_tokens: int | None,
     ) -> None:
         self.group = group
-        self.ahead_tokens = 0
-        """How much more than it gives a lookup has to find: a block, with a drafter."""
         self.checkpoint_tokens = checkpoint_tokens
         """Tokens between states; None where the blocks aren't states."""
+        self.event_tokens = hash_block_size if checkpoint_tokens else block_tokens
         self.memory = memory
         self.arena: Arena = memory.arena
         self.num_gpu_blocks = num_blocks
@@ -71,6 +67,8 @@ class GroupBlockPool(BlockPool):
         self.metrics_collector = None
         self.handed_on: set[int] = set()
         """States in use that a request goes on from, and will leave a later one."""
+        self.spares: set[int] = set()
+        """States that are cached only as long as memory isn't short."""
         self.request_blocks: Sequence[KVCacheBlock] = ()
         """Blocks of the request that the next ones are for."""
 
@@ -82,6 +80,8 @@ class GroupBlockPool(BlockPool):
         new = [blocks[i] for i in got]
         for block in new:
             block.ref_cnt = 1
+        if self.spares:
+            self.spares.difference_update(got)
         return new
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
@@ -94,6 +94,7 @@ class GroupBlockPool(BlockPool):
                 waking.append(block.block_id)
             block.ref_cnt += 1
             if self.checkpoint_tokens:
+                self.spares.discard(block.block_id)
                 tokens = block.block_hash_num_tokens or 0
                 self.memory.leaves_state_at(tokens)
                 if tokens < self.memory.state_to_come and not self.memory.finds_trunk:
@@ -128,18 +129,17 @@ class GroupBlockPool(BlockPool):
     def _worth(self, block: KVCacheBlock) -> Keep:
         """What becomes of a block without references.
 
-        Attention behind the last state that its request leaves is of no use to anybody. A prompt leaves a state at its
-        last checkpoint and one at its end, which is less than `checkpoint_tokens` ahead and takes as much memory: with
-        long prompts it is kept only while there is memory to spare. So is the state that a conversation has gone on
+        Attention behind the last state that its request leaves is of no use to anybody. A state that saves little
+        beside another one is kept only while there is memory to spare. So is the state that a conversation has gone on
         from, once it has a later one.
         """
         handed_on = block.block_id in self.handed_on
         self.handed_on.discard(block.block_id)
         if block.block_hash is None:
             return Keep.NO
-        tokens, spacing = block.block_hash_num_tokens or 0, self.checkpoint_tokens
-        if not spacing:
-            if self.memory.reach is None or tokens - self.ahead_tokens <= self.memory.reach:
+        tokens = block.block_hash_num_tokens or 0
+        if not self.checkpoint_tokens:
+            if self.memory.reach is None or tokens - self.memory.ahead_tokens <= self.memory.reach:
                 return Keep.YES
             self._maybe_evict_cached_block(block)
             return Keep.NO
@@ -147,7 +147,14 @@ class GroupBlockPool(BlockPool):
             return Keep.YES
         if handed_on:
             return Keep.YES if self.arena.pools[self.group].trunk[block.block_id] else Keep.SPARE
-        return Keep.SPARE if saves_little(tokens, spacing) else Keep.YES
+        return Keep.SPARE if block.block_id in self.spares else Keep.YES
+
+    def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
+        """As vLLM's: a state's place in the cache passes to the block that it is copied to."""
+        super().move_block_hashes(src_block, dst_block)
+        if src_block.block_id in self.spares:
+            self.spares.discard(src_block.block_id)
+            self.spares.add(dst_block.block_id)
 
     def _insert_block_hash(
         self, block_hash_with_group_id: BlockHashWithGroupId, block: KVCacheBlock, num_tokens: int | None
@@ -237,7 +244,8 @@ class ArenaBlockPool:
                 blocks,
                 enable_caching,
                 hash_block_size,
-                spec.block_size if isinstance(spec, MambaSpec) else None,
+                spec.block_size,
+                config.checkpoint_tokens if isinstance(spec, MambaSpec) else None,
             )
             for group, (blocks, spec) in enumerate(zip(config.pool_blocks, specs, strict=True))
         )
@@ -245,8 +253,9 @@ class ArenaBlockPool:
             pool for pool, spec in zip(self.arena.pools, specs, strict=True) if not isinstance(spec, MambaSpec)
         ]
         """The core's pools of groups whose need grows with the text."""
-        self.checkpoint_tokens = max(pool.checkpoint_tokens or 0 for pool in self.pools)
+        self.checkpoint_tokens = config.checkpoint_tokens
         """Tokens from one checkpoint to the next."""
+        self.prompt_ends = PromptEnds(self.checkpoint_tokens, config.arena_bytes * LIFETIME)
         self.partings = Partings([self.checkpoint_tokens * steps for steps in SECOND_STATES])
         state_bytes = sum(
             stride for stride, pool in zip(config.strides, self.pools, strict=True) if pool.checkpoint_tokens
@@ -258,6 +267,8 @@ class ArenaBlockPool:
         )
         self.state_tokens = state_bytes / token_bytes
         """Tokens whose attention takes as many bytes as a state."""
+        self.ahead_tokens = 0
+        """How much more than it gives a lookup has to find: a block of attention, with a drafter."""
         self.null_block = self.pools[0].null_block
 
     def leaves_state_at(self, tokens: int) -> None:

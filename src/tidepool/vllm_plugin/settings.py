@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,6 +13,7 @@ Eviction = Literal["returns", "lru"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
 ENV_SWITCH = "TIDEPOOL"
 ENV_POISON = "TIDEPOOL_POISON"
+ENV_OVERCOMMIT = "TIDEPOOL_OVERCOMMIT"
 _SWITCHES = ("elastic", "fixed", "off")
 
 
@@ -32,7 +33,7 @@ class Settings(BaseModel):
     block_tokens: int | None = Field(default=None, gt=0)
     """Tokens in an attention block; by default the fewest that the attention kernels take."""
     checkpoint_tokens: int | None = Field(default=None, gt=0)
-    """Tokens between two states kept for prefix hits; 512 by default."""
+    """Tokens between two states kept for prefix hits; by default 512, or what --mamba-block-size says."""
     eviction: Eviction = "returns"
     """Which cached memory goes first: by learned times of return, or the least recently used."""
     kv: str | None = Field(default=None, pattern="^tqkv-k[2348]v[2348]$")
@@ -77,15 +78,17 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] = os.enviro
         ) from None
 
 
-def check_kv(kv: str | None, device: str, cache_dtype: str) -> None:
+def check_kv(kv: str | None, device: str, cache_dtype: str, skipped: Sequence[str] = ()) -> None:
     """Refuse a format of `tidepool.tqkv` where it can't be had.
 
     Args:
         kv: the setting ``kv``.
         device, cache_dtype: vLLM's device type and KV cache dtype.
+        skipped: vLLM's ``kv_cache_dtype_skip_layers``.
 
     Raises:
-        SettingsError: the device isn't a CPU, or vLLM has been told to keep keys and values in another way.
+        SettingsError: the device isn't a CPU, vLLM has been told to keep keys and values in another way, or single
+            layers are to be left out.
     """
     if kv is not None and device != "cpu":
         raise SettingsError(
@@ -93,8 +96,22 @@ def check_kv(kv: str | None, device: str, cache_dtype: str) -> None:
         )
     if kv is not None and cache_dtype != "auto":
         raise SettingsError(f"kv {kv!r} and the KV cache dtype {cache_dtype!r} exclude each other: leave one out.")
+    if kv is not None and set(skipped) - {"sliding_window"}:
+        raise SettingsError(
+            f"kv {kv!r} can leave out layers with windows and no others: of --kv-cache-dtype-skip-layers it takes "
+            f"sliding_window alone, not {', '.join(sorted(set(skipped) - {'sliding_window'}))}."
+        )
 
 
 def poison_requested(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether freed memory is to be filled with values that show up wherever they are read (a test of safety)."""
-    return environ.get(ENV_POISON, "") not in ("", "0")
+    return _on(ENV_POISON, environ)
+
+
+def overcommit_requested(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether requests are to be admitted without leaving room to those that run (a test of preemption)."""
+    return _on(ENV_OVERCOMMIT, environ)
+
+
+def _on(switch: str, environ: Mapping[str, str]) -> bool:
+    return environ.get(switch, "") not in ("", "0")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +14,7 @@ from tidepool.plan.memory import ElasticMemory, FixedMemory, Memory, PlannedGrou
 from tidepool.plan.predict import label, planned_group
 from tidepool.plan.words import size
 from tidepool.vllm_plugin import planning
+from tidepool.vllm_plugin.asked import WITHOUT_EFFECT, asked_of
 
 logger = init_logger("vllm.tidepool")
 
@@ -46,7 +47,7 @@ def log_start(
             stock = _stock_memory_of(vllm_config, stock_config, config.arena_bytes)
     served = "tidepool serves this model." + (f" Bytes are sums over {stages} pipeline stages." if stages > 1 else "")
     capacity = _capacity(memory_of(vllm_config, config, config.arena_bytes), stock)
-    logger.info("%s", "\n".join([served, *_groups(config, groups), *capacity]))
+    logger.info("%s", "\n".join([served, *_groups(config, groups), *capacity, *_settings(vllm_config, config)]))
 
 
 def memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> Memory:
@@ -126,6 +127,24 @@ def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> 
             f"{group.block_bytes:,} B; {share}, padded by {padding:.2%}"
         )
     return lines
+
+
+def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Iterator[str]:
+    """What became of the user's settings where that may surprise."""
+    asked = asked_of(vllm_config)
+    fitting = planning.requests_with_states(config)
+    if asked.max_num_seqs is not None and fitting < asked.max_num_seqs:
+        yield (
+            f"  max_num_seqs: lowered from {asked.max_num_seqs:,} to {max(1, fitting):,}, the requests whose states "
+            "fit in this memory"
+        )
+    if vllm_config.cache_config.num_gpu_blocks_override is not None and config.geometry:
+        yield (
+            f"  num_gpu_blocks_override: counts extents of {size(config.geometry.extent_bytes)}, not vLLM's blocks; "
+            f"{size(config.arena_bytes)} in all"
+        )
+    for name in asked.without_effect:
+        yield f"  {name}: without effect here ({WITHOUT_EFFECT[name]})"
 
 
 def _capacity(ours: Memory, stock: Memory | None) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+    from tidepool.vllm_plugin.planning import Plan, TidepoolKVCacheConfig
 
 # Both are bytes repeated: 0xff.. is NaN in every float format, 0x7f7f.. the largest finite bfloat16 and
 # a huge float32. A NaN in a state would turn every output into NaN, huge values show which part was read.
@@ -144,20 +144,59 @@ def arena_bytes_of(runner: Any) -> ArenaBytes | None:
     return arena
 
 
+def states_within_steps(vllm_config: Any, plan: Plan, spec: Any, batch: Any, rows: list[int]) -> Any:
+    """Where this step saves states inside prompts that it reads to the end, as the scheduler has it.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+        plan: the engine's plan.
+        spec: the MambaSpec of the group.
+        batch: vLLM's CommonAttentionMetadata of the step.
+        rows: those of its requests whose prompts are being read.
+
+    Returns:
+        vLLM's MambaPrefillCheckpointMetadata; None if no state is saved.
+    """
+    from vllm.model_executor.layers.mamba.checkpoint import MambaPrefillCheckpointMetadata
+    from vllm.utils.torch_utils import async_tensor_h2d
+    from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+
+    from tidepool.vllm_plugin.planning import checkpoint_rules
+
+    cache_config, speculative = vllm_config.cache_config, vllm_config.speculative_config
+    unit = cache_config.cache_hit_alignment_tokens
+    if cache_config.mamba_cache_mode != "align" or not spec.num_prefill_checkpoint_blocks or unit is None:
+        return None
+    drafter = speculative is not None and speculative.use_eagle_block_drop()
+    rules = checkpoint_rules([spec], unit=unit, spacing=plan.checkpoint_tokens, drafter=drafter)
+    lengths = batch.query_start_loc_cpu.diff().tolist()
+    ends = batch.seq_lens_cpu_upper_bound.tolist()
+    places = [rules.place_within(ends[row] - lengths[row], ends[row]) for row in rows]
+    if not any(places):
+        return None
+    offsets = [place and place - (ends[row] - lengths[row]) for place, row in zip(places, rows, strict=True)]
+    columns = [-(-ends[row] // spec.block_size) - 2 if place else -1 for place, row in zip(places, rows, strict=True)]
+    device = batch.query_start_loc.device
+    row_indices, column_indices = _indices(rows, device), _indices(columns, device)
+    blocks = batch.block_table_tensor[row_indices, column_indices]
+    return MambaPrefillCheckpointMetadata(
+        async_tensor_h2d(offsets, dtype=torch.int32, device=device),
+        torch.where(column_indices >= 0, blocks, NULL_BLOCK_ID),
+        offsets=offsets,
+        request_rows=row_indices,
+        block_cols=column_indices,
+    )
+
+
 def limit_requests(runner: Any, config: TidepoolKVCacheConfig) -> None:
-    """Lower max_num_seqs to the requests whose states fit in the memory: one state each, and one for each draft token.
+    """Lower max_num_seqs to the requests whose states fit in the memory; the log block at start says so.
 
     More requests can't run at once. vLLM captures CUDA graphs of decode steps for up to max_num_seqs of them, and its
     kernels take no batch larger than the states that there are.
     """
-    from vllm.v1.kv_cache_interface import MambaSpec
+    from tidepool.vllm_plugin.planning import requests_with_states
 
-    states = min(
-        (blocks - 1) // (1 + group.kv_cache_spec.num_speculative_blocks)
-        for blocks, group in zip(config.pool_blocks, config.kv_cache_groups, strict=True)
-        if isinstance(group.kv_cache_spec, MambaSpec)
-    )
     scheduler_config = runner.vllm_config.scheduler_config
     # vLLM calls this for a small KV cache first, to measure what CUDA graphs take.
     asked = runner.__dict__.setdefault("_tidepool_max_num_seqs", scheduler_config.max_num_seqs)
-    scheduler_config.max_num_seqs = max(1, min(asked, states))
+    scheduler_config.max_num_seqs = max(1, min(asked, requests_with_states(config)))

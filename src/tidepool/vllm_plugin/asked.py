@@ -1,0 +1,68 @@
+"""What the user asked of vLLM, as it was asked: vLLM's configuration no longer tells defaults from decisions.
+
+docs/settings.md lists every option that touches the KV cache, and what becomes of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from tidepool.vllm_plugin.settings import Settings, SettingsError
+
+_ASKED = "tidepool_asked"
+
+WITHOUT_EFFECT = {
+    "enable_mamba_shared_prefix_checkpoint": "states are always kept where prompts part",
+    "kv_cache_dtype_skip_layers": "no layer's cache is quantized",
+    "kv_cache_metrics_sample": "there are no block residency metrics without kv_cache_metrics",
+    "kv_offloading_backend": "nothing is offloaded without kv_offloading_size",
+    "replayssm_buffer_len": "there are no rings without use_replayssm",
+    "swa_bounded_replay": "it is for DeepSeek-V4.1 on vLLM's second model runner",
+    "prefill_schedule_interval": "it is for data parallelism",
+    "cp_kv_cache_interleave_size": "it is for context parallelism",
+    "dcp_kv_cache_interleave_size": "it is for context parallelism",
+}
+"""Arguments of EngineArgs that change nothing about an engine that tidepool serves, and why."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Of one engine."""
+
+    max_num_seqs: int | None = None
+    """As vLLM made it out before any memory was planned."""
+    mamba_block_size: int | None = None
+    """Tokens between checkpoints; vLLM overwrites it with the attention block."""
+    without_effect: tuple[str, ...] = ()
+    """Arguments of `WITHOUT_EFFECT` that aren't what they are by default."""
+
+
+def note_asked(engine_args: Any, vllm_config: Any, settings: Settings) -> None:
+    """Let an engine's configuration remember what its user asked for, in all its processes.
+
+    Raises:
+        SettingsError: two settings say the same and differ.
+    """
+    block, spacing = engine_args.mamba_block_size, settings.checkpoint_tokens
+    if settings.enabled and block is not None and spacing is not None and block != spacing:
+        raise SettingsError(
+            f"checkpoint_tokens ({spacing}) and --mamba-block-size ({block}) both say how far checkpoints lie apart: "
+            "leave one out."
+        )
+    defaults = {each.name: _default(each) for each in fields(engine_args)}
+    changed = [name for name in WITHOUT_EFFECT if getattr(engine_args, name) != defaults[name]]
+    if settings.kv is not None or vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16"):
+        changed = [name for name in changed if name != "kv_cache_dtype_skip_layers"]
+    asked = Asked(vllm_config.scheduler_config.max_num_seqs, block, tuple(changed))
+    object.__setattr__(vllm_config, _ASKED, asked)
+
+
+def asked_of(vllm_config: Any) -> Asked:
+    """What `note_asked` noted; nothing for a configuration that wasn't made from arguments."""
+    asked: Asked = getattr(vllm_config, _ASKED, Asked())
+    return asked
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()

@@ -1,0 +1,69 @@
+"""Whose memory an engine really uses, for everything that compares: figures are called tidepool's if tidepool served.
+
+A closed gate, a model without states or a plugin that vLLM didn't load leave an engine to vLLM, as they should, and its
+figures would then be stock vLLM's under another name.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class NotServedError(RuntimeError):
+    """An engine uses another memory than the one that its figures would be called by; one sentence."""
+
+
+def require_served(side: str, vllm_config: Any, kv_cache_config: Any) -> None:
+    """Refuse an engine that isn't what it was started as.
+
+    Args:
+        side: ``stock``, ``elastic`` or ``fixed``.
+        vllm_config: vLLM's configuration of the engine, in the process of its worker.
+        kv_cache_config: its scheduler's KVCacheConfig.
+
+    Raises:
+        NotServedError: its memory is another one.
+    """
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+
+    found = kv_cache_config.partition if isinstance(kv_cache_config, TidepoolKVCacheConfig) else "stock"
+    if found == side:
+        return
+    if found != "stock":
+        raise NotServedError(f"{side} was asked for, and the engine uses tidepool's {found} partition.")
+    raise NotServedError(f"tidepool steps aside, vLLM's own KV cache is used. {reason(vllm_config)}.")
+
+
+def require_plugin() -> None:
+    """Refuse a vLLM without tidepool, where a setting of tidepool's would be ignored.
+
+    Raises:
+        NotServedError: the plugin isn't loaded in this process.
+    """
+    if closed := _not_loaded():
+        raise NotServedError(f"tidepool isn't there. {closed}.")
+
+
+def reason(vllm_config: Any) -> str:
+    """Why an engine that vLLM serves alone was left to it, as ``name: reason``."""
+    from tidepool.vllm_plugin.gates import NO_STATES
+    from tidepool.vllm_plugin.planning import stepped_aside
+
+    # Where nobody was asked, the model isn't a hybrid one.
+    return _not_loaded() or stepped_aside(vllm_config) or NO_STATES
+
+
+def _not_loaded() -> str | None:
+    from vllm.v1.core import kv_cache_utils
+    from vllm.version import __version__
+
+    from tidepool.vllm_plugin.gates import version_gate
+
+    if getattr(kv_cache_utils, "_tidepool_installed", False):
+        return None
+    if closed := version_gate(__version__):
+        return closed
+    if "tidepool" not in (named := os.environ.get("VLLM_PLUGINS", "tidepool")).split(","):
+        return f"plugin: vLLM didn't load it, for VLLM_PLUGINS={named} doesn't name tidepool"
+    return "plugin: vLLM didn't load it; is tidepool installed beside it?"

@@ -1,0 +1,93 @@
+"""Whatever compares asks first whose memory an engine uses; figures of stock vLLM's are never called tidepool's."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.vllm
+pytest.importorskip("vllm")
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core import kv_cache_utils
+
+    monkeypatch.setattr(kv_cache_utils, "_tidepool_installed", True, raising=False)
+
+
+def config_of(side: str) -> Any:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+
+    if side == "stock":
+        return KVCacheConfig(1, [], [])
+    return TidepoolKVCacheConfig(1, [], [], partition="fixed" if side == "fixed" else "elastic")
+
+
+@pytest.mark.parametrize("asked", ["stock", "elastic", "fixed"])
+@pytest.mark.parametrize("found", ["stock", "elastic", "fixed"])
+def test_an_engine_is_what_it_is_called(loaded: None, asked: str, found: str) -> None:
+    from tidepool.vllm_plugin.served import NotServedError, require_served
+
+    if asked == found:
+        require_served(asked, SimpleNamespace(), config_of(found))
+        return
+    with pytest.raises(NotServedError) as caught:
+        require_served(asked, SimpleNamespace(), config_of(found))
+    assert ("steps aside" if found == "stock" else f"{asked} was asked for") in str(caught.value)
+
+
+def test_the_closed_gate_is_named(loaded: None) -> None:
+    from tidepool.vllm_plugin.planning import step_aside
+    from tidepool.vllm_plugin.served import reason
+    from tidepool.vllm_plugin.settings import Settings
+
+    config = SimpleNamespace()
+    assert reason(config) == "layers: the model doesn't keep states beside attention"
+    step_aside(config, Settings(), "mla: latent attention is untested")
+    assert reason(config) == "mla: latent attention is untested"
+    step_aside(config, Settings(enabled=False), "mla: latent attention is untested")
+    assert reason(config).startswith("off: TIDEPOOL")
+
+
+@pytest.mark.parametrize(
+    ("plugins", "words"),
+    [
+        ("tidepool_early", "VLLM_PLUGINS=tidepool_early doesn't name tidepool"),
+        ("tidepool,tidepool_early", "is tidepool installed beside it"),
+        (None, "is tidepool installed beside it"),
+    ],
+)
+def test_a_plugin_that_is_not_loaded_is_said(monkeypatch: pytest.MonkeyPatch, plugins: str | None, words: str) -> None:
+    from vllm.v1.core import kv_cache_utils
+    from vllm.version import __version__
+
+    from tidepool.vllm_plugin import gates
+    from tidepool.vllm_plugin.served import NotServedError, reason, require_plugin
+
+    monkeypatch.delattr(kv_cache_utils, "_tidepool_installed", raising=False)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    assert words in reason(SimpleNamespace())
+    with pytest.raises(NotServedError, match=words):
+        require_plugin()
+    monkeypatch.setattr(gates, "SUPPORTED_VLLM", ())
+    assert reason(SimpleNamespace()).startswith(f"vllm-version: vLLM {__version__}")
+
+
+def test_other_models_say_that_tidepool_steps_aside() -> None:
+    """vLLM's platform asks nobody about models without states, so the plugin has to speak up by itself."""
+    from vllm.platforms import current_platform
+
+    from tidepool.vllm_plugin import register
+    from tidepool.vllm_plugin.planning import stepped_aside
+
+    register()
+    config = SimpleNamespace(model_config=SimpleNamespace(is_hybrid=False), additional_config={})
+    current_platform.update_block_size_for_backend(config)
+    assert stepped_aside(config) == "layers: the model doesn't keep states beside attention"
