@@ -454,6 +454,10 @@ def make_kv_cache_config(
                 f"An attention block of {spec.block_size} tokens is more than the attention kernels take at once: "
                 "change block_tokens (or --block-size)."
             )
+    for group in groups:
+        # vLLM makes groups anew for each rank, without their roles.
+        if isinstance(group.kv_cache_spec, MambaSpec):
+            group.role = STATES_ROLE
     core = core_groups(vllm_config, groups)
     geometry = _geometry(plan, core)
     override = vllm_config.cache_config.num_gpu_blocks_override
