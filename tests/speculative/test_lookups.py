@@ -32,7 +32,12 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = make_checkpoint("qwen3.5", tmp_path_factory.mktemp("models"), mtp=True)
     config = json.loads(Path(model, "config.json").read_text())
     shape = EngineShape(
-        config, 2_000_000_000, "elastic", max_num_seqs=8, max_model_len=8192, speculative=SPECULATIVE[request.param]
+        config,
+        2_000_000_000,
+        "elastic",
+        max_num_seqs=8,
+        max_model_len=8192,
+        options={"speculative_config": dict(SPECULATIVE[request.param])},
     )
     made = make_engine(shape)
     made.ahead = UNIT if request.param == "mtp" else 0

@@ -155,6 +155,8 @@ class Load:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Any:
+    from vllm.config import KVEventsConfig
+
     from tidepool.replay.engine import EngineShape, make_engine
 
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -168,7 +170,7 @@ def engine(request: pytest.FixtureRequest) -> Any:
             side,
             max_num_seqs={"elastic": 16, "fixed": 8}[side],
             max_model_len=10_000,
-            kv_events=True,
+            options={"kv_events_config": KVEventsConfig(True, "null")},
             change_specs=change_specs,
         )
     )

@@ -30,7 +30,9 @@ def engine_of(side: str, model: str, drafts: bool) -> Any:
     from tidepool.replay.engine import EngineShape, make_engine
 
     config = dict(entry(model).config) | ({"mtp_num_hidden_layers": 1} if drafts else {})
-    shape = EngineShape(config, MEMORY, side, max_model_len=16_384, speculative=MTP if drafts else None)
+    shape = EngineShape(
+        config, MEMORY, side, max_model_len=16_384, options={"speculative_config": dict(MTP)} if drafts else {}
+    )
     return make_engine(shape)
 
 

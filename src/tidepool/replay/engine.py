@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
-from vllm.config import KVEventsConfig
 from vllm.config.vllm import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models.utils import extract_layer_index
@@ -57,14 +56,11 @@ class EngineShape:
     max_num_batched_tokens: int = 8_192
     prefix_caching: bool = True
     eviction: Eviction = "returns"
-    kv_events: bool = False
-    """Whether the KV cache manager tells of what enters and leaves the cache."""
     change_specs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Makes other layers of the model's, both given as layer name to vLLM's KVCacheSpec."""
-    speculative: Mapping[str, Any] | None = None
-    """vLLM's ``speculative_config``. Nothing is drafted, for there is no model, but memory is kept for it."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's EngineArgs; they win over the fields above."""
+    """Further arguments of vLLM's EngineArgs; they win over the fields above. Drafts are never made, for there is no
+    model, but memory is kept for them."""
 
 
 class GpuBlocks:
@@ -180,8 +176,6 @@ def make_engine(shape: EngineShape) -> EngineCore:
             "block_size": GPU_KERNEL_BLOCK,
             "additional_config": {"tidepool": {"eviction": shape.eviction}},
             "language_model_only": True,
-            "speculative_config": dict(shape.speculative) if shape.speculative else None,
-            "kv_events_config": KVEventsConfig(shape.kv_events, "null"),
         }
         vllm_config = EngineArgs(**arguments | dict(shape.options)).create_engine_config()
         executor = type("SizedExecutor", (NoModelExecutor,), {"shape": shape})

@@ -299,13 +299,6 @@ class TidepoolKVCacheManager(KVCacheManager):
         """What the last lookup found."""
         self._refused: tuple[Request, int, tuple[KVCacheBlocks, int, int]] | None = None
         """The last waiting request that there was no memory for, `Arena.released` then, and what it found cached."""
-        # Without a drafter, vLLM keeps a state where prompts part only at multiples of the checkpoint spacing, which is
-        # wide here; its switch for the exact place works without one too.
-        self.mamba_shared_prefix_checkpoint = self.enable_caching and self.coordinator.enable_partial_hash_hits
-        if self.mamba_shared_prefix_checkpoint:
-            for manager in self.coordinator.single_type_managers:
-                if isinstance(manager, MambaManager):
-                    manager.shared_prefix_checkpoint = True
 
     def _continues(self, request: Request) -> bool:
         """Whether a request goes on from an earlier one; looked up once, before its first blocks."""

@@ -420,11 +420,7 @@ def group_by_layer_cache(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupS
     layers: dict[KVCacheSpec, list[str]] = {}
     for name, spec in specs.items():
         layers.setdefault(spec, []).append(name)
-    groups = [KVCacheGroupSpec(names, type(spec).merge([spec] * len(names))) for spec, names in layers.items()]
-    for group in groups:
-        if isinstance(group.kv_cache_spec, MambaSpec):
-            group.role = STATES_ROLE
-    return groups
+    return [KVCacheGroupSpec(names, type(spec).merge([spec] * len(names))) for spec, names in layers.items()]
 
 
 def core_groups(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> list[Group]:
@@ -455,7 +451,7 @@ def make_kv_cache_config(
                 "change block_tokens (or --block-size)."
             )
     for group in groups:
-        # vLLM makes groups anew for each rank, without their roles.
+        # Here and not where layers are grouped: vLLM makes the groups anew for each rank, without their roles.
         if isinstance(group.kv_cache_spec, MambaSpec):
             group.role = STATES_ROLE
     core = core_groups(vllm_config, groups)
