@@ -123,21 +123,24 @@ class TestAgreement:
         }
 
     def test_ranks_that_differ_are_refused(self) -> None:
-        from tidepool.vllm_plugin.planning import Plan, StockBlocks, agree, send_plan
+        from tidepool.vllm_plugin.notes import write_note
+        from tidepool.vllm_plugin.planning import Plan, StockBlocks, agree, plan_of, send_plan
 
         def rank(plan: Plan | None) -> dict[str, Any]:
             specs = self.specs()
-            config = SimpleNamespace(cache_config=SimpleNamespace(tidepool_plan=plan))
+            config = SimpleNamespace(additional_config={})
+            if plan is not None:
+                write_note(config, "plan", plan)
             send_plan(config, specs)
             return specs
 
         elastic, fixed = (Plan(partition, "returns", StockBlocks(640, None)) for partition in ("elastic", "fixed"))
-        core = SimpleNamespace(cache_config=SimpleNamespace(mamba_cache_mode="none"))
+        core = SimpleNamespace(additional_config={}, cache_config=SimpleNamespace(mamba_cache_mode="none"))
         for one, other in ((elastic, None), (None, elastic), (elastic, fixed)):
             with pytest.raises(CacheConfigError, match=r"rank 0: .*; rank 1: .*install the same tidepool"):
                 agree(core, [rank(one), rank(other)], [1 << 30, 1 << 30])
         agree(core, [rank(None), {}, rank(None)], [1 << 30] * 3)
-        assert not hasattr(core.cache_config, "tidepool_plan")
+        assert plan_of(core) is None
 
     def decide(self, monkeypatch: pytest.MonkeyPatch, others: list[Any], **environment: str) -> bool:
         from tidepool.vllm_plugin import planning

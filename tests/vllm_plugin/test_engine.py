@@ -233,7 +233,7 @@ def test_memory_to_measure_graphs_with_is_small(engine: Any, monkeypatch: pytest
     vllm_config, groups = engine.vllm_config, engine.scheduler.kv_cache_config.kv_cache_groups
     monkeypatch.setattr(vllm_config.cache_config, "num_gpu_blocks_override", 512)
     monkeypatch.setattr(vllm_config.scheduler_config, "max_num_seqs", 512)
-    config = make_kv_cache_config(vllm_config, replace(plan_of(vllm_config), partition=partition), groups, 0)
+    config = make_kv_cache_config(vllm_config, plan_of(vllm_config)._replace(partition=partition), groups, 0)
     assert config.arena_bytes == PROFILING_EXTENTS * config.geometry.extent_bytes
     # Not more requests than there are states: vLLM's kernels would read past the memory.
     runner = SimpleNamespace(vllm_config=vllm_config)

@@ -11,6 +11,7 @@ from tidepool.vllm_plugin.gates import GATES, closed_gates, unservable_backends,
 def config() -> SimpleNamespace:
     """The parts of a VllmConfig that gates look at, with every gate open."""
     return SimpleNamespace(
+        additional_config={},
         kv_transfer_config=None,
         ec_transfer_config=None,
         speculative_config=None,
@@ -40,6 +41,7 @@ def config() -> SimpleNamespace:
 
 
 CLOSING: dict[str, tuple[str, Any]] = {
+    "additional-config": ("additional_config", SimpleNamespace(compute_hash=lambda: "")),
     "kv-connector": ("kv_transfer_config", object()),
     "ec-connector": ("ec_transfer_config", object()),
     "kv-offload": ("cache_config.kv_offloading_size", 4.0),

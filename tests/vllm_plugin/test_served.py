@@ -34,10 +34,10 @@ def test_an_engine_is_what_it_is_called(loaded: None, asked: str, found: str) ->
     from tidepool.vllm_plugin.served import NotServedError, require_served
 
     if asked == found:
-        require_served(asked, SimpleNamespace(), config_of(found))
+        require_served(asked, SimpleNamespace(additional_config={}), config_of(found))
         return
     with pytest.raises(NotServedError) as caught:
-        require_served(asked, SimpleNamespace(), config_of(found))
+        require_served(asked, SimpleNamespace(additional_config={}), config_of(found))
     assert ("steps aside" if found == "stock" else f"{asked} was asked for") in str(caught.value)
 
 
@@ -46,7 +46,7 @@ def test_the_closed_gate_is_named(loaded: None) -> None:
     from tidepool.vllm_plugin.served import reason
     from tidepool.vllm_plugin.settings import Settings
 
-    config = SimpleNamespace()
+    config = SimpleNamespace(additional_config={})
     assert reason(config) == "layers: the model doesn't keep states beside attention"
     step_aside(config, Settings(), "mla: latent attention is untested")
     assert reason(config) == "mla: latent attention is untested"
@@ -73,11 +73,11 @@ def test_a_plugin_that_is_not_loaded_is_said(monkeypatch: pytest.MonkeyPatch, pl
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if plugins is not None:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    assert words in reason(SimpleNamespace())
+    assert words in reason(SimpleNamespace(additional_config={}))
     with pytest.raises(NotServedError, match=words):
         require_plugin()
     monkeypatch.setattr(gates, "SUPPORTED_VLLM", ())
-    assert reason(SimpleNamespace()).startswith(f"vllm-version: vLLM {__version__}")
+    assert reason(SimpleNamespace(additional_config={})).startswith(f"vllm-version: vLLM {__version__}")
 
 
 def test_other_models_say_that_tidepool_steps_aside() -> None:

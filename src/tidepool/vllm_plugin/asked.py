@@ -5,12 +5,13 @@ docs/settings.md lists every option that touches the KV cache, and what becomes 
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from dataclasses import MISSING, fields
+from typing import Any, NamedTuple
 
+from tidepool.vllm_plugin.notes import read_note, write_note
 from tidepool.vllm_plugin.settings import Settings, SettingsError
 
-_ASKED = "tidepool_asked"
+_ASKED = "asked"
 
 WITHOUT_EFFECT = {
     "enable_mamba_shared_prefix_checkpoint": "states are always kept where prompts part",
@@ -26,8 +27,7 @@ WITHOUT_EFFECT = {
 """Arguments of EngineArgs that change nothing about an engine that tidepool serves, and why."""
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
     """Of one engine."""
 
     max_num_seqs: int | None = None
@@ -55,13 +55,13 @@ def note_asked(engine_args: Any, vllm_config: Any, settings: Settings) -> None:
     if settings.kv is not None or vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16"):
         changed = [name for name in changed if name != "kv_cache_dtype_skip_layers"]
     asked = Asked(vllm_config.scheduler_config.max_num_seqs, block, tuple(changed))
-    object.__setattr__(vllm_config, _ASKED, asked)
+    if settings.enabled and vllm_config.model_config and vllm_config.model_config.is_hybrid:
+        write_note(vllm_config, _ASKED, asked)
 
 
 def asked_of(vllm_config: Any) -> Asked:
     """What `note_asked` noted; nothing for a configuration that wasn't made from arguments."""
-    asked: Asked = getattr(vllm_config, _ASKED, Asked())
-    return asked
+    return read_note(vllm_config, _ASKED) or Asked()
 
 
 def _default(field: Any) -> Any:

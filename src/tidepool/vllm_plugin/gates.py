@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tidepool.vllm_plugin.notes import can_note
+
 NO_STATES = "layers: the model doesn't keep states beside attention"
 SUPPORTED_VLLM = ("0.32.0",)
 """Versions whose seams were read and tested."""
@@ -72,6 +74,7 @@ GATES: tuple[Gate, ...] = (
     Gate("kv-cache-metrics", "block residency metrics tell blocks apart by an id of one pool: leave kv_cache_metrics out", lambda c: bool(c.observability_config.kv_cache_metrics)),
     Gate("encoder-decoder", "encoder-decoder models are untested", lambda c: bool(c.model_config.is_encoder_decoder)),
     Gate("model-runner-v2", "vLLM's second model runner is untested on the CPU", lambda c: bool(c.use_v2_model_runner) and c.device_config.device_type == "cpu"),
+    Gate("additional-config", "vLLM's platform keeps something else than a table there", lambda c: not can_note(c)),
     Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] opens this gate)", lambda c: c.device_config.device_type != "cpu"),
 )  # fmt: skip
 

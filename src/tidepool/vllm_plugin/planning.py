@@ -1,8 +1,8 @@
 """Seam 1: how vLLM plans the KV cache.
 
 vLLM inflates the attention block of a hybrid model until all pages are equally large, in each worker, right after the
-model is loaded. There tidepool decides whether it serves the engine; if so it leaves the pages natural and hangs a
-`Plan` on the CacheConfig. Later steps look for that plan and go vLLM's way without it.
+model is loaded. There tidepool decides whether it serves the engine; if so it leaves the pages natural and notes a
+`Plan` in the configuration. Later steps look for that plan and go vLLM's way without it.
 
 A served engine's ``KVCacheConfig.num_blocks`` counts *extents*: vLLM's memory check, its override and its minimum over
 ranks then work unchanged with the extent as the block that they divide memory by.
@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import (
@@ -48,6 +48,7 @@ from tidepool.cache import (
 )
 from tidepool.vllm_plugin.asked import asked_of
 from tidepool.vllm_plugin.gates import closed_gates, unservable_backends, unservable_specs
+from tidepool.vllm_plugin.notes import read_note, write_note
 from tidepool.vllm_plugin.settings import Eviction, Partition, Settings, read_settings
 
 logger = init_logger("vllm.tidepool")
@@ -63,12 +64,12 @@ PROFILING_EXTENTS = 64
 request of a captured step, it thinks, which would take gigabytes."""
 STATES_ROLE = "tidepool-states"
 """The role by which vLLM finds the manager of a group of states, `tidepool.vllm_plugin.states.StateManager`."""
-_PLAN = "tidepool_plan"
-_ASIDE = "tidepool_stepped_aside"
+_PLAN = "plan"
+_ASIDE = "stepped aside"
+_PLAN_OF_SPEC = "tidepool_plan"
 
 
-@dataclass(frozen=True)
-class StockBlocks:
+class StockBlocks(NamedTuple):
     """What vLLM alone would have set for this model."""
 
     block_tokens: int
@@ -76,8 +77,7 @@ class StockBlocks:
     """The padded page of one state layer; None if it needs no padding."""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """tidepool serves this engine, and how."""
 
     partition: Partition
@@ -151,7 +151,8 @@ class TidepoolKVCacheConfig(KVCacheConfig):
 
 def plan_of(vllm_config: Any) -> Plan | None:
     """The plan of an engine that tidepool serves, else None."""
-    return getattr(vllm_config.cache_config, _PLAN, None)
+    plan: Plan | None = read_note(vllm_config, _PLAN)
+    return plan
 
 
 def step_aside(vllm_config: Any, settings: Settings, closed: str | None) -> None:
@@ -167,12 +168,13 @@ def step_aside(vllm_config: Any, settings: Settings, closed: str | None) -> None
         logger.info_once("tidepool is switched off: vLLM's own KV cache is used.", scope="global")
     else:
         logger.warning_once("tidepool steps aside, vLLM's own KV cache is used. %s.", closed, scope="global")
-    object.__setattr__(vllm_config, _ASIDE, closed)
+    write_note(vllm_config, _ASIDE, closed)
 
 
 def stepped_aside(vllm_config: Any) -> str | None:
     """Why the worker of this configuration left its engine to vLLM, as ``name: reason``; None if it didn't."""
-    return getattr(vllm_config, _ASIDE, None)
+    reason: str | None = read_note(vllm_config, _ASIDE)
+    return reason
 
 
 def send_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> None:
@@ -180,20 +182,20 @@ def send_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> None:
     plan = plan_of(vllm_config)
     if plan is not None:
         for spec in specs.values():
-            object.__setattr__(spec, _PLAN, plan)
+            object.__setattr__(spec, _PLAN_OF_SPEC, plan)
 
 
 def has_plan(specs: Iterable[KVCacheSpec]) -> bool:
     """Whether a plan came with the specs: tidepool serves their engine."""
-    return any(getattr(spec, _PLAN, None) for spec in specs)
+    return any(getattr(spec, _PLAN_OF_SPEC, None) for spec in specs)
 
 
 def receive_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> Plan | None:
     """In the engine core: take over the plan that came with the specs. Returns `plan_of`."""
-    plans = [plan for spec in specs.values() if (plan := getattr(spec, _PLAN, None))]
+    plans = [plan for spec in specs.values() if (plan := getattr(spec, _PLAN_OF_SPEC, None))]
     plan = next((plan for plan in plans if plan.stock), None)
     if plan is not None and plan_of(vllm_config) is None:
-        object.__setattr__(vllm_config.cache_config, _PLAN, plan)
+        write_note(vllm_config, _PLAN, plan)
         if vllm_config.cache_config.mamba_cache_mode == "align":
             spacing = next(spec.block_size for spec in specs.values() if isinstance(spec, MambaSpec))
             vllm_config.cache_config.mamba_block_size = spacing
@@ -216,7 +218,9 @@ def agree(
         CacheConfigError: tidepool serves only some ranks, or there is no plan that suits all.
     """
     plans = {
-        rank: getattr(next(iter(specs.values())), _PLAN, None) for rank, specs in enumerate(specs_of_ranks) if specs
+        rank: getattr(next(iter(specs.values())), _PLAN_OF_SPEC, None)
+        for rank, specs in enumerate(specs_of_ranks)
+        if specs
     }
     views = {plan and (plan.partition, plan.eviction) for plan in plans.values()}
     if len(views) > 1:
@@ -237,7 +241,7 @@ def agree(
     longest = vllm_config.model_config.max_model_len
     geometries = choose_stage_geometries(stages, list(budgets.values()), longest)
     if len(stages) > 1:
-        plan = replace(plan, slots=tuple(cut.slots for cut in geometries[0].cuts))
+        plan = plan._replace(slots=tuple(cut.slots for cut in geometries[0].cuts))
     if plan.partition == "fixed":
         override = vllm_config.cache_config.num_gpu_blocks_override
         arenas = [
@@ -245,8 +249,8 @@ def agree(
             for memory, geometry in zip(budgets.values(), geometries, strict=True)
         ]
         shares = fixed_stage_shares(stages, arenas, vllm_config.scheduler_config.max_num_seqs, longest)[0]
-        plan = replace(plan, places=tuple((share.first, share.blocks) for share in shares))
-    object.__setattr__(vllm_config.cache_config, _PLAN, plan)
+        plan = plan._replace(places=tuple((share.first, share.blocks) for share in shares))
+    write_note(vllm_config, _PLAN, plan)
 
 
 def over_stages(config: TidepoolKVCacheConfig, configs: Sequence[TidepoolKVCacheConfig]) -> None:
@@ -325,7 +329,7 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
     else:
         spacing = CHECKPOINT_TOKENS
     cache_config.block_size = block_tokens
-    object.__setattr__(cache_config, _PLAN, Plan(settings.partition, settings.eviction, stock, spacing))
+    write_note(vllm_config, _PLAN, Plan(settings.partition, settings.eviction, stock, spacing))
     return True
 
 
@@ -358,7 +362,7 @@ def checkpoint_rules(
         ahead=unit if drafter else 0,
         within=within,
         column=max(spec.block_size for spec in states),
-        free_cut=None if within or not stock_block_tokens else stock_block_tokens,
+        stock_block=stock_block_tokens,
         interval=unit if interval is None else interval,
     )
 
@@ -581,7 +585,7 @@ def stock_kv_cache_config(
     stock_config.cache_config = copy.copy(vllm_config.cache_config)
     stock_config.cache_config.block_size = stock.block_tokens
     stock_config.cache_config.num_gpu_blocks_override = None
-    object.__setattr__(stock_config.cache_config, _PLAN, None)
+    write_note(stock_config, _PLAN, None)
     aligned = vllm_config.cache_config.mamba_cache_mode == "align"
     stock_specs: dict[str, KVCacheSpec] = {
         name: replace(

@@ -1,0 +1,50 @@
+"""What tidepool notes in vLLM's configuration survives whatever vLLM does with configurations."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tidepool.tiny import make_checkpoint
+
+pytestmark = pytest.mark.vllm
+
+
+def test_notes_travel_with_copies_and_to_other_processes(tmp_path: Path) -> None:
+    from vllm.config.utils import replace
+    from vllm.engine.arg_utils import EngineArgs
+
+    from tidepool.vllm_plugin.notes import read_note, write_note
+    from tidepool.vllm_plugin.planning import Plan, StockBlocks, plan_of, step_aside, stepped_aside
+    from tidepool.vllm_plugin.settings import Settings
+
+    plan = Plan("fixed", "returns", StockBlocks(640, None), 512, (3, 4), ((1, 20), (21, 5)))
+    given = {"tidepool": {"partition": "fixed"}}
+    config = EngineArgs(model=str(make_checkpoint("qwen3.5", tmp_path)), additional_config=given).create_engine_config()
+    hashed = config.compute_hash()
+    write_note(config, "plan", plan)
+    step_aside(config, Settings(), "device: not here")
+    for copied in (replace(config), pickle.loads(pickle.dumps(config))):
+        assert plan_of(copied) == plan
+        assert plan_of(copied).stock.block_tokens == 640
+        assert stepped_aside(copied) == "device: not here"
+    assert given == {"tidepool": {"partition": "fixed"}}, "the user's own table"
+    # vLLM copies parts of a configuration too, field by field: a field of ours would break it.
+    replace(config.cache_config, cache_dtype="auto")
+    assert config.compute_hash() != hashed
+    assert read_note(config, "something else") is None
+
+
+def test_a_table_of_somebody_elses_is_left_alone() -> None:
+    from tidepool.vllm_plugin.gates import GATES
+    from tidepool.vllm_plugin.notes import read_note, write_note
+
+    config = SimpleNamespace(additional_config=SimpleNamespace(compute_hash=lambda: "a"))
+    write_note(config, "plan", 1)
+    assert read_note(config, "plan") is None
+    (gate,) = (gate for gate in GATES if gate.name == "additional-config")
+    assert gate.closed(config)
+    assert not gate.closed(SimpleNamespace(additional_config={}))
