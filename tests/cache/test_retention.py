@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from tidepool.cache import CheckpointRules, Checkpoints, FarPlaces, PromptEnds, Resumed, plan_checkpoints
 
 SPACING = 512
-CUTS = CheckpointRules(unit=16, spacing=SPACING, free_cut=528)
+CUTS = CheckpointRules(unit=16, spacing=SPACING, stock_block=528)
 """Layers that keep a state at a step's end only, where stock vLLM's block is of 528 tokens."""
 WITHIN = CheckpointRules(unit=16, spacing=SPACING, within=1, column=128)
 """Layers that can save a state inside a step."""
@@ -171,22 +171,34 @@ def test_far_places_are_one_for_each_doubling_of_the_distance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "reached"),
+    ("start", "end", "reached", "why"),
     [
-        (0, 100, 96),
-        (0, 300, 288),
-        (0, 600, 512),
-        (0, 900, 896),
-        (0, 3_000, 2_560),
-        (0, 4_000, 4_000),
-        (90, 100, 96),
-        (96, 100, 100),
-        (257, 300, 288),
+        (0, 100, 100, "stock vLLM's step isn't cut short"),
+        (0, 600, 528, "as stock's"),
+        (0, 900, 900, "stock's leaves more than a quarter unused"),
+        (0, 1_030, 1_024, "behind the place where stock's ends"),
+        (0, 3_000, 2_640, "2,560 would be behind stock's"),
+        (500, 600, 600, "528 leaves more than a quarter unused"),
+        (440, 540, 528, "as stock's"),
+        (3_700, 3_800, 3_800, "two steps are to come"),
+        (3_800, 3_950, 3_936, "so that the last step can save a state"),
+        (3_840, 3_850, 3_850, "nor would the next step be the last from 3,840"),
+        (0, 4_000, 4_000, "the prompt has been read"),
     ],
 )
-def test_steps_end_at_multiples_that_let_them_progress(start: int, end: int, reached: int) -> None:
-    rules = CheckpointRules(unit=16, spacing=SPACING, within=1, column=128)
-    assert Checkpoints().step_end(rules, start, end, prompt_end=4_000) == reached
+def test_steps_inside_prompts_end_no_earlier_than_stocks(start: int, end: int, reached: int, why: str) -> None:
+    rules = CheckpointRules(unit=16, spacing=SPACING, within=1, column=128, stock_block=528)
+    assert Checkpoints().step_end(rules, start, end, prompt_end=4_000) == reached, why
+
+
+def test_steps_are_filled_where_nothing_is_saved_inside_the_last() -> None:
+    assert Checkpoints().step_end(CUTS, 3_800, 3_950, prompt_end=4_000) == 3_950
+
+
+def test_the_users_interval_comes_first() -> None:
+    rules = CheckpointRules(unit=16, spacing=SPACING, stock_block=528, interval=256)
+    assert [Checkpoints().step_end(rules, start, start + 600, 4_000) for start in (0, 512, 700)] == [512, 1_024, 1_280]
+    assert Checkpoints().step_end(rules, 0, 200, 4_000) == 200
 
 
 def test_a_state_that_the_last_step_cannot_save_takes_a_cut() -> None:

@@ -21,6 +21,7 @@ from tidepool.cache.geometry import (
 from tidepool.cache.growth import AnswerLengths, Growth, Outlook
 from tidepool.cache.partings import Partings
 from tidepool.cache.retention import (
+    LARGE_STEP,
     LONG_PROMPT,
     CheckpointRules,
     Checkpoints,
@@ -43,6 +44,7 @@ from tidepool.cache.spec import (
 )
 
 __all__ = [
+    "LARGE_STEP",
     "LONG_PROMPT",
     "AnswerLengths",
     "Arena",

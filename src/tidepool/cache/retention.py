@@ -18,6 +18,8 @@ from enum import IntEnum
 LONG_PROMPT = 2048
 """Tokens from which on a prompt leaves a state at its last checkpoint alone: not at its very end, which would save less
 than a quarter more, and not behind the answer that it goes on from. Chosen by replay, see docs/prefix-caching.md."""
+LARGE_STEP = 8
+"""Spacings from which on a step is large: what it leaves to the next checkpoint matters little."""
 CUT_TOKENS = 32
 """Tokens that a cut must save later prompts, on average, to be worth its step. Chosen by replay, likewise."""
 LIKELY = 0.5
@@ -48,8 +50,9 @@ class CheckpointRules:
     column: int = 1
     """What one column of the states' block table stands for. A state saved inside a step takes one that the step adds
     before its last."""
-    free_cut: int | None = None
-    """Stock vLLM cuts longer prompts too, so that one cut of theirs is free; None where it cuts none."""
+    stock_block: int = 0
+    """Tokens of stock vLLM's block: its steps inside prompts end at multiples of it, once they reach one; and where
+    layers can't save states inside steps, one cut of longer prompts is free."""
     interval: int = 0
     """The user wants states at multiples of it, wherever a step of a prompt ends anyway; 0 for none."""
 
@@ -61,21 +64,25 @@ class CheckpointRules:
         last = max(last, 0)
         return last // self.unit * self.unit, last // self.spacing * self.spacing
 
-    def whole(self, start: int, end: int) -> int:
+    def whole(self, start: int, end: int, prompt_end: int) -> int:
         """Where a step that could go from ``start`` to ``end`` inside a prompt ends.
 
-        At a multiple of the user's interval; else of the spacing, unless that leaves more than a quarter of the step
-        unused; else of the unit where a later step may save a state inside, which starts at one. Steps that aren't
-        filled to the last token let answers under way wait less for the next one: a replay with each step filled hit
-        less, see docs/prefix-caching.md.
+        At a multiple of the user's interval. Else at one of the spacing, where the step is large or stock vLLM's would
+        end early as well and no later; or else where stock's ends. Not where that leaves more than a quarter unused:
+        then where the prompt's last step can start so that a state is saved inside it, or at ``end``. Steps that aren't
+        filled to the last token let answers under way wait less for the next one, see docs/prefix-caching.md.
         """
         if self.interval and end // self.interval * self.interval > start:
             return end // self.interval * self.interval
-        shared = end // self.spacing * self.spacing
-        if shared > start and (end - shared) * 4 <= end - start:
-            return shared
+        stock = end // self.stock_block * self.stock_block if self.stock_block else start
+        whole = end // self.spacing * self.spacing
+        if end - start < LARGE_STEP * self.spacing:
+            whole = max(whole, stock // self.unit * self.unit) if stock > start else 0
+        if whole > start and (end - whole) * 4 <= end - start:
+            return whole
         aligned = end // self.unit * self.unit
-        return aligned if self.within and aligned > start else end
+        last = self.within and aligned > start and prompt_end - aligned <= end - start
+        return aligned if last else end
 
     def place_within(self, start: int, end: int) -> int:
         """Where a state is saved inside the step from ``start`` to ``end``, which reads a prompt's end; 0 for nowhere.
@@ -224,7 +231,7 @@ class Checkpoints:
         if start < self.within < end and not saved:
             stops.append(self.within)
         if end < prompt_end:
-            end = rules.whole(start, end)
+            end = rules.whole(start, end, prompt_end)
         return min(stops, default=end)
 
 
@@ -260,7 +267,7 @@ def plan_checkpoints(
     if within:
         best = within
     else:
-        free = rules.free_cut is not None and prompt_tokens > rules.free_cut
+        free = not rules.within and 0 < rules.stock_block < prompt_tokens
         if free or max(saved_by_end, saved_by_checkpoint) >= CUT_TOKENS:
             cuts.add(best)
     if best == end and from_checkpoint * checkpoint >= CUT_TOKENS:

@@ -221,6 +221,7 @@ def _patch_scheduler() -> None:
     from vllm.v1.core.sched import scheduler
     from vllm.v1.request import RequestStatus
 
+    from tidepool.cache import LARGE_STEP
     from tidepool.vllm_plugin import states
     from tidepool.vllm_plugin.capacity import MeteredKVCacheManager
     from tidepool.vllm_plugin.coordinator import make_coordinator
@@ -256,7 +257,8 @@ def _patch_scheduler() -> None:
             if start >= prompt_end:
                 return num_new_tokens
             spacing = self.kv_cache_manager.block_pool.checkpoint_tokens
-            few = num_new_tokens < min(spacing, prompt_end - start) and self.max_num_scheduled_tokens >= 8 * spacing
+            large = self.max_num_scheduled_tokens >= LARGE_STEP * spacing
+            few = large and num_new_tokens < min(spacing, prompt_end - start)
             if few and request.status != RequestStatus.RUNNING and self._inflight_prefills:
                 # What another prompt has left of a large step: to begin with so little would hold memory for nothing.
                 return 0
