@@ -20,8 +20,10 @@ def make_prompts(workload: dict[str, Any]) -> list[list[int]]:
     ]
 
 
-def ask(llm: Any, prompts: list[list[int]], *, output_tokens: int, rounds: int = 1) -> dict[str, list[Any]]:
-    """Ask everything at once, as often as ``rounds`` says.
+def ask(
+    llm: Any, prompts: list[list[int]], *, output_tokens: int, rounds: int = 1, adapter: Any = None
+) -> dict[str, list[Any]]:
+    """Ask everything at once, as often as ``rounds`` says; of a LoRA adapter, if one is given.
 
     Returns:
         ``answers`` as in answers.py, and ``cached``: for each, the tokens of its prompt that were found in the cache.
@@ -32,7 +34,9 @@ def ask(llm: Any, prompts: list[list[int]], *, output_tokens: int, rounds: int =
     answers = []
     cached: list[int] = []
     for _ in range(rounds):
-        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], sampling, lora_request=adapter, use_tqdm=False
+        )
         cached += [output.num_cached_tokens or 0 for output in outputs]
         for output in outputs:
             completion = output.outputs[0]

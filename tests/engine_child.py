@@ -25,6 +25,10 @@ def main() -> None:
     }
     from vllm import LLM
 
+    import quick_kernels
+
+    quick_kernels.install()
+
     if job["fault"]:
         FAULTS[job["fault"]]()
     llm = LLM(

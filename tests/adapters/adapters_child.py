@@ -1,7 +1,7 @@
 """Prompts through a tiny model with and without adapters; run by test_adapters.py.
 
-Reads a job on standard input. For each engine of it (side, prefix caching) and each phase it writes the tokens of the
-answers and the tokens of prompts that were found in the cache, to the file that the job names.
+Reads a job on standard input. For each engine of it (side, prefix caching) and each phase it writes what `asking.ask`
+returns to the file that the job names.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import quick_kernels
+from asking import ask
+
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "TIDEPOOL_POISON": "1"}
 
 
@@ -25,9 +28,10 @@ def main() -> None:
 
 
 def serve(job: dict[str, Any], side: str, caching: bool) -> list[dict[str, Any]]:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
+    quick_kernels.install()
     os.environ["TIDEPOOL"] = side
     llm = LLM(
         model=job["model"],
@@ -43,7 +47,6 @@ def serve(job: dict[str, Any], side: str, caching: bool) -> list[dict[str, Any]]
     )
     core = llm.llm_engine.engine_core.engine_core
     assert (getattr(core.scheduler.kv_cache_manager.block_pool, "arena", None) is not None) == (side != "off")
-    sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     served = Path(job["served"])
     results = []
     for phase in job["phases"]:
@@ -57,15 +60,7 @@ def serve(job: dict[str, Any], side: str, caching: bool) -> list[dict[str, Any]]
                 adapter.load_inplace = True
                 llm.llm_engine.add_lora(adapter)
                 adapter.load_inplace = False
-        outputs = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, lora_request=adapter, use_tqdm=False
-        )
-        results.append(
-            {
-                "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-                "cached": [output.num_cached_tokens or 0 for output in outputs],
-            }
-        )
+        results.append(ask(llm, job["prompts"], output_tokens=8, adapter=adapter))
     core.shutdown()
     del llm, core
     gc.collect()

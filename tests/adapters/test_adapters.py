@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from answers import gaps, tokens
 from engines import run_child
+from tidepool.compare.agreement import BFLOAT16_GAP
 from tidepool.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
@@ -58,7 +60,7 @@ def phases(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]
     job = {
         "model": str(model),
         "served": str(root / "served"),
-        "prompts": [[rng.randrange(5, 500) for _ in range(length)] for length in (200, 90)],
+        "prompts": [[rng.randrange(5, 500) for _ in range(length)] for length in (700, 90)],
         "engines": [{"side": "off", "caching": False}, {"side": "elastic", "caching": True}],
         "phases": [
             phase(),
@@ -76,7 +78,7 @@ def phases(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]
 
 
 def test_adapters_change_answers(phases: list[list[dict[str, Any]]]) -> None:
-    reference = [phase["tokens"] for phase in phases[0]]
+    reference = [tokens(phase) for phase in phases[0]]
     assert reference[3] == reference[0]
     assert reference[4] == reference[1]
     assert reference[6] == reference[5]
@@ -87,9 +89,11 @@ def test_adapters_change_answers(phases: list[list[dict[str, Any]]]) -> None:
 
 def test_nobody_hits_what_another_adapter_left(phases: list[list[dict[str, Any]]]) -> None:
     reference, served = phases
-    assert [phase["tokens"] for phase in served] == [phase["tokens"] for phase in reference]
+    found = [gap for pair in zip(reference, served, strict=True) for gap in gaps(*pair)]
+    assert all(gap <= BFLOAT16_GAP for gap in found), found
     hits = [sum(phase["cached"]) > 0 for phase in served]
-    # Hits where an adapter, or none, comes again as it was: not where it is another of the same name and place.
+    # The first prompt is long enough to leave a state at once. Hits where an adapter, or none, comes again as it was:
+    # not where it is another of the same name and place.
     assert hits == [False, False, False, True, True, False, True, False, True]
 
 

@@ -34,6 +34,10 @@ def main() -> None:
 def serve(case: dict[str, Any], side: str) -> dict[str, Any]:
     from vllm import LLM
 
+    import quick_kernels
+
+    quick_kernels.install()
+
     os.environ["TIDEPOOL"], caches = SIDES[side]
     os.environ["TIDEPOOL_POISON"] = "1"
     llm = LLM(

@@ -19,6 +19,10 @@ def main() -> None:
     os.environ |= {"TIDEPOOL": job["side"], "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
 
+    import quick_kernels
+
+    quick_kernels.install()
+
     llm = LLM(
         model=job["model"],
         max_model_len=2048,

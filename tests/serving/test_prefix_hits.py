@@ -22,11 +22,11 @@ from tidepool.tiny import Family
 pytestmark = pytest.mark.vllm
 FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
 PROMPTS = [
-    *make_prompts({"requests": 24, "own_lengths": [20, 60, 150, 400], "shared_lengths": [300, 500, 700]}),
-    *make_prompts({"requests": 6, "own_lengths": [1_500], "shared_lengths": []}),
+    *make_prompts({"requests": 14, "own_lengths": [20, 60, 150, 400], "shared_lengths": [300, 500, 700]}),
+    *make_prompts({"requests": 3, "own_lengths": [1_500], "shared_lengths": []}),
 ]
 """The last ones need much attention and few states, so extents change hands."""
-KV_BYTES = {"qwen3.5": 28_000_000, "nemotron-h": 56_000_000}
+KV_BYTES = {"qwen3.5": 24_500_000, "nemotron-h": 56_000_000}
 Serve = Callable[..., dict[str, Any]]
 
 
@@ -48,27 +48,31 @@ def serve(checkpoint: Callable[[Family], Path]) -> Serve:
     return serve
 
 
+def asked_twice(serve: Serve, family: Family) -> dict[str, Any]:
+    """What stock vLLM answers without prefix caching, where the second round is as the first."""
+    return {"answers": serve(family, "stock", caching=False, rounds=1)["answers"] * 2}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["elastic", "fixed"])
 def test_prefix_hits_give_the_same_answers(serve: Serve, family: Family, side: str) -> None:
-    reference = serve(family, "stock", caching=False)
-    result = serve(family, side)
+    """Under poison: freed and moved memory is filled with NaN and huge values, so nobody reads what it doesn't own."""
+    reference = asked_twice(serve, family)
+    result = serve(family, side, poison=True)
     assert result["cached_tokens"] > 1000, "nothing was reused"
     if side == "elastic":
         assert result["moves"] > 0, "no extent changed hands"
     assert all(gap <= BFLOAT16_GAP for gap in gaps(reference, result)), gaps(reference, result)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nobody_reads_what_it_does_not_own(serve: Serve, family: Family) -> None:
-    """Poison: freed and moved memory is filled with NaN and huge values; outputs don't change."""
-    assert tokens(serve(family, "elastic", poison=True)) == tokens(serve(family, "elastic"))
+def test_without_poison(serve: Serve) -> None:
+    assert tokens(serve("nemotron-h", "elastic")) == tokens(serve("nemotron-h", "elastic", poison=True))
 
 
 @pytest.mark.parametrize(("family", "interval"), [("qwen3.5", None), ("nemotron-h", 1_024)])
 def test_retained_states_give_the_same_answers(serve: Serve, family: Family, interval: int | None) -> None:
     """States kept on the way through a prompt as well, with its steps cut short; under poison."""
-    reference = serve(family, "stock", caching=False)
+    reference = asked_twice(serve, family)
     options = {"prefix_cache_retention_interval": interval, "long_prefill_token_threshold": 600}
     result = serve(family, "elastic", poison=True, engine=options)
     assert result["cached_tokens"] > 1000, "nothing was reused"
@@ -77,6 +81,6 @@ def test_retained_states_give_the_same_answers(serve: Serve, family: Family, int
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_check_catches_a_corrupted_state(serve: Serve, family: Family) -> None:
-    reference = serve(family, "stock", caching=False)
+    reference = asked_twice(serve, family)
     corrupted = serve(family, "elastic", fault="state copies dropped", poison=True)
     assert sum(gap > BFLOAT16_GAP for gap in gaps(reference, corrupted)) >= 5

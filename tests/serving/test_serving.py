@@ -18,9 +18,9 @@ from tidepool.tiny import Family
 
 pytestmark = pytest.mark.vllm
 FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
-PROMPTS = make_prompts({"requests": 72, "own_lengths": [20, 40, 60, 150, 300, 620, 750], "shared_lengths": []})
-KV_BYTES = {"qwen3.5": 52_000_000, "nemotron-h": 48_000_000}
-FIXED_SEQS = {"qwen3.5": 26, "nemotron-h": 16}
+PROMPTS = make_prompts({"requests": 40, "own_lengths": [20, 60, 150, 300, 620, 630], "shared_lengths": []})
+KV_BYTES = {"qwen3.5": 29_000_000, "nemotron-h": 27_000_000}
+FIXED_SEQS = {"qwen3.5": 15, "nemotron-h": 9}
 Serve = Callable[..., dict[str, Any]]
 
 
@@ -42,19 +42,18 @@ def serve(checkpoint: Callable[[Family], Path]) -> Serve:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_equal_stock_through_preemption(serve: Serve, family: Family) -> None:
+    """Under poison: freed and moved memory is filled with NaN and huge values, so nobody reads what it doesn't own."""
     stock = serve(family, "stock")
     assert len({tuple(t) for t in tokens(stock)}) == len(PROMPTS), "outputs that don't discriminate prove nothing"
     preemptions = 0
     for side in ("elastic", "fixed"):
-        result = serve(family, side)
+        result = serve(family, side, poison=True)
         assert_same_answers(stock, result)
         preemptions += result["preemptions"]
-    assert stock["preemptions"] > 0
+        if side == "elastic":
+            assert result["moves"] > 0, "no extent changed hands"
     assert preemptions > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("side", ["elastic", "fixed"])
-def test_nobody_reads_what_it_does_not_own(serve: Serve, family: Family, side: str) -> None:
-    """Poison: freed and moved memory is filled with NaN and huge values; outputs don't change."""
-    assert tokens(serve(family, side, poison=True)) == tokens(serve(family, side))
+def test_without_poison(serve: Serve) -> None:
+    assert tokens(serve("nemotron-h", "elastic", poison=False)) == tokens(serve("nemotron-h", "elastic", poison=True))

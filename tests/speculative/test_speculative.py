@@ -69,7 +69,8 @@ def tiny_prompts(model: Path) -> list[list[int]]:
 
 
 JOB: dict[str, Any] = {"side": "elastic", "poison": True, "watch": True, "max_num_seqs": 16, "output_tokens": 48}
-SHARED: dict[str, Any] = {"prefix_caching": True, "rounds": 2, "max_num_seqs": 4}
+SHARED: dict[str, Any] = {"prefix_caching": True, "rounds": 3, "max_num_seqs": 4}
+"""A short prompt leaves a state only when it comes again, so the third time hits."""
 Checkpoint = Callable[[Family], Path]
 Serve = Callable[..., dict[str, Any]]
 
@@ -140,7 +141,7 @@ def test_drafts_change_nothing_through_preemption(serve: Serve, checkpoint: Chec
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drafts_beside_prefix_hits(serve: Serve, checkpoint: Checkpoint, family: Family) -> None:
     result = serve(family, **SHARED, prompts=tiny_prompts(checkpoint(family))[:6], kv_bytes=SHARED_KV_BYTES[family])
-    assert_right(serve, family, result, rounds=2)
+    assert_right(serve, family, result, rounds=3)
     assert result["cached_tokens"] > 1000, "nothing was reused"
     memory, copies = planned(checkpoint(family), SHARED_KV_BYTES[family], prefix_caching=True)
     assert_as_planned(result, memory)
@@ -152,50 +153,41 @@ def test_drafts_beside_prefix_hits(serve: Serve, checkpoint: Checkpoint, family:
 def test_a_head_that_drafts(serve: Serve, checkpoint: Checkpoint) -> None:
     prompts = tiny_prompts(checkpoint("qwen3.5"))[:6]
     result = serve("qwen3.5", **SHARED, prompts=prompts, drafts=MTP, kv_bytes=SHARED_KV_BYTES["qwen3.5"])
-    assert_right(serve, "qwen3.5", result, rounds=2)
+    assert_right(serve, "qwen3.5", result, rounds=3)
     assert result["cached_tokens"] > 1000, "nothing was reused"
     memory, _ = planned(checkpoint("qwen3.5"), SHARED_KV_BYTES["qwen3.5"], prefix_caching=True, mtp=True)
     assert_as_planned(result, memory)
 
 
-HITS = {2_100: 2_048, 600: 544, 300: 256, 200: 160, 150: 96, 100: 64, 80: 32, 60: 0} | {
-    3_000: 2_560,
-    520: 480,
-    310: 256,
-    210: 160,
-    160: 128,
-    110: 64,
-    90: 32,
-    70: 32,
-}
-"""Lengths of prompts, and what they hit when they are asked again: a block of attention (32 tokens on the CPU) less
-than is found of it, and from 2,048 on no state is left but at the last checkpoint."""
+HITS = {2_100: 2_048, 600: 544, 300: 256, 200: 160, 150: 96, 100: 64, 80: 32, 60: 0}
+"""Lengths of prompts, and what they hit when they are asked for the third time: a block of attention (32 tokens on the
+CPU) less than is found of it, and from 2,048 on no state is left but at the last checkpoint."""
 
 
 @pytest.mark.parametrize(
     "kv_bytes", [400_000_000, pytest.param(40_000_000, marks=pytest.mark.heavy)], ids=["room for all", "little room"]
 )
 def test_a_head_that_drafts_after_hits(serve: Serve, checkpoint: Checkpoint, kv_bytes: int) -> None:
-    """Eight prompts, eight others, and both again: what drafts find in the cache is as good as what they compute."""
+    """Eight prompts, three times: what drafts find in the cache is as good as what they compute."""
     some = make_habit(checkpoint("qwen3.5"))
     job = {
         "prompts": [some(length) for length in HITS],
-        "max_num_seqs": 8,
+        "max_num_seqs": 4,
         "output_tokens": 48,
         "engine": {"max_model_len": 4096},
     }
     reference = serve("qwen3.5", **job, side="stock", kv_bytes=400_000_000, drafts=None)
-    result = serve("qwen3.5", **job, drafts=MTP, prefix_caching=True, rounds=2, kv_bytes=kv_bytes)
-    found = gaps({"answers": reference["answers"] * 2}, result)
+    result = serve("qwen3.5", **job, drafts=MTP, prefix_caching=True, rounds=3, kv_bytes=kv_bytes)
+    found = gaps({"answers": reference["answers"] * 3}, result)
     assert all(gap <= BFLOAT16_GAP for gap in found), found
-    hits = result["cached"][len(HITS) :]
+    hits = result["cached"][2 * len(HITS) :]
     if kv_bytes == 400_000_000:
         assert result["cached"][: len(HITS)] == [0] * len(HITS)
         assert hits == list(HITS.values())
     else:
         assert 0 < sum(hits) < sum(HITS.values())
         assert result["moves"] > 0
-    before, after = result["accepted_share"]
+    before, _, after = result["accepted_share"]
     assert 0.2 < before < 0.95
     assert after > before - 0.03
 

@@ -26,6 +26,10 @@ def main() -> None:
 def run(job: dict[str, Any], engines: list[Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
+    import quick_kernels
+
+    quick_kernels.install()
+
     os.environ |= {"TIDEPOOL": job["side"], "TIDEPOOL_POISON": "1" if job["poison"] else "0"}
     llm = LLM(
         job["model"],
