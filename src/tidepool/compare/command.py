@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Annotated, get_args
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tidepool.compare import drive, report
 from tidepool.compare.messages import SIDES, Side
 from tidepool.compare.workloads import CHAT, LONG, SHORT, WORKLOADS, Workload, halved
+from tidepool.installed import NO_VLLM, has_vllm
 from tidepool.plan.inputs import PlanError, parse_size
 
 WIDTH = 100
@@ -56,8 +56,8 @@ def compare(
     """Compare stock vLLM and tidepool: the same requests on the same bytes of KV memory."""
     try:
         chosen = parse_sides(sides)
-        if find_spec("vllm") is None:
-            raise drive.CompareError("vLLM isn't installed here: pip install 'tidepool[cpu]'.")
+        if not has_vllm():
+            raise drive.CompareError(NO_VLLM)
         subjects = _subjects(model, kv_memory, quick, workdir)
         results = _measure(subjects, chosen, 1 if quick else repeats, workdir)
         if json_file is not None:

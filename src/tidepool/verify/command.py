@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tidepool.installed import NO_VLLM, has_vllm
 from tidepool.verify import drive, report
 from tidepool.verify.scenarios import PARTS, QUICK_PARTS
 
@@ -24,8 +24,8 @@ def verify(
     workdir: Annotated[Path, typer.Option(help="Where vLLM's logs go.")] = Path(".cache/tidepool"),
 ) -> None:
     """Check the memory on this machine: a trained model must answer right, and as on stock vLLM."""
-    if find_spec("vllm") is None:
-        _fail("vLLM isn't installed here: pip install 'tidepool[cpu]' or 'tidepool[cuda]'.")
+    if not has_vllm():
+        _fail(NO_VLLM)
     if json_file is not None and not json_file.parent.is_dir():
         _fail(f"There is no directory {json_file.parent} to write {json_file.name} to.", 2)
     parts = QUICK_PARTS if quick else PARTS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tidepool import __version__
 from tidepool.compare.messages import SIDES
 from tidepool.verify.drive import Results
 from tidepool.verify.messages import Machine, Outcome
@@ -96,7 +96,7 @@ def to_json(results: Results, rows: Sequence[Row]) -> dict[str, Any]:
 
 def versions(machine: Machine | None) -> dict[str, str]:
     """What was run on what; without ``machine`` no worker came so far as to tell."""
-    found = {"tidepool": importlib.metadata.version("tidepool")}
+    found = {"tidepool": __version__}
     if machine is not None:
         found |= {"vllm": machine.vllm, "torch": machine.torch}
     found["python"] = platform.python_version()
