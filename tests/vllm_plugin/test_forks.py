@@ -51,3 +51,18 @@ def test_where_memory_is_full_none_is_kept_for_forks() -> None:
     states = states_cached(engine)
     assert LONG // 512 * 512 in states
     assert states.count(8_192) < states.count(LONG // 512 * 512) / 2, states
+
+
+def test_a_state_that_saves_little_beside_another_is_a_spare_though_it_took_no_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tidepool.cache import PromptEnds
+    from tidepool.replay.engine import EngineShape, make_engine
+
+    for share in ("from_end", "from_checkpoint"):
+        monkeypatch.setattr(PromptEnds, share, lambda ends, tokens: 0.9)
+    engine = make_engine(EngineShape(entry("Nemotron-3-Nano-4B").config, 4 << 30, "elastic"))
+    ask(engine, "prompt", list(range(1_000, 2_400)))
+    assert states_cached(engine) == [1_024, 1_392]
+    pool = engine.scheduler.kv_cache_manager.coordinator.single_type_managers[0].block_pool
+    assert [pool.blocks[spare].block_hash_num_tokens for spare in pool.spares] == [1_392]

@@ -156,10 +156,10 @@ class StateManager(MambaManager):
         name = request.request_id
         # vLLM tells by this entry that a request is under way.
         self.num_cached_block[name] = num_tokens // self.block_size
+        places = self.books.of.get(name)
         saved = self._checkpoints.get(name)
         if saved is not None:
-            self._keep(request, *saved)
-        places = self.books.of.get(name)
+            self._keep(request, *saved, spare=places is not None and saved[0] in places.spares)
         if places is None or num_tokens >= request.num_prompt_tokens or num_tokens % self.books.rules.unit:
             return
         column = cdiv(num_tokens, self.block_size) - 1
