@@ -451,7 +451,9 @@ class TidepoolKVCacheManager(KVCacheManager):
             return reach is not None and place <= reach and place in plan
 
         keys = {place: request.block_hashes[place // unit - 1] for place in (end, checkpoint) if place}
-        places = [Place(key, 0, left(place) or left(checkpoint)) for place, key in keys.items()]
+        # A return to one of the two is taken for one to the other: what comes back at all is what eviction asks.
+        at_either = any(left(place) for place in keys)
+        places = [Place(key, 0, at_either) for key in keys.values()]
         places += [
             Place(request.block_hashes[place // unit - 1], distance, left(place))
             for distance in pool.partings.distances
