@@ -32,10 +32,11 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 wheel: $(VENV)/.dev
+	rm -rf build
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist $(PIP_ARGS) .
 
 clean:
-	rm -rf $(VENV) .cache
+	rm -rf $(VENV) .cache build dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

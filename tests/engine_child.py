@@ -12,6 +12,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
+import quick_kernels
 from asking import ask
 
 
@@ -25,10 +26,7 @@ def main() -> None:
     }
     from vllm import LLM
 
-    import quick_kernels
-
     quick_kernels.install()
-
     if job["fault"]:
         FAULTS[job["fault"]]()
     llm = LLM(

@@ -22,6 +22,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WAR
 
 def main() -> None:
     job = json.load(sys.stdin)
+    quick_kernels.install()
     results = [serve(job, **engine) for engine in job["engines"]]
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(results, file)
@@ -31,7 +32,6 @@ def serve(job: dict[str, Any], side: str, caching: bool) -> list[dict[str, Any]]
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    quick_kernels.install()
     os.environ["TIDEPOOL"] = side
     llm = LLM(
         model=job["model"],

@@ -13,6 +13,8 @@ import sys
 import traceback
 from typing import Any
 
+import quick_kernels
+
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 SIDES = {"stock": ("off", False), "elastic": ("elastic", True)}
@@ -21,6 +23,7 @@ SIDES = {"stock": ("off", False), "elastic": ("elastic", True)}
 
 def main() -> None:
     job = json.load(sys.stdin)
+    quick_kernels.install()
     results = []
     for case in job["cases"]:
         try:
@@ -33,10 +36,6 @@ def main() -> None:
 
 def serve(case: dict[str, Any], side: str) -> dict[str, Any]:
     from vllm import LLM
-
-    import quick_kernels
-
-    quick_kernels.install()
 
     os.environ["TIDEPOOL"], caches = SIDES[side]
     os.environ["TIDEPOOL_POISON"] = "1"

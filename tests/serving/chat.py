@@ -11,6 +11,8 @@ import os
 import random
 import sys
 
+import quick_kernels
+
 SYSTEM, ADDED, ANSWER, TURNS, CHATS = 200, 60, 24, 6, 4
 
 
@@ -18,8 +20,6 @@ def main() -> None:
     job = json.load(sys.stdin)
     os.environ |= {"TIDEPOOL": job["side"], "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
-
-    import quick_kernels
 
     quick_kernels.install()
 

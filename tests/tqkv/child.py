@@ -10,6 +10,8 @@ import os
 import sys
 from typing import Any
 
+import quick_kernels
+
 STOCK_BLOCK_TOKENS = 128
 """vLLM's own on the CPU; it inflates the block in steps of so many tokens."""
 
@@ -17,6 +19,7 @@ STOCK_BLOCK_TOKENS = 128
 def main() -> None:
     work = json.load(sys.stdin)
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    quick_kernels.install()
     engines: list[Any] = []  # An engine that is collected takes vLLM's process-wide state with it.
     answers = [run(job, engines) for job in work["jobs"]]
     with open(work["answer"], "w", encoding="utf-8") as file:
@@ -25,10 +28,6 @@ def main() -> None:
 
 def run(job: dict[str, Any], engines: list[Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
-
-    import quick_kernels
-
-    quick_kernels.install()
 
     os.environ |= {"TIDEPOOL": job["side"], "TIDEPOOL_POISON": "1" if job["poison"] else "0"}
     llm = LLM(

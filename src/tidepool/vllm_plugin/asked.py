@@ -39,24 +39,26 @@ class Asked(NamedTuple):
 
 
 def note_asked(engine_args: Any, vllm_config: Any, settings: Settings) -> None:
-    """Let an engine's configuration remember what its user asked for, in all its processes.
+    """Let the configuration of an engine that may be served remember what its user asked for, in all its processes.
 
     Raises:
         SettingsError: two settings say the same and differ.
     """
+    if not settings.enabled:
+        return
     block, spacing = engine_args.mamba_block_size, settings.checkpoint_tokens
-    if settings.enabled and block is not None and spacing is not None and block != spacing:
+    if block is not None and spacing is not None and block != spacing:
         raise SettingsError(
             f"checkpoint_tokens ({spacing}) and --mamba-block-size ({block}) both say how far checkpoints lie apart: "
             "leave one out."
         )
+    if not vllm_config.model_config or not vllm_config.model_config.is_hybrid:
+        return
     defaults = {each.name: _default(each) for each in fields(engine_args)}
     changed = [name for name in WITHOUT_EFFECT if getattr(engine_args, name) != defaults[name]]
     if settings.kv is not None or vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16"):
         changed = [name for name in changed if name != "kv_cache_dtype_skip_layers"]
-    asked = Asked(vllm_config.scheduler_config.max_num_seqs, block, tuple(changed))
-    if settings.enabled and vllm_config.model_config and vllm_config.model_config.is_hybrid:
-        write_note(vllm_config, _ASKED, asked)
+    write_note(vllm_config, _ASKED, Asked(vllm_config.scheduler_config.max_num_seqs, block, tuple(changed)))
 
 
 def asked_of(vllm_config: Any) -> Asked:
