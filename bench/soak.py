@@ -255,7 +255,7 @@ def left_behind(engine: Any) -> list[str]:
     if arena is None:
         return found
     usage = arena.usage()
-    parts = usage.in_use + usage.cached + usage.clean + usage.unowned + usage.padding + usage.null
+    parts = usage.in_use + usage.cached + usage.free + usage.unowned + usage.padding + usage.null
     if parts != usage.total:
         found.append(f"the parts of the arena add up to {parts:,} of {usage.total:,} bytes")
     if usage.in_use:
@@ -264,12 +264,12 @@ def left_behind(engine: Any) -> list[str]:
         found.append("blocks are referenced")
     for group, pool in enumerate(arena.pools):
         kept = list(pool.kept())
-        if len(kept) != pool.cached or any(pool.leaves[block] is None for block in kept):
-            found.append(f"group {group} has cached blocks that no leaf names")
+        if len(kept) != pool.cached or any(pool.prefixes[block] is None for block in kept):
+            found.append(f"group {group} has cached blocks that no prefix names")
         if any(scheduler.kv_cache_manager.block_pool.pools[group].blocks[b].block_hash is None for b in kept):
             found.append(f"group {group} keeps blocks that nobody can find")
-    if arena._leaves:
-        found.append(f"the arena still knows {len(arena._leaves)} requests")
+    if arena._prefixes:
+        found.append(f"the arena still knows {len(arena._prefixes)} requests")
     for name in ("_arrivals", "_second_states"):
         if known := getattr(scheduler.kv_cache_manager, name):
             found.append(f"the manager still knows {len(known)} requests ({name})")

@@ -57,7 +57,7 @@ def test_fixed_partition_gives_the_published_tokens_less_the_null_block(name: st
 
     # The published design counts no null block. Ours overlays one of every group: a state, rounded up to whole
     # blocks of attention. That is just what one extent holds.
-    extent_tokens = elastic.slots[0 if elastic.groups[0].token_bytes else 1] * 16
+    extent_tokens = elastic.blocks_per_extent[0 if elastic.groups[0].token_bytes else 1] * 16
     held = fixed.tokens_with(1)
     assert held is not None
     assert held == fixed.tokens_with(256)
@@ -231,7 +231,7 @@ def test_slots_are_equal_on_all_stages_and_the_tightest_counts() -> None:
     staged = predict_stages([large, small], 10_000_000, "elastic", 8, 1000)
     assert isinstance(alone, ElasticMemory)
     assert isinstance(staged, ElasticMemory)
-    assert (staged.extents, staged.slots) == (alone.extents, alone.slots)
+    assert (staged.extents, staged.blocks_per_extent) == (alone.extents, alone.blocks_per_extent)
 
 
 def test_a_stage_without_a_group_takes_nothing_for_it() -> None:
@@ -249,7 +249,7 @@ def test_blocks_take_extents_on_stages_without_the_groups_layers() -> None:
     most = staged.extents - 1
     for one, other in ((0, 1), (1, 0)):
         blocks = [0, 0]
-        blocks[one] = most * staged.slots[one]
+        blocks[one] = most * staged.blocks_per_extent[one]
         assert staged.fits(blocks)
         blocks[other] = 1
         assert not staged.fits(blocks)

@@ -15,13 +15,13 @@ from tidepool.models.mixers import CacheOptions
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import ROOFLINES, STEP_OVERHEAD, Work, cost_model
 from tidepool.replay.command import parse_modes, replay
-from tidepool.replay.figures import median, percentile, spread
 from tidepool.replay.generate import WORKLOADS, generate
 from tidepool.replay.job import USES, GroupLayout, Job, Result, Sample, Spread
 from tidepool.replay.page import render_page
 from tidepool.replay.plot import round_step
 from tidepool.replay.report import Report, Setting, mean_uses
 from tidepool.replay.sampling import FEWEST, Sampler
+from tidepool.replay.statistics import median, percentile, spread
 from tidepool.replay.trace import GENERATED_TOKEN, TraceError, read_trace
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from tidepool.cache import Keep, Usage
+from tidepool.cache import Retention, Usage
 
 Block = tuple[int, int]
 """(group, block)"""
@@ -21,7 +21,7 @@ Block = tuple[int, int]
 class Layout:
     """How the memory is cut."""
 
-    slots: tuple[int, ...]
+    per_extent: tuple[int, ...]
     strides: tuple[int, ...]
     block_bytes: tuple[int, ...]
     firsts: tuple[int, ...]
@@ -32,14 +32,14 @@ class Layout:
 
     def extent_of(self, group: int, block: int) -> int:
         """The number of the extent that a block lies in; every group of a fixed partition has one, number 0."""
-        return (block - self.firsts[group]) // self.slots[group]
+        return (block - self.firsts[group]) // self.per_extent[group]
 
 
-class Leaf:
+class CachedPrefix:
     """Cached blocks that one request left."""
 
-    def __init__(self, *, trunk: bool, spare: bool = False, turn: int = 0) -> None:
-        self.trunk, self.spare, self.turn = trunk, spare, turn
+    def __init__(self, *, shared: bool, low: bool = False, turn: int = 0) -> None:
+        self.shared, self.low, self.turn = shared, low, turn
         self.since = 0
         """When its request ended, or else when it got its first block; the account's own clock."""
         self.age_from = 0
@@ -53,16 +53,16 @@ class Account:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.groups = range(len(layout.slots))
+        self.groups = range(len(layout.per_extent))
         self.refs: dict[Block, int] = {}
         """Blocks in use, with their references."""
-        self.cached: dict[Block, Leaf] = {}
-        self.trunks: set[Block] = set()
-        self.last_leaf: dict[Block, Leaf | None] = {}
-        """The leaf that a block was in last, or that of the request that it was handed out to."""
-        self.requests: dict[Hashable, tuple[Leaf, Leaf]] = {}
-        self.spares = Leaf(trunk=False, spare=True)
-        self.turnover = self.moves = self.clock = 0
+        self.cached: dict[Block, CachedPrefix] = {}
+        self.shared_blocks: set[Block] = set()
+        self.last_prefix: dict[Block, CachedPrefix | None] = {}
+        """The prefix that a block was in last, or that of the request that it was handed out to."""
+        self.requests: dict[Hashable, tuple[CachedPrefix, CachedPrefix]] = {}
+        self.low = CachedPrefix(shared=False, low=True)
+        self.bytes_allocated = self.moves = self.clock = 0
         self.last_owner: dict[int, int] = {}
 
     # What must be possible.
@@ -85,15 +85,15 @@ class Account:
         blocks = {*self.refs, *((g, block) for g in self.groups for block in touched[g])}
         extents = 0
         for g in self.groups:
-            room = len(self.pinned(g, blocks)) * self.layout.slots[g] - sum(group == g for group, _ in blocks)
-            extents += ceil(max(needs[g] - room, 0) / self.layout.slots[g])
+            room = len(self.pinned(g, blocks)) * self.layout.per_extent[g] - sum(group == g for group, _ in blocks)
+            extents += ceil(max(needs[g] - room, 0) / self.layout.per_extent[g])
         return extents <= self.available(blocks)
 
     def most(self, group: int) -> int:
         """Blocks that one group can get if no other asks."""
-        slots = self.layout.slots[group]
-        pinned = len(self.pinned(group, self.refs)) * slots - sum(g == group for g, _ in self.refs)
-        return pinned + self.available() * slots
+        per_extent = self.layout.per_extent[group]
+        pinned = len(self.pinned(group, self.refs)) * per_extent - sum(g == group for g, _ in self.refs)
+        return pinned + self.available() * per_extent
 
     def owned(self) -> dict[tuple[int, int], list[Block]]:
         """(group, extent) of all extents that belong to a group, with their blocks that aren't clean."""
@@ -110,7 +110,7 @@ class Account:
         owned = self.owned()
         if self.layout.extents is None:
             unowned = 0
-            null = self.layout.total_bytes - sum(self.layout.slots[g] * strides[g] for g in self.groups)
+            null = self.layout.total_bytes - sum(self.layout.per_extent[g] * strides[g] for g in self.groups)
         else:
             null = self.layout.total_bytes // self.layout.extents
             unowned = (self.layout.extents - 1 - len(owned)) * null
@@ -118,9 +118,9 @@ class Account:
             total=self.layout.total_bytes,
             in_use=sum(sizes[g] for g, _ in self.refs),
             cached=sum(sizes[g] for g, _ in self.cached),
-            clean=sum((self.layout.slots[g] - len(blocks)) * sizes[g] for (g, _), blocks in owned.items()),
+            free=sum((self.layout.per_extent[g] - len(blocks)) * sizes[g] for (g, _), blocks in owned.items()),
             unowned=unowned,
-            padding=sum(self.layout.slots[g] * (strides[g] - sizes[g]) for g, _ in owned),
+            padding=sum(self.layout.per_extent[g] * (strides[g] - sizes[g]) for g, _ in owned),
             null=null,
         )
 
@@ -128,13 +128,13 @@ class Account:
 
     def start(self, request: Hashable, turn: int) -> None:
         """A request begins."""
-        self.requests[request] = Leaf(trunk=False, turn=turn), Leaf(trunk=True)
+        self.requests[request] = CachedPrefix(shared=False, turn=turn), CachedPrefix(shared=True)
 
     def finish(self, request: Hashable) -> None:
         """A request ends."""
-        for leaf in self.requests.pop(request):
-            leaf.running = False
-            self._now(leaf)
+        for prefix in self.requests.pop(request):
+            prefix.running = False
+            self._now(prefix)
 
     def allocated(self, group: int, blocks: Sequence[int], request: Hashable | None) -> None:
         """The core handed out these blocks: none may be in use or cached, or lie where another group's do."""
@@ -149,44 +149,44 @@ class Account:
                 self.layout.extents is None
             ), "in an extent that another group has"
             self.refs[group, block] = 1
-            self.trunks.discard((group, block))
-            self.last_leaf[group, block] = self.requests[request][0] if request is not None else None
+            self.shared_blocks.discard((group, block))
+            self.last_prefix[group, block] = self.requests[request][0] if request is not None else None
 
-    def touched(self, group: int, blocks: Sequence[int], *, trunk: bool) -> None:
+    def touched(self, group: int, blocks: Sequence[int], *, shared: bool) -> None:
         """References were added."""
         for block in blocks:
             self.cached.pop((group, block), None)
             self.refs[group, block] = self.refs.get((group, block), 0) + 1
-            if trunk:
-                self.trunks.add((group, block))
+            if shared:
+                self.shared_blocks.add((group, block))
 
     def released(self, group: int, blocks: Sequence[int], keep: Sequence[int], request: Hashable | None) -> None:
         """References were dropped."""
-        together: dict[bool, Leaf] = {}
+        together: dict[bool, CachedPrefix] = {}
         for index, block in enumerate(blocks):
             name = group, block
             self.refs[name] -= 1
             if self.refs[name]:
                 continue
             del self.refs[name]
-            if not keep or keep[index] == Keep.NO:
+            if not keep or keep[index] == Retention.DROP:
                 continue
-            trunk, before = name in self.trunks, self.last_leaf[name]
-            if keep[index] == Keep.SPARE:
-                leaf = self.spares
+            shared, before = name in self.shared_blocks, self.last_prefix[name]
+            if keep[index] == Retention.LOW:
+                prefix = self.low
             elif request is not None:
-                leaf = self.requests[request][trunk]
-            elif before is not None and before.trunk == trunk:
-                leaf = before
+                prefix = self.requests[request][shared]
+            elif before is not None and before.shared == shared:
+                prefix = before
             else:
-                leaf = together.setdefault(trunk, Leaf(trunk=trunk))
-                leaf.running = False
-            if leaf not in self.cached.values():
-                self._now(leaf)
-            self.cached[name] = self.last_leaf[name] = leaf
+                prefix = together.setdefault(shared, CachedPrefix(shared=shared))
+                prefix.running = False
+            if prefix not in self.cached.values():
+                self._now(prefix)
+            self.cached[name] = self.last_prefix[name] = prefix
 
-    def lost(self, group: int, block: int) -> Leaf:
-        """A cached block turned clean. Returns the leaf that it was in."""
+    def lost(self, group: int, block: int) -> CachedPrefix:
+        """A cached block turned clean. Returns the prefix that it was in."""
         return self.cached.pop((group, block))
 
     def moved(self, extent: int, old: int | None, new: int) -> None:
@@ -196,25 +196,25 @@ class Account:
         self.moves += old not in (None, new)
         self.last_owner[extent] = new
 
-    def may_go(self, policy: str, promise: Callable[[Leaf], float]) -> set[Leaf]:
+    def may_go(self, policy: str, index: Callable[[CachedPrefix], float]) -> set[CachedPrefix]:
         """Leaves that may lose a block now, if the policy is ``lru`` or ``returns``."""
         leaves = set(self.cached.values())
         if policy == "lru":
-            return {min(leaves, key=lambda leaf: leaf.since), *(leaf for leaf in leaves if leaf.broken)}
-        if spares := {leaf for leaf in leaves if leaf.spare or leaf.broken}:
-            return spares
-        ended = [leaf for leaf in leaves if not leaf.running]
+            return {min(leaves, key=lambda prefix: prefix.since), *(prefix for prefix in leaves if prefix.broken)}
+        if low := {prefix for prefix in leaves if prefix.low or prefix.broken}:
+            return low
+        ended = [prefix for prefix in leaves if not prefix.running]
         if not ended:
-            return {min(leaves, key=lambda leaf: leaf.since)}
-        oldest_trunk = min((leaf.since for leaf in ended if leaf.trunk), default=0)
-        ended = [leaf for leaf in ended if not leaf.trunk or leaf.since == oldest_trunk]
-        kinds = [[leaf for leaf in ended if (leaf.trunk, leaf.turn) == (False, turn)] for turn in range(3)]
-        kinds.append([leaf for leaf in ended if leaf.trunk])
-        by_age = [sorted(kind, key=lambda leaf: leaf.since) for kind in kinds if kind]
-        candidates = [leaf for kind in by_age for leaf in (kind[0], kind[-1])]
-        least = min(map(promise, candidates))
-        return {leaf for leaf in candidates if promise(leaf) == least}
+            return {min(leaves, key=lambda prefix: prefix.since)}
+        oldest_trunk = min((prefix.since for prefix in ended if prefix.shared), default=0)
+        ended = [prefix for prefix in ended if not prefix.shared or prefix.since == oldest_trunk]
+        kinds = [[prefix for prefix in ended if (prefix.shared, prefix.turn) == (False, turn)] for turn in range(3)]
+        kinds.append([prefix for prefix in ended if prefix.shared])
+        by_age = [sorted(kind, key=lambda prefix: prefix.since) for kind in kinds if kind]
+        candidates = [prefix for kind in by_age for prefix in (kind[0], kind[-1])]
+        least = min(map(index, candidates))
+        return {prefix for prefix in candidates if index(prefix) == least}
 
-    def _now(self, leaf: Leaf) -> None:
+    def _now(self, prefix: CachedPrefix) -> None:
         self.clock += 1
-        leaf.since, leaf.age_from = self.clock, self.turnover
+        prefix.since, prefix.age_from = self.clock, self.bytes_allocated

@@ -12,22 +12,22 @@ from collections.abc import Hashable, Sequence
 from math import lcm
 
 import pytest
-from reference import Account, Block, Layout, Leaf
+from reference import Account, Block, CachedPrefix, Layout
 
 from tidepool.cache import (
     Arena,
-    Arrival,
-    Cut,
     ExpectedReturn,
+    ExtentLayout,
     Geometry,
-    Keep,
     LeastRecentlyUsed,
     OutOfBlocksError,
-    Place,
-    Returns,
+    PrefixMatch,
+    PriorityClass,
+    ResumePoint,
+    Retention,
+    ReuseModel,
     Share,
-    Standing,
-    Turn,
+    TurnClass,
 )
 
 CALLS = 1000
@@ -46,44 +46,44 @@ class Twins:
         self.many = seed % 5 == 4
         """Up to 30 groups."""
         groups = rng.randint(12, 30) if self.many else rng.randint(1, 5)
-        slots = tuple(rng.randint(1, 4 if self.roomy else 12) for _ in range(groups))
-        self.returns = Returns(rng.choice([1, 100, 10_000, 1_000_000]))
+        per_extent = tuple(rng.randint(1, 4 if self.roomy else 12) for _ in range(groups))
+        self.returns = ReuseModel(rng.choice([1, 100, 10_000, 1_000_000]))
         self.policy_name = policy
         self.policy = LeastRecentlyUsed() if policy == "lru" else ExpectedReturn(self.returns)
         if partition == "elastic":
-            self.layout = self._build_elastic(slots)
+            self.layout = self._build_elastic(per_extent)
         else:
-            self.layout = self._build_fixed(slots)
+            self.layout = self._build_fixed(per_extent)
         self.account = Account(self.layout)
         self.groups = self.account.groups
         self.memory = bytearray(self.layout.total_bytes)
         self.tokens: dict[Block, bytes] = {}
         self.holdings: dict[Hashable, list[list[int]]] = {}
         """Of each running request, the blocks that it holds of every group."""
-        self.arrivals: dict[Hashable, Arrival] = {}
+        self.matches: dict[Hashable, PrefixMatch] = {}
         self.ended_later: list[list[list[int]]] = []
         """Blocks of requests that ended, to be released later."""
         self.calls = self.names = 0
         self.promised = False
 
-    def _build_elastic(self, slots: tuple[int, ...]) -> Layout:
+    def _build_elastic(self, per_extent: tuple[int, ...]) -> Layout:
         rng = self.random
         extents = rng.randint(20, 40) if self.roomy else rng.randint(2, 12)
-        extents += 2 * len(slots) if self.many else 0
-        size = lcm(*slots) * rng.randint(1, 3)
-        cuts = tuple(Cut(rng.randint(max(1, size // n // 2), size // n), size // n, n) for n in slots)
+        extents += 2 * len(per_extent) if self.many else 0
+        size = lcm(*per_extent) * rng.randint(1, 3)
+        layouts = tuple(ExtentLayout(rng.randint(max(1, size // n // 2), size // n), size // n, n) for n in per_extent)
         self.arena = Arena.elastic(
-            Geometry(size, cuts), extents, policy=self.policy, on_evict=self.on_evict, on_move=self.on_move
+            Geometry(size, layouts), extents, policy=self.policy, on_evict=self.on_evict, on_move=self.on_move
         )
-        sizes = tuple(cut.block_bytes for cut in cuts)
-        strides = tuple(cut.stride for cut in cuts)
-        return Layout(slots, strides, sizes, (0,) * len(slots), extents, extents * size)
+        sizes = tuple(layout.block_bytes for layout in layouts)
+        strides = tuple(layout.stride for layout in layouts)
+        return Layout(per_extent, strides, sizes, (0,) * len(per_extent), extents, extents * size)
 
-    def _build_fixed(self, slots: tuple[int, ...]) -> Layout:
+    def _build_fixed(self, per_extent: tuple[int, ...]) -> Layout:
         rng = self.random
         shares: list[Share] = []
         end = 30
-        for n in slots:
+        for n in per_extent:
             stride = rng.randint(1, 30)
             shares.append(Share(rng.randint(max(1, stride // 2), stride), stride, -(-end // stride), n * 3))
             end = (shares[-1].first + shares[-1].blocks) * stride
@@ -103,17 +103,17 @@ class Twins:
         assert (group, block) in self.account.cached, "evicted a block that wasn't cached"
         self.read(group, block)
         assert self.promised or not self.arena.usage().unowned, "evicted while an extent was unowned"
-        leaf = self.account.cached[group, block]
-        assert leaf in self.account.may_go(self.policy_name, self.promise_of), "another leaf was to go"
-        leaf.broken = not leaf.spare
+        prefix = self.account.cached[group, block]
+        assert prefix in self.account.may_go(self.policy_name, self.index_of), "another prefix was to go"
+        prefix.broken = not prefix.low
         self.account.lost(group, block)
 
     def on_move(self, extent: int, old: int | None, new: int) -> None:
         self.account.moved(extent, old, new)
 
-    def promise_of(self, leaf: Leaf) -> float:
-        age = self.account.turnover - leaf.age_from
-        return self.returns.promise(age, Turn.NONE if leaf.trunk else Turn(leaf.turn))
+    def index_of(self, prefix: CachedPrefix) -> float:
+        age = self.account.bytes_allocated - prefix.age_from
+        return self.returns.reuse_index(age, TurnClass.NONE if prefix.shared else TurnClass(prefix.turn))
 
     # Contents.
 
@@ -137,8 +137,8 @@ class Twins:
         """A request starts, with hits or without, and stays, or is refused and ends."""
         rng, name = self.random, f"r{self.names}"
         self.names += 1
-        arrival = self.returns.began([rng.randrange(40) for _ in range(3)], self.arena.turnover)
-        self.arrivals[name], turn = arrival, arrival.turn
+        match = self.returns.began([rng.randrange(40) for _ in range(3)], self.arena.bytes_allocated)
+        self.matches[name], turn = match, match.turn
         self.call(self.arena.start, name, turn)
         self.account.start(name, turn)
         self.holdings[name] = [[] for _ in self.groups]
@@ -146,22 +146,22 @@ class Twins:
         for group in self.groups:
             known = sorted(b for g, b in (*self.account.cached, *self.account.refs) if g == group)
             hits.append(rng.sample(known, rng.randint(0, min(len(known), 6))) if rng.random() < 0.6 else [])
-        self.serve(name, hits, trunk=turn == Turn.FIRST)
+        self.serve(name, hits, shared=turn == TurnClass.FIRST)
         if rng.random() < 0.3:
             self.end(name)
 
     def grow(self) -> None:
         """A running request needs more."""
         if (name := self.some_request()) is not None:
-            self.serve(name, [[] for _ in self.groups], trunk=False)
+            self.serve(name, [[] for _ in self.groups], shared=False)
 
-    def serve(self, name: Hashable, hits: list[list[int]], *, trunk: bool) -> None:
+    def serve(self, name: Hashable, hits: list[list[int]], *, shared: bool) -> None:
         """Ask admission; if it says yes, everything asked for must be had."""
         rng, account = self.random, self.account
         # Between a block or two and more than there is.
         scale = rng.choice([0.3, 1, 1, 14 if self.roomy else 4])
         needs = [
-            rng.randint(0, int(scale * self.layout.slots[g]) + 1) if rng.random() < 0.6 else 0 for g in self.groups
+            rng.randint(0, int(scale * self.layout.per_extent[g]) + 1) if rng.random() < 0.6 else 0 for g in self.groups
         ]
         idle = [[block for block in hits[g] if (g, block) in account.cached] for g in self.groups]
         admitted = self.call(self.arena.admit, needs, idle)
@@ -171,12 +171,12 @@ class Twins:
         self.promised = True
         for group in self.groups:
             if hits[group]:
-                self.touch(name, group, hits[group], trunk=trunk)
+                self.touch(name, group, hits[group], shared=shared)
         for group in rng.sample(self.groups, len(self.groups)):
             assert not needs[group] or self.allocate(name, group, needs[group]), "admitted, and refused"
             if rng.random() < 0.1:
                 self.allocate(name, group, 1)  # Unasked for, and no reason for others to go without.
-        self.call(self.arena.settle)
+        self.call(self.arena.release_reservation)
         self.promised = False
 
     def allocate(self, name: Hashable | None, group: int, count: int) -> bool:
@@ -184,7 +184,7 @@ class Twins:
         held = self.holdings[name][group] if name is not None else []
         last = held[-1] if held and self.random.random() < 0.9 else None
         most = self.account.most(group)
-        self.account.turnover += count * self.layout.strides[group]
+        self.account.bytes_allocated += count * self.layout.strides[group]
         try:
             blocks = self.call(self.arena.allocate, group, count, last=last, request=name)
         except OutOfBlocksError:
@@ -204,13 +204,13 @@ class Twins:
         """Without admission, with or without a name: what is there must be had."""
         group = self.random.choice(self.groups)
         name = self.some_request() if self.random.random() < 0.5 else None
-        self.allocate(name, group, self.random.randint(1, 2 * self.layout.slots[group]))
+        self.allocate(name, group, self.random.randint(1, 2 * self.layout.per_extent[group]))
 
-    def touch(self, name: Hashable, group: int, blocks: Sequence[int], *, trunk: bool) -> None:
+    def touch(self, name: Hashable, group: int, blocks: Sequence[int], *, shared: bool) -> None:
         for block in blocks:
             self.read(group, block)
-        self.call(self.arena.touch, group, blocks, trunk=trunk)
-        self.account.touched(group, blocks, trunk=trunk)
+        self.call(self.arena.touch, group, blocks, shared=shared)
+        self.account.touched(group, blocks, shared=shared)
         self.holdings[name][group] += blocks
 
     def share(self) -> None:
@@ -219,11 +219,15 @@ class Twins:
         if name is not None and other is not None:
             group = self.random.choice(self.groups)
             if theirs := [b for b in self.holdings[other][group] if b not in self.holdings[name][group]]:
-                self.touch(name, group, self.random.sample(theirs, 1), trunk=self.random.random() < 0.5)
+                self.touch(name, group, self.random.sample(theirs, 1), shared=self.random.random() < 0.5)
 
     def release(self, name: Hashable | None, group: int, blocks: list[int]) -> None:
         rng = self.random
-        keep = [rng.choice([Keep.NO, Keep.YES, Keep.YES, Keep.SPARE]) for _ in blocks] if rng.random() < 0.9 else []
+        keep = (
+            [rng.choice([Retention.DROP, Retention.KEEP, Retention.KEEP, Retention.LOW]) for _ in blocks]
+            if rng.random() < 0.9
+            else []
+        )
         if not blocks:
             return
         for block in blocks:
@@ -257,8 +261,8 @@ class Twins:
             self.ended_later.append(holdings)
         self.call(self.arena.finish, name)
         self.account.finish(name)
-        places = [Place(rng.randrange(40), distance, kept=rng.random() < 0.7) for distance in range(2)]
-        self.returns.ended(places, self.arena.turnover, self.arrivals.pop(name))
+        places = [ResumePoint(rng.randrange(40), distance, kept=rng.random() < 0.7) for distance in range(2)]
+        self.returns.ended(places, self.arena.bytes_allocated, self.matches.pop(name))
 
     def release_late(self) -> None:
         if self.ended_later:
@@ -269,8 +273,8 @@ class Twins:
     def forget(self) -> None:
         """Some blocks' contents are dropped, among others that aren't cached."""
         rng, group = self.random, self.random.choice(self.groups)
-        first, slots = self.layout.firsts[group], self.layout.slots[group]
-        blocks = [first + rng.randrange(slots * (self.layout.extents or 1)) for _ in range(rng.randint(1, 4))]
+        first, per_extent = self.layout.firsts[group], self.layout.per_extent[group]
+        blocks = [first + rng.randrange(per_extent * (self.layout.extents or 1)) for _ in range(rng.randint(1, 4))]
         blocks += [b for g, b in sorted(self.account.cached) if g == group and rng.random() < 0.2]
         self.call(self.arena.forget, group, blocks)
         for block in blocks:
@@ -287,7 +291,7 @@ class Twins:
         arena, account = self.arena, self.account
         assert arena.available == account.available()
         assert arena.usage() == account.usage()
-        assert arena.turnover == account.turnover
+        assert arena.bytes_allocated == account.bytes_allocated
         assert arena.moves == account.moves
         for group, pool in enumerate(arena.pools):
             live = {block: refs for (g, block), refs in account.refs.items() if g == group}
@@ -296,29 +300,29 @@ class Twins:
             assert (pool.in_use, pool.cached) == (len(live), len(cached))
             assert set(pool.live()) == live.keys()
             assert set(pool.kept()) == cached
-        self.compare_leaves()
+        self.compare_prefixes()
 
-    def compare_leaves(self) -> None:
+    def compare_prefixes(self) -> None:
         pools, account = self.arena.pools, self.account
-        names = {(group, block): pools[group].leaves[block] for group, block in account.cached}
+        names = {(group, block): pools[group].prefixes[block] for group, block in account.cached}
         counts = Counter(names.values())
-        assert all(leaf is not None and leaf.live == count for leaf, count in counts.items())
-        assert sum(leaf.live for leaf in counts) == sum(pool.cached for pool in pools)
-        for leaf, count in counts.items():
-            assert Counter(leaf.blocks).keys() >= {name for name, of in names.items() if of is leaf}, count
+        assert all(prefix is not None and prefix.live == count for prefix, count in counts.items())
+        assert sum(prefix.live for prefix in counts) == sum(pool.cached for pool in pools)
+        for prefix, count in counts.items():
+            assert Counter(prefix.blocks).keys() >= {name for name, of in names.items() if of is prefix}, count
         assert len(counts) == len(set(account.cached.values())), "leaves were mixed up"
-        assert len({(names[name], leaf) for name, leaf in account.cached.items()}) == len(counts)
-        for name, leaf in account.cached.items():
-            standing = names[name].standing
-            assert (standing == Standing.SPARE, standing == Standing.TRUNK) == (leaf.spare, leaf.trunk)
+        assert len({(names[name], prefix) for name, prefix in account.cached.items()}) == len(counts)
+        for name, prefix in account.cached.items():
+            priority = names[name].priority
+            assert (priority == PriorityClass.LOW, priority == PriorityClass.SHARED) == (prefix.low, prefix.shared)
         queued = [*self.policy._queue] if self.policy_name == "lru" else [*self.policy._running, *self.queues()]
         assert Counter(queued) == Counter(counts.keys()), "in a queue with nothing, or with something in none"
-        assert self.arena._leaves.keys() == self.holdings.keys(), "requests that have gone"
-        for leaf in (self.arena._spares, *(leaf for pair in self.arena._leaves.values() for leaf in pair)):
-            assert leaf.live or not leaf.blocks, "entries pile up"
+        assert self.arena._prefixes.keys() == self.holdings.keys(), "requests that have gone"
+        for prefix in (self.arena._low, *(prefix for pair in self.arena._prefixes.values() for prefix in pair)):
+            assert prefix.live or not prefix.blocks, "entries pile up"
 
     def queues(self) -> list[object]:
-        return [leaf for queue in self.policy._queues for leaf in queue]
+        return [prefix for queue in self.policy._queues for prefix in queue]
 
     def run(self) -> None:
         operations = [self.begin, self.grow, self.allocate_unasked, self.share, self.leave_some, self.end]

@@ -2,15 +2,25 @@ from __future__ import annotations
 
 import pytest
 
-from tidepool.cache import Arena, Cut, Geometry, Keep, OutOfBlocksError, Share, Turn, choose_geometry, group_layers
+from tidepool.cache import (
+    Arena,
+    ExtentLayout,
+    Geometry,
+    OutOfBlocksError,
+    Retention,
+    Share,
+    TurnClass,
+    choose_geometry,
+    group_layers,
+)
 from tidepool.cache.spec import FullAttention, State
 
 MB = 1 << 20
 
 
-def arena(slots: list[int], extents: int, **callbacks: object) -> Arena:
-    cuts = tuple(Cut(120 // n, 120 // n, n) for n in slots)
-    return Arena.elastic(Geometry(120, cuts), extents, **callbacks)  # type: ignore[arg-type]
+def arena(blocks_per_extent: list[int], extents: int, **callbacks: object) -> Arena:
+    layouts = tuple(ExtentLayout(120 // n, 120 // n, n) for n in blocks_per_extent)
+    return Arena.elastic(Geometry(120, layouts), extents, **callbacks)  # type: ignore[arg-type]
 
 
 def test_evicting_block_5_of_one_group_leaves_block_5_of_every_other_alone() -> None:
@@ -18,7 +28,7 @@ def test_evicting_block_5_of_one_group_leaves_block_5_of_every_other_alone() -> 
     a = arena([4, 4, 4], 10, on_evict=lambda g, block: evicted.append((g, block)))
     blocks = [a.allocate(group, 4) for group in range(3)]  # one extent each
     for group in range(3):
-        a.release(group, blocks[group], keep=[Keep.YES] * 4)
+        a.release(group, blocks[group], keep=[Retention.KEEP] * 4)
     everything = {(g, b) for g in range(3) for b in blocks[g]}
     # The same ids exist in several groups only if they share an extent number, which they can't; so name them by group.
     assert len({b for _, b in everything}) == 12
@@ -34,7 +44,7 @@ def test_same_id_in_two_fixed_shares_is_two_blocks() -> None:
     ids = [a.allocate(0, 8), a.allocate(1, 5)]
     assert set(ids[0]) & set(ids[1]), "the shares are meant to have ids in common"
     for group in (0, 1):
-        a.release(group, ids[group], keep=[Keep.YES] * len(ids[group]))
+        a.release(group, ids[group], keep=[Retention.KEEP] * len(ids[group]))
     shared = (set(ids[0]) & set(ids[1])).pop()
     a.forget(0, [shared])
     assert not a.pools[0].is_cached(shared)
@@ -51,17 +61,17 @@ def test_no_side_starves_beside_the_others_idle_cache() -> None:
     attention, state = 0, 1
     moved: list[tuple[int | None, int]] = []
     a = Arena.elastic(geometry, 11, on_move=lambda _, old, new: old in (None, new) or moved.append((old, new)))
-    per_extent = geometry.cuts[attention].slots
+    per_extent = geometry.layouts[attention].blocks_per_extent
     cache = a.allocate(attention, 10 * per_extent - 40)
-    a.release(attention, cache, keep=[Keep.YES] * len(cache))
-    left = a.usage().unowned + a.usage().clean
+    a.release(attention, cache, keep=[Retention.KEEP] * len(cache))
+    left = a.usage().unowned + a.usage().free
     assert left <= 21 * MB
     assert a.admit([0, 3])
     assert len(a.allocate(state, 3)) == 3
     assert moved == [(attention, state)] * 3
     # And back: the state's idle memory serves attention.
     held = list(a.pools[state].live())
-    a.release(state, held, keep=[Keep.YES] * 3)
+    a.release(state, held, keep=[Retention.KEEP] * 3)
     assert a.admit([10 * per_extent, 0])
     a.allocate(attention, 10 * per_extent)
     assert moved[3:] == [(state, attention)] * 3
@@ -70,7 +80,7 @@ def test_no_side_starves_beside_the_others_idle_cache() -> None:
 def test_one_groups_allocation_leaves_what_was_promised_to_another() -> None:
     a = arena([4, 1], 3)
     blocks = a.allocate(0, 4)
-    a.release(0, blocks[1:], keep=[Keep.YES] * 3)
+    a.release(0, blocks[1:], keep=[Retention.KEEP] * 3)
     assert a.admit([3, 1])
     # The one unowned extent is promised to group 1, so group 0 evicts its own three cached blocks.
     assert sorted(a.allocate(0, 3)) == sorted(blocks[1:])
@@ -80,7 +90,7 @@ def test_one_groups_allocation_leaves_what_was_promised_to_another() -> None:
 def test_without_a_promise_cached_blocks_are_kept_while_there_is_unowned_memory() -> None:
     a = arena([4, 1], 3)
     blocks = a.allocate(0, 4)
-    a.release(0, blocks[1:], keep=[Keep.YES] * 3)
+    a.release(0, blocks[1:], keep=[Retention.KEEP] * 3)
     assert a.admit([3, 0])
     assert not set(a.allocate(0, 3)) & set(blocks)
     assert a.pools[0].cached == 3
@@ -89,7 +99,7 @@ def test_without_a_promise_cached_blocks_are_kept_while_there_is_unowned_memory(
 def test_touching_many_blocks_of_one_idle_extent_counts_it_once() -> None:
     a = arena([4, 1], 4)
     blocks = a.allocate(0, 4)
-    a.release(0, blocks, keep=[Keep.YES] * 4)
+    a.release(0, blocks, keep=[Retention.KEEP] * 4)
     assert a.available == 3
     assert a.extents_needed([0, 2], [blocks, []]) == ([0, 2], 1)
     assert a.admit([0, 2], [blocks, []])
@@ -102,8 +112,8 @@ def test_the_idle_extent_unused_for_longest_goes_whoever_has_it() -> None:
     order: list[tuple[int, int]] = []
     a = arena([2, 2], 3, on_evict=lambda g, block: order.append((g, block)))
     old, new = a.allocate(0, 2), a.allocate(1, 2)
-    a.release(0, old, keep=[Keep.YES] * 2)
-    a.release(1, new, keep=[Keep.YES] * 2)
+    a.release(0, old, keep=[Retention.KEEP] * 2)
+    a.release(1, new, keep=[Retention.KEEP] * 2)
     a.allocate(1, 1)
     assert order == [(0, block) for block in old], "group 0's extent was used longer ago than group 1's own"
     a.allocate(1, 1)
@@ -119,7 +129,7 @@ def test_long_prompts_come_free_whole_beside_decoding() -> None:
     prompt = a.allocate(0, 40)
     decoding += [a.allocate(0, 1) for _ in range(5)]
     assert a.available == 14
-    a.release(0, prompt, keep=[Keep.YES] * 40)
+    a.release(0, prompt, keep=[Retention.KEEP] * 40)
     assert a.available == 18, "all but the one extent that decoding uses"
     assert len(decoding) == 10
 
@@ -135,12 +145,12 @@ def test_a_request_goes_on_in_the_extent_of_its_last_block() -> None:
 
 
 def test_cached_memory_goes_by_leaves_wherever_it_lies() -> None:
-    """The older leaf gives a gap between blocks in use; the younger one, though it has a whole idle extent, stays."""
+    """The older prefix gives a gap between blocks in use; the younger one, though it has a whole idle extent, stays."""
     a = arena([4, 1], 3)
     mixed = a.allocate(0, 3)
     idle = a.allocate(0, 4)
-    a.release(0, mixed[:2], keep=[Keep.YES] * 2)
-    a.release(0, idle, keep=[Keep.YES] * 4)
+    a.release(0, mixed[:2], keep=[Retention.KEEP] * 2)
+    a.release(0, idle, keep=[Retention.KEEP] * 4)
     a.allocate(0, 1)  # the clean block
     assert a.allocate(0, 1) == mixed[:1]
     assert a.pools[0].cached == 5
@@ -171,21 +181,21 @@ def test_fixed_partition_never_lends() -> None:
     blocks = a.allocate(0, 4)
     with pytest.raises(OutOfBlocksError):
         a.allocate(0, 1)
-    a.release(0, blocks, keep=[Keep.YES] * 4)
+    a.release(0, blocks, keep=[Retention.KEEP] * 4)
     assert a.allocate(0, 1) == blocks[:1], "the coldest cached block is reused"
 
 
 def test_a_spare_that_is_hit_again_and_again_leaves_no_trail() -> None:
     a = arena([4, 1], 5)
     blocks = a.allocate(0, 2)
-    a.release(0, blocks, keep=[Keep.SPARE] * 2)
-    leaf = a.pools[0].leaves[blocks[0]]
-    assert leaf is not None
+    a.release(0, blocks, keep=[Retention.LOW] * 2)
+    prefix = a.pools[0].prefixes[blocks[0]]
+    assert prefix is not None
     for _ in range(1_000):
         a.touch(0, blocks[:1])
-        a.release(0, blocks[:1], keep=[Keep.SPARE])
-    assert leaf.live == 2
-    assert len(leaf.blocks) < 100
+        a.release(0, blocks[:1], keep=[Retention.LOW])
+    assert prefix.live == 2
+    assert len(prefix.blocks) < 100
 
 
 def test_states_go_before_attention_and_a_broken_leaf_before_all_others() -> None:
@@ -193,16 +203,16 @@ def test_states_go_before_attention_and_a_broken_leaf_before_all_others() -> Non
     a = arena([4, 1], 4, on_evict=lambda g, block: order.append((g, block)))
     left = {}
     for name in ("first", "second"):
-        a.start(name, Turn.FIRST)
+        a.start(name, TurnClass.FIRST)
         state = a.allocate(1, 1, request=name)
         attention = a.allocate(0, 4, request=name)
-        a.release(1, state, keep=[Keep.YES], request=name)
-        a.release(0, attention, keep=[Keep.YES] * 4, request=name)
+        a.release(1, state, keep=[Retention.KEEP], request=name)
+        a.release(0, attention, keep=[Retention.KEEP] * 4, request=name)
         a.finish(name)
         left[name] = [(1, state[0]), *((0, block) for block in attention)]
     assert order == left["first"][:1], "the second one's attention took the place of the first one's state"
     a.allocate(1, 1)
-    assert order == left["first"], "the rest of a broken leaf"
+    assert order == left["first"], "the rest of a broken prefix"
     a.allocate(1, 1)
     assert order == [*left["first"], left["second"][0]]
 
@@ -211,7 +221,7 @@ def test_gaps_of_idle_extents_are_filled_before_anything_is_evicted() -> None:
     evicted: list[int] = []
     a = arena([4, 1], 3, on_evict=lambda _, block: evicted.append(block))
     blocks = a.allocate(0, 2)
-    a.release(0, blocks, keep=[Keep.YES] * 2)
+    a.release(0, blocks, keep=[Retention.KEEP] * 2)
     a.allocate(1, 1)
     assert a.available == 1
     assert a.admit([2, 0])
@@ -223,7 +233,7 @@ def test_gaps_of_idle_extents_are_filled_before_anything_is_evicted() -> None:
 def test_gaps_are_filled_before_an_unowned_extent_is_taken() -> None:
     a = arena([4, 1], 4)
     blocks = a.allocate(0, 3)
-    a.release(0, blocks, keep=[Keep.YES] * 3)
+    a.release(0, blocks, keep=[Retention.KEEP] * 3)
     unowned = a.usage().unowned
     assert [block // 4 for block in a.allocate(0, 1)] == [blocks[0] // 4]
     assert a.usage().unowned == unowned
@@ -234,6 +244,6 @@ def test_gaps_too_small_for_all_are_filled_before_anything_is_evicted() -> None:
     a = arena([4, 1], 3, on_evict=lambda _, block: evicted.append(block))
     first, second = a.allocate(0, 4), a.allocate(0, 4)
     for blocks in (first, second):
-        a.release(0, blocks, keep=[Keep.YES] * 2 + [Keep.NO] * 2)
+        a.release(0, blocks, keep=[Retention.KEEP] * 2 + [Retention.DROP] * 2)
     assert sorted(a.allocate(0, 4)) == sorted(first[2:] + second[2:])
     assert not evicted

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tidepool.cache import Arena, Cut, Geometry, OutOfBlocksError, Share
+from tidepool.cache import Arena, ExtentLayout, Geometry, OutOfBlocksError, Share
 
 
 class ArenaMachine(RuleBasedStateMachine):
@@ -18,26 +18,26 @@ class ArenaMachine(RuleBasedStateMachine):
 
     @initialize(
         extents=st.integers(2, 12),
-        slots=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=4),
+        blocks_per_extent=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=4),
     )
-    def build(self, extents: int, slots: list[int]) -> None:
+    def build(self, extents: int, blocks_per_extent: list[int]) -> None:
         size = 96
         if self.partition == "elastic":
-            cuts = tuple(Cut(size // n - (n % 3), size // n, n) for n in slots)
-            self.arena = Arena.elastic(Geometry(size, cuts), extents, on_evict=self.on_evict, on_move=self.on_move)
-            self.strides = [cut.stride for cut in cuts]
+            layouts = tuple(ExtentLayout(size // n - (n % 3), size // n, n) for n in blocks_per_extent)
+            self.arena = Arena.elastic(Geometry(size, layouts), extents, on_evict=self.on_evict, on_move=self.on_move)
+            self.strides = [layout.stride for layout in layouts]
         else:
             shares, end = [], size
-            for n in slots:
+            for n in blocks_per_extent:
                 stride = size // n
                 share = Share(stride, stride, -(-end // stride), n + extents)
                 end = (share.first + share.blocks) * stride
                 shares.append(share)
             self.arena = Arena.fixed(shares, end, on_evict=self.on_evict)
             self.strides = [share.stride for share in shares]
-        self.groups = len(slots)
-        self.live: list[dict[int, int]] = [{} for _ in slots]
-        self.cached: list[set[int]] = [set() for _ in slots]
+        self.groups = len(blocks_per_extent)
+        self.live: list[dict[int, int]] = [{} for _ in blocks_per_extent]
+        self.cached: list[set[int]] = [set() for _ in blocks_per_extent]
 
     def on_evict(self, group: int, block: int) -> None:
         assert block in self.cached[group], "evicted a block that wasn't cached"
@@ -45,8 +45,8 @@ class ArenaMachine(RuleBasedStateMachine):
 
     def on_move(self, extent: int, old: int | None, new: int) -> None:
         for group in range(self.groups) if old is None else (old,):
-            slots = self.arena.pools[group].slots
-            owned = set(range(extent * slots, (extent + 1) * slots))
+            blocks_per_extent = self.arena.pools[group].blocks_per_extent
+            owned = set(range(extent * blocks_per_extent, (extent + 1) * blocks_per_extent))
             assert not owned & (self.live[group].keys() | self.cached[group]), "moved with blocks in it"
 
     def draw_request(self, data: st.DataObject, group: int) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class ArenaMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def admit_touch_allocate(self, data: st.DataObject) -> None:
         """Admission said yes implies that every group gets its blocks."""
-        needs = [data.draw(st.integers(0, 2 * pool.slots + 1)) for pool in self.arena.pools]
+        needs = [data.draw(st.integers(0, 2 * pool.blocks_per_extent + 1)) for pool in self.arena.pools]
         touched = [
             data.draw(st.lists(st.sampled_from(sorted(cached)), unique=True, max_size=4)) if cached else []
             for cached in self.cached
@@ -78,7 +78,7 @@ class ArenaMachine(RuleBasedStateMachine):
                 self.live[group][block] = 1
         for group in data.draw(st.permutations(range(self.groups))):
             self.receive(group, self.arena.allocate(group, needs[group], **self.draw_request(data, group)))
-        self.arena.settle()
+        self.arena.release_reservation()
 
     @rule(data=st.data())
     def allocate_unasked(self, data: st.DataObject) -> None:
@@ -90,7 +90,7 @@ class ArenaMachine(RuleBasedStateMachine):
             # Nobody starves: a refusal means that nothing reclaimable is left for this group.
             pool = self.arena.pools[group]
             assert pool.usable < count
-            assert self.arena.available * pool.slots + pool.usable < count
+            assert self.arena.available * pool.blocks_per_extent + pool.usable < count
 
     @precondition(lambda self: any(self.live))
     @rule(data=st.data())
@@ -145,20 +145,20 @@ class ArenaMachine(RuleBasedStateMachine):
     @invariant()
     def bytes_add_up(self) -> None:
         u = self.arena.usage()
-        assert u.clean + u.cached + u.in_use + u.unowned + u.padding + u.null == u.total
-        assert min(u.clean, u.cached, u.in_use, u.unowned, u.padding, u.null) >= 0
+        assert u.free + u.cached + u.in_use + u.unowned + u.padding + u.null == u.total
+        assert min(u.free, u.cached, u.in_use, u.unowned, u.padding, u.null) >= 0
 
     @invariant()
     def standing_of_extents_is_true(self) -> None:
         for group, pool in enumerate(self.arena.pools):
             held = 1 if self.partition == "fixed" else 0
             for number, extent in pool.extents.items():
-                span = range(extent.first, extent.first + extent.slots)
+                span = range(extent.first, extent.first + extent.blocks)
                 live = sum(block in self.live[group] for block in span)
                 cached = [block for block in span if block in self.cached[group]]
                 assert extent.pins == live + held
                 assert extent.cached == len(cached)
-                assert extent.clean == extent.slots - live - len(cached)
+                assert extent.free == extent.blocks - live - len(cached)
                 assert (number in pool.idle) == (extent.pins == 0)
                 assert extent.pins or cached, "a wholly clean extent wasn't given back"
             assert pool.pinned == sum(extent.pins > 0 for extent in pool.extents.values())

@@ -9,7 +9,7 @@ from hypothesis import example, given, reject, settings, strategies as st
 
 from tidepool.cache import (
     CacheConfigError,
-    Cut,
+    ExtentLayout,
     FullAttention,
     Geometry,
     Group,
@@ -37,15 +37,15 @@ def state(size: int, layers: int = 1, align: int = 16) -> Group:
 
 def check(groups: list[Group], limit: float) -> None:
     geometry = choose_geometry(groups)
-    for group, cut in zip(groups, geometry.cuts, strict=True):
-        assert cut.slots * cut.stride == geometry.extent_bytes
-        assert cut.stride >= group.block_bytes == cut.block_bytes
-        assert cut.stride % group.align == 0
-        assert cut.padding < limit
+    for group, layout in zip(groups, geometry.layouts, strict=True):
+        assert layout.blocks_per_extent * layout.stride == geometry.extent_bytes
+        assert layout.stride >= group.block_bytes == layout.block_bytes
+        assert layout.stride % group.align == 0
+        assert layout.padding < limit
 
 
 @pytest.mark.parametrize(
-    ("groups", "slots", "padding"),
+    ("groups", "blocks_per_extent", "padding"),
     [
         # Published shapes: Qwen3.5-4B, Qwen3.5-0.8B (fp32 states), Nemotron-3-Nano-4B (bf16 states).
         ([attention(4096, 8), state(2_146_304, 24)], (99, 1), 0.0076),
@@ -53,11 +53,11 @@ def check(groups: list[Group], limit: float) -> None:
         ([attention(4096, 4), state(2_024_448, 21)], (163, 1), 0.0051),
     ],
 )
-def test_published_models(groups: list[Group], slots: tuple[int, ...], padding: float) -> None:
+def test_published_models(groups: list[Group], blocks_per_extent: tuple[int, ...], padding: float) -> None:
     geometry = choose_geometry(groups)
-    assert tuple(cut.slots for cut in geometry.cuts) == slots
+    assert tuple(layout.blocks_per_extent for layout in geometry.layouts) == blocks_per_extent
     assert geometry.padding == pytest.approx(padding, abs=1e-4)
-    assert geometry.cuts[0].padding == 0, "the group with the most blocks isn't padded"
+    assert geometry.layouts[0].padding == 0, "the group with the most blocks isn't padded"
 
 
 @settings(deadline=None, max_examples=150)
@@ -160,7 +160,7 @@ def test_what_cannot_be_met_is_said() -> None:
 
 def test_equal_groups_cut_alike() -> None:
     geometry = choose_geometry([state(4096), state(4096), attention(256)])
-    assert geometry.cuts[0] == geometry.cuts[1]
+    assert geometry.layouts[0] == geometry.layouts[1]
 
 
 def test_blocks_are_aligned_as_well_as_their_pages() -> None:
@@ -266,14 +266,14 @@ def test_stages_have_the_same_slots(sizes: tuple[int, int], counts: list[tuple[i
         geometries = choose_stage_geometries(stages, budgets[: len(stages)], 8192)
     except CacheConfigError:
         reject()
-    assert len({tuple(cut.slots for cut in geometry.cuts) for geometry in geometries}) == 1
+    assert len({tuple(layout.blocks_per_extent for layout in geometry.layouts) for geometry in geometries}) == 1
     for groups, geometry in zip(stages, geometries, strict=True):
-        for group, cut in zip(groups, geometry.cuts, strict=True):
-            assert cut.block_bytes == group.block_bytes
-            assert cut.stride % group.align == 0
+        for group, layout in zip(groups, geometry.layouts, strict=True):
+            assert layout.block_bytes == group.block_bytes
+            assert layout.stride % group.align == 0
     complete = [geometry for (a, s), geometry in zip(counts, geometries, strict=True) if a and s]
     if complete:
-        assert min(geometry.padding for geometry in complete) < 0.01, "the slots suit one stage"
+        assert min(geometry.padding for geometry in complete) < 0.01, "the blocks_per_extent suit one stage"
 
 
 @settings(deadline=None, max_examples=100)
@@ -307,7 +307,7 @@ def test_fixed_stages_have_the_same_blocks_and_no_overlap(
     assert any(s[0].stride and left < s[0].stride for s, left in zip(by_stage, slack, strict=True))
 
 
-@pytest.mark.parametrize("cut", [Cut(40, 40, 4), Cut(50, 40, 3)])
-def test_a_cut_that_does_not_tile_its_extent_is_refused(cut: Cut) -> None:
+@pytest.mark.parametrize("layout", [ExtentLayout(40, 40, 4), ExtentLayout(50, 40, 3)])
+def test_a_cut_that_does_not_tile_its_extent_is_refused(layout: ExtentLayout) -> None:
     with pytest.raises(CacheConfigError, match="doesn't tile an extent of 120 bytes"):
-        Geometry(120, (cut,))
+        Geometry(120, (layout,))

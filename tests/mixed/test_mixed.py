@@ -80,8 +80,8 @@ def test_what_plan_predicts_is_allocated_to_the_block(model: Path) -> None:
         Group(FullAttention(token), ("narrow",), 32, 64),
     ]
     memory = predict(groups, MIXED["kv_bytes"], "elastic", MIXED["max_num_seqs"], 2048)
-    slots = [group.blocks // (memory.units - 1) for group in memory.groups]
-    assert result["pool_blocks"] == [memory.units * count for count in slots]
+    blocks_per_extent = [group.blocks // (memory.units - 1) for group in memory.groups]
+    assert result["pool_blocks"] == [memory.units * count for count in blocks_per_extent]
 
 
 def test_prefix_hits_give_the_same_answers(model: Path) -> None:

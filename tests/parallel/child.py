@@ -43,7 +43,7 @@ def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         tensor_parallel_size=shape.get("tp", 1),
         pipeline_parallel_size=shape.get("pp", 1),
         distributed_executor_backend="mp",
-        # Prompts are never cut, so that every engine computes the same chunks.
+        # Prompts are never layout, so that every engine computes the same chunks.
         max_num_batched_tokens=65_536,
         enable_prefix_caching=shape.get("caching", False),
         enforce_eager=True,
@@ -61,8 +61,9 @@ def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         result |= {
             "extents": config.num_blocks,
             "blocks": [
-                (config.num_blocks - 1 if config.geometry else 1) * (cut.slots if config.geometry else cut.blocks)
-                for cut in (config.geometry.cuts if config.geometry else config.shares)
+                (config.num_blocks - 1 if config.geometry else 1)
+                * (layout.blocks_per_extent if config.geometry else layout.blocks)
+                for layout in (config.geometry.layouts if config.geometry else config.shares)
             ],
             "told": core.vllm_config.cache_config.num_gpu_blocks * core.vllm_config.cache_config.block_size,
             "moves": arena.moves,
@@ -85,7 +86,7 @@ def check_rank(worker: Any) -> dict[str, Any]:
     layers = runner.compilation_config.static_forward_context
     hits = []
     for index, group in enumerate(config.kv_cache_groups):
-        first = config.shares[index].first if config.shares else 2 * config.geometry.cuts[index].slots
+        first = config.shares[index].first if config.shares else 2 * config.geometry.layouts[index].blocks_per_extent
         source, target = first, first + 1
         views = [view for name in group.layer_names for view in tensors(layers[name].kv_cache)]
         for block, value in ((source, 1), (target, 2)):

@@ -69,9 +69,9 @@ def test_stages_of_unequal_memory_get_the_same_blocks(
         assert all(tensor.layers for tensor in config.kv_cache_tensors)
     # What is told to others: attention's blocks beside the states of one request.
     if partition == "elastic":
-        slots = [cut.slots for cut in scheduler.geometry.cuts]
+        blocks_per_extent = [layout.blocks_per_extent for layout in scheduler.geometry.layouts]
         states = core_groups(engine.vllm_config, scheduler.kv_cache_groups)[0].blocks_for(1)
-        attention_blocks = (scheduler.num_blocks - 1 - -(-states // slots[0])) * slots[1]
+        attention_blocks = (scheduler.num_blocks - 1 - -(-states // blocks_per_extent[0])) * blocks_per_extent[1]
     else:
         attention_blocks = scheduler.shares[1].blocks
     assert engine.vllm_config.cache_config.num_gpu_blocks == attention_blocks
@@ -124,9 +124,9 @@ class TestAgreement:
 
     def test_ranks_that_differ_are_refused(self) -> None:
         from tidepool.vllm_plugin.notes import write_note
-        from tidepool.vllm_plugin.planning import Plan, StockBlocks, agree, plan_of, send_plan
+        from tidepool.vllm_plugin.planning import ServingPlan, StockBlocks, agree, plan_of, send_plan
 
-        def rank(plan: Plan | None) -> dict[str, Any]:
+        def rank(plan: ServingPlan | None) -> dict[str, Any]:
             specs = self.specs()
             config = SimpleNamespace(additional_config={})
             if plan is not None:
@@ -134,7 +134,9 @@ class TestAgreement:
             send_plan(config, specs)
             return specs
 
-        elastic, fixed = (Plan(partition, "returns", StockBlocks(640, None)) for partition in ("elastic", "fixed"))
+        elastic, fixed = (
+            ServingPlan(partition, "returns", StockBlocks(640, None)) for partition in ("elastic", "fixed")
+        )
         core = SimpleNamespace(additional_config={}, cache_config=SimpleNamespace(mamba_cache_mode="none"))
         for one, other in ((elastic, None), (None, elastic), (elastic, fixed)):
             with pytest.raises(CacheConfigError, match=r"rank 0: .*; rank 1: .*install the same tidepool"):

@@ -122,7 +122,7 @@ def planned(model_path: Path, kv_bytes: int, *, prefix_caching: bool, mtp: bool 
 
 def assert_as_planned(result: dict[str, Any], memory: Any) -> None:
     assert result["extents"] == memory.units
-    assert result["pool_blocks"] == [memory.units * slots for slots in memory.slots]
+    assert result["pool_blocks"] == [memory.units * blocks_per_extent for blocks_per_extent in memory.blocks_per_extent]
     assert result["wrong_attention"] == []
 
 

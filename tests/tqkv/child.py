@@ -61,7 +61,7 @@ def run(job: dict[str, Any], engines: list[Any]) -> dict[str, Any]:
         "moves": arena.moves if arena else 0,
         "in_use_at_end": block_pool.get_usage(),
         "units": config.num_blocks,
-        "blocks": [(config.num_blocks - 1) * pool.slots for pool in arena.pools] if arena else None,
+        "blocks": [(config.num_blocks - 1) * pool.blocks_per_extent for pool in arena.pools] if arena else None,
         "groups": [
             [type(group.kv_cache_spec).__name__, group.kv_cache_spec.block_size, page, len(group.layer_names)]
             for group, page in zip(config.kv_cache_groups, page_bytes, strict=True)

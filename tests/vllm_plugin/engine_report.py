@@ -18,7 +18,7 @@ def main() -> None:
         usable = []
         for pool in pools:
             extents = config.num_blocks - 1 if config.geometry else len(pool.extents)
-            usable.append(extents * pool.slots)
+            usable.append(extents * pool.blocks_per_extent)
         reports.append({"extents": config.num_blocks, "blocks": usable, "arena_bytes": config.arena_bytes})
         engine.shutdown()
     with open(work["answer"], "w", encoding="utf-8") as file:

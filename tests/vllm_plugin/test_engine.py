@@ -173,7 +173,7 @@ def test_reset_is_for_all_groups_or_none(engine: Any) -> None:
     assert pool.arena.usage().cached > 0
     assert manager.reset_prefix_cache()
     usage = pool.arena.usage()
-    assert (usage.cached, usage.in_use, usage.clean) == (0, 0, 0)
+    assert (usage.cached, usage.in_use, usage.free) == (0, 0, 0)
     assert [type(event).__name__ for event in manager.take_events()] == ["AllBlocksCleared"]
     assert manager.get_computed_blocks(make_request(engine, "after", list(range(1500))))[1] == 0
 
@@ -238,7 +238,7 @@ def test_memory_to_measure_graphs_with_is_small(engine: Any, monkeypatch: pytest
     # Not more requests than there are states: vLLM's kernels would read past the memory.
     runner = SimpleNamespace(vllm_config=vllm_config)
     limit_requests(runner, config)
-    states = PROFILING_EXTENTS * config.geometry.cuts[0].slots - 1
+    states = PROFILING_EXTENTS * config.geometry.layouts[0].blocks_per_extent - 1
     assert vllm_config.scheduler_config.max_num_seqs == states < 512
     # What was asked for counts again once the real memory is there.
     limit_requests(runner, replace(config, num_blocks=1000))
@@ -262,11 +262,11 @@ def test_ids_for_workers_are_unique_over_groups() -> None:
 def test_workers_zero_poison_and_copy_one_groups_block_only() -> None:
     import torch
 
-    from tidepool.cache import Cut, Geometry
+    from tidepool.cache import ExtentLayout, Geometry
     from tidepool.vllm_plugin.worker import ArenaBytes, encode, encode_poison, encode_poison_extent
 
     arena = ArenaBytes.__new__(ArenaBytes)
-    geometry = Geometry(120, (Cut(40, 40, 3), Cut(22, 24, 5)))
+    geometry = Geometry(120, (ExtentLayout(40, 40, 3), ExtentLayout(22, 24, 5)))
     arena.arena = torch.full((600,), 7, dtype=torch.uint8)
     arena.strides, arena.block_bytes, arena.extent_bytes = (40, 24), (40, 22), geometry.extent_bytes
     arena.poison = [0x7F, 0xFF]
@@ -321,8 +321,8 @@ def test_nothing_is_known_of_a_request_that_is_aborted_while_it_waits(engine: An
     refused.status = RequestStatus.FINISHED_ABORTED
     assert not (manager.pop_blocks_for_free if deferred else manager.free)(refused)
     assert manager._refused is None
-    assert refused.request_id not in manager._arrivals
-    assert refused.request_id not in manager.block_pool.arena._leaves
+    assert refused.request_id not in manager._matches
+    assert refused.request_id not in manager.block_pool.arena._prefixes
 
 
 @pytest.mark.parametrize("deferred", [False, True])
@@ -372,7 +372,7 @@ def test_where_a_request_leaves_states_is_known_until_it_ends(engine: Any) -> No
     assert {3072, 3584} <= set(ends(pool.pools[0]))
     parted = make_request(engine, "parted", [*range(3500), *range(5000, 5500)])
     assert read_prompt(manager, parted) == 3072
-    assert manager._arrivals["parted"].distance == 512
+    assert manager._matches["parted"].distance == 512
 
 
 def finish(manager: Any, request: Any) -> None:

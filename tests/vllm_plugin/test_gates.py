@@ -181,7 +181,7 @@ class TestLayers:
         from tidepool.cache import CacheConfigError, FullAttention, choose_geometry
         from tidepool.models.dtypes import head_bytes
         from tidepool.vllm_plugin.planning import (
-            Plan,
+            ServingPlan,
             StockBlocks,
             core_groups,
             group_by_layer_cache,
@@ -211,7 +211,7 @@ class TestLayers:
             parallel_config=SimpleNamespace(decode_context_parallel_size=1),
             speculative_config=None,
         )
-        plan = Plan("elastic", "returns", StockBlocks(2688, None))
+        plan = ServingPlan("elastic", "returns", StockBlocks(2688, None))
         per_token = 3 * head_bytes(kv_dtype, 128, 128, 2)
         attention, state = core_groups(engine, groups(16))
         assert attention.cache == FullAttention(per_token)

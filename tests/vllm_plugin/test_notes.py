@@ -18,10 +18,10 @@ def test_notes_travel_with_copies_and_to_other_processes(tmp_path: Path) -> None
     from vllm.engine.arg_utils import EngineArgs
 
     from tidepool.vllm_plugin.notes import read_note, write_note
-    from tidepool.vllm_plugin.planning import Plan, StockBlocks, plan_of, step_aside, stepped_aside
+    from tidepool.vllm_plugin.planning import ServingPlan, StockBlocks, plan_of, step_aside, stepped_aside
     from tidepool.vllm_plugin.settings import Settings
 
-    plan = Plan("fixed", "returns", StockBlocks(640, None), 512, (3, 4), ((1, 20), (21, 5)))
+    plan = ServingPlan("fixed", "returns", StockBlocks(640, None), 512, (3, 4), ((1, 20), (21, 5)))
     given = {"tidepool": {"partition": "fixed"}}
     config = EngineArgs(model=str(make_checkpoint("qwen3.5", tmp_path)), additional_config=given).create_engine_config()
     hashed = config.compute_hash()

@@ -1,25 +1,25 @@
 """The core: block pools of natural page size over one elastic memory. Integers in, integers out.
 
-Read in this order: `spec` (what layers keep), `geometry` (how the memory is cut), `pool` (one group's blocks),
-`arena` (who owns which extent), `eviction` (which cached memory goes first), `returns` (when people come back),
-`partings` (where a prompt leaves a second state), `retention` (where it leaves states, and is cut for them),
+Read in this order: `spec` (what layers keep), `geometry` (how memory is divided), `pool` (one group's blocks),
+`arena` (who owns which extent), `eviction` (which cached memory goes first), `reuse` (when prompts
+come back), `branches` (where a prompt leaves a branch checkpoint), `retention` (where it leaves checkpoints),
 `growth` (what running requests will still need).
 """
 
-from tidepool.cache.arena import Arena, Keep, OutOfBlocksError, Usage
-from tidepool.cache.eviction import ExpectedReturn, Leaf, LeastRecentlyUsed, Policy, Standing
+from tidepool.cache.arena import Arena, OutOfBlocksError, Retention, Usage
+from tidepool.cache.branches import BranchStatistics
+from tidepool.cache.eviction import CachedPrefix, ExpectedReturn, LeastRecentlyUsed, Policy, PriorityClass
 from tidepool.cache.geometry import (
-    Cut,
+    ExtentLayout,
     Geometry,
     Share,
     choose_geometry,
     choose_stage_geometries,
-    cut_by_slots,
     fixed_shares,
     fixed_stage_shares,
+    geometry_by_counts,
 )
 from tidepool.cache.growth import AnswerLengths, Growth, Outlook
-from tidepool.cache.partings import Partings
 from tidepool.cache.retention import (
     LARGE_STEP,
     LONG_PROMPT,
@@ -31,7 +31,7 @@ from tidepool.cache.retention import (
     plan_checkpoints,
     spacing_within,
 )
-from tidepool.cache.returns import Arrival, Place, Returns, Turn
+from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
 from tidepool.cache.spec import (
     CacheConfigError,
     FullAttention,
@@ -48,41 +48,42 @@ __all__ = [
     "LONG_PROMPT",
     "AnswerLengths",
     "Arena",
-    "Arrival",
+    "BranchStatistics",
     "CacheConfigError",
+    "CachedPrefix",
     "CheckpointRules",
     "Checkpoints",
     "Cut",
     "ExpectedReturn",
+    "ExtentLayout",
     "FarPlaces",
     "FullAttention",
     "Geometry",
     "Group",
     "Growth",
-    "Keep",
     "LayerCache",
-    "Leaf",
     "LeastRecentlyUsed",
     "OutOfBlocksError",
     "Outlook",
-    "Partings",
-    "Place",
     "Policy",
+    "PrefixMatch",
+    "PriorityClass",
     "PromptEnds",
+    "ResumePoint",
     "Resumed",
-    "Returns",
+    "Retention",
+    "ReuseModel",
     "Share",
     "SlidingWindow",
-    "Standing",
     "State",
-    "Turn",
+    "TurnClass",
     "Usage",
     "block_align",
     "choose_geometry",
     "choose_stage_geometries",
-    "cut_by_slots",
     "fixed_shares",
     "fixed_stage_shares",
+    "geometry_by_counts",
     "group_layers",
     "plan_checkpoints",
     "spacing_within",

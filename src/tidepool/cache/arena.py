@@ -10,12 +10,13 @@ is seldom idle, and what can't become idle no other group can have. So an alloca
  - takes new extents for as many blocks as fill them;
  - and fills gaps in extents that requests share: those of pinned extents, then of idle ones.
 New extents are unowned ones. Gaps of idle extents are filled before those are taken as long as more extents are idle
-than pinned: what leaves have lost in an extent that they shared would else stay a gap for good. Where there is neither,
-leaves lose their blocks, in the order that the policy gives (`tidepool.cache.eviction`), until one has come free.
+than pinned: what cached prefixes have lost in an extent that they shared would else stay a gap for good. Where there is
+neither, cached prefixes lose their blocks, in the order that the policy gives (`tidepool.cache.eviction`), until an
+extent is free.
 
-A new extent may be one that another group could have had. The arena keeps count of what an admission promised to each
-group (see `Arena.admit`), and no group spends another's promise; it then makes do with its pinned extents, down to the
-gaps in those of other requests. That is why an admitted request always gets its blocks.
+A new extent may be one that another group could have had. The arena keeps count of what an admission reserved for each
+group (see `Arena.reserve`), and no group spends another's reservation; it then makes do with its pinned extents, down
+to the gaps in those of other requests. That is why an admitted request always gets its blocks.
 """
 
 from __future__ import annotations
@@ -25,27 +26,27 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from tidepool.cache.eviction import OF_TURN, Leaf, LeastRecentlyUsed, Policy, Standing
+from tidepool.cache.eviction import PRIORITY_OF_TURN, CachedPrefix, LeastRecentlyUsed, Policy, PriorityClass
 from tidepool.cache.geometry import Geometry, Share
 from tidepool.cache.pool import Extent, Pool
-from tidepool.cache.returns import Turn
+from tidepool.cache.reuse import TurnClass
 
 WIDE_GAP = 4
-"""A gap of an idle extent, its clean blocks, is wide from one in so many of its blocks on. A narrower one isn't worth
+"""A gap of an idle extent, its free blocks, is wide from one in so many of its blocks on. A narrower one isn't worth
 pinning the extent for unless it holds all that is asked for."""
 STALE_ENTRIES = 64
-"""Entries of a leaf that may be stale before they are swept out, beside as many as are true."""
+"""Entries of a cached prefix that may be stale before they are swept out, beside as many as are true."""
 
 
-class Keep(IntEnum):
+class Retention(IntEnum):
     """What becomes of a block whose last reference goes."""
 
-    NO = 0
-    """Nobody can ask for its contents: it turns clean."""
-    YES = 1
+    DROP = 0
+    """Nobody can ask for its contents: it turns free."""
+    KEEP = 1
     """It stays cached."""
-    SPARE = 2
-    """It stays cached until memory is short; see `Standing.SPARE`."""
+    LOW = 2
+    """It stays cached until memory is short; see `PriorityClass.LOW`."""
 
 
 class OutOfBlocksError(RuntimeError):
@@ -54,12 +55,12 @@ class OutOfBlocksError(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """Where the arena's bytes are. ``clean + cached + in_use + unowned + padding + null == total``."""
+    """Where the arena's bytes are. ``free + cached + in_use + unowned + padding + null == total``."""
 
     total: int
     in_use: int
     cached: int
-    clean: int
+    free: int
     unowned: int
     padding: int
     null: int
@@ -73,10 +74,11 @@ class Arena:
     never by its id alone. Block 0 of every group is the null block, which is never handed out.
 
     Two callbacks tell the owner of the blocks' contents what is lost:
-    ``on_evict(group, block)`` before a cached block turns clean, and
+    ``on_evict(group, block)`` before a cached block turns free, and
     ``on_move(extent, old_group, new_group)`` when a group gets an extent; ``old_group`` is the one that had it last.
 
-    Requests are named by any key of the caller's. Where no request is named, the blocks released together are a leaf.
+    Requests are named by any key of the caller's. Where no request is named, the blocks released
+    together are a cached prefix.
     """
 
     def __init__(
@@ -102,15 +104,15 @@ class Arena:
         self._null_bytes = null_bytes
         self._on_evict = on_evict or (lambda group, block: None)
         self._on_move = on_move or (lambda extent, old, new: None)
-        self._promised = [0] * len(self.pools)
-        self._promised_total = 0
+        self._reserved = [0] * len(self.pools)
+        self._reserved_total = 0
         self._policy = policy or LeastRecentlyUsed()
-        self._leaves: dict[Hashable, tuple[Leaf, Leaf]] = {}
-        """Of each request that hasn't finished: its own leaf, and the one for the trunks that it began with."""
-        self._spares = Leaf(Standing.SPARE, running=False)
+        self._prefixes: dict[Hashable, tuple[CachedPrefix, CachedPrefix]] = {}
+        """By request under way: its own cached prefix, and the one for the shared prefixes that it began with."""
+        self._low = CachedPrefix(PriorityClass.LOW, running=False)
         self._last_owner: dict[int, int] = {}
         """Which group had an extent last."""
-        self.turnover = 0
+        self.bytes_allocated = 0
         """Bytes handed out so far: the clock by which cached memory ages."""
         self.released = 0
         """Times so far that a block lost its last reference: as long as it stays, no more can be had than before."""
@@ -129,10 +131,10 @@ class Arena:
     ) -> Arena:
         """An arena of ``extents`` extents, all but extent 0 unowned; extent 0 holds every group's null block."""
         return cls(
-            [Pool(cut.slots, extents * cut.slots) for cut in geometry.cuts],
+            [Pool(layout.blocks_per_extent, extents * layout.blocks_per_extent) for layout in geometry.layouts],
             unowned=range(extents - 1, 0, -1),
-            strides=[cut.stride for cut in geometry.cuts],
-            block_bytes=[cut.block_bytes for cut in geometry.cuts],
+            strides=[layout.stride for layout in geometry.layouts],
+            block_bytes=[layout.block_bytes for layout in geometry.layouts],
             extent_bytes=geometry.extent_bytes,
             total_bytes=extents * geometry.extent_bytes,
             null_bytes=geometry.extent_bytes,
@@ -183,9 +185,9 @@ class Arena:
     def extents_needed(self, needs: Sequence[int], touched: Sequence[Sequence[int]]) -> tuple[list[int], int]:
         """What an allocation would take from `available`.
 
-        A group's need is met first by its pinned extents, then by whole extents: ceil((need - usable) / slots).
-        Touching a cached block in an idle extent pins that extent, so it leaves `available` once, however many of
-        its blocks are touched, and its other blocks become usable.
+        A group's need is met first by its pinned extents, then by whole extents: ceil((need - usable) /
+        blocks_per_extent). Touching a cached block in an idle extent pins that extent, so it leaves `available` once,
+        however many of its blocks are touched, and its other blocks become usable.
 
         Args:
             needs: new blocks for each group.
@@ -209,41 +211,45 @@ class Arena:
         for pool, blocks in zip(self.pools, touched, strict=True):
             usable.append(pool.usable)
             if blocks:
-                idle = {number for block in blocks if (number := (block - pool.first) // pool.slots) in pool.idle}
+                idle = {
+                    number
+                    for block in blocks
+                    if (number := (block - pool.first) // pool.blocks_per_extent) in pool.idle
+                }
                 pinned += len(idle)
-                usable[-1] += len(idle) * pool.slots - len(blocks)
+                usable[-1] += len(idle) * pool.blocks_per_extent - len(blocks)
         return usable, pinned
 
     def _charges(self, needs: Sequence[int], usable: Sequence[int]) -> list[int]:
         """Extents that each group's need takes beyond what is usable."""
         return [
-            -(-(need - have) // pool.slots) if need > have else 0
+            -(-(need - have) // pool.blocks_per_extent) if need > have else 0
             for pool, need, have in zip(self.pools, needs, usable, strict=True)
         ]
 
     def admit(self, needs: Sequence[int], touched: Sequence[Sequence[int]] | None = None) -> bool:
-        """Whether ``needs[g]`` blocks of every group g can be had, and if so promise them.
+        """Whether ``needs[g]`` blocks of every group g can be had, and if so reserve them.
 
-        The promise holds until `settle` or the next `admit`. In between, touch the blocks named here and allocate
+        It holds until `release_reservation` or the next `admit`. In between, touch the blocks named here and allocate
         up to ``needs``; both then succeed.
         """
         charges, pinned = self.extents_needed(needs, touched or [()] * len(self.pools))
         if sum(charges) + pinned > self.available:
-            self.settle()
+            self.release_reservation()
             return False
-        self.promise(charges)
+        self.reserve(charges)
         return True
 
-    def promise(self, charges: Sequence[int]) -> None:
-        """Set extents aside for each group, in place of any earlier promise. The caller has compared them with
+    def reserve(self, charges: Sequence[int]) -> None:
+        """Set extents aside for each group, in place of any earlier reservation. The caller has compared them with
         `available`."""
-        self._promised = list(charges)
-        self._promised_total = sum(charges)
+        self._reserved = list(charges)
+        self._reserved_total = sum(charges)
 
-    def settle(self) -> None:
-        """End the promise."""
-        if self._promised_total:
-            self.promise([0] * len(self.pools))
+    def release_reservation(self) -> None:
+        """End the reservation."""
+        if self._reserved_total:
+            self.reserve([0] * len(self.pools))
 
     # Blocks.
 
@@ -262,36 +268,36 @@ class Arena:
             OutOfBlocksError: there are fewer to be had; nothing stays allocated.
         """
         pool = self.pools[group]
-        leaf = None if request is None else self._leaves[request][0]
-        self.turnover += count * self._strides[group]
+        prefix = None if request is None else self._prefixes[request][0]
+        self.bytes_allocated += count * self._strides[group]
         blocks: list[int] = []
-        if last is not None and (extent := pool.extent_of(last)).clean:
-            blocks = pool.take(extent, count, leaf)
+        if last is not None and (extent := pool.extent_of(last)).free:
+            blocks = pool.take(extent, count, prefix)
         while len(blocks) < count:
             missing = count - len(blocks)
-            apart = missing >= pool.slots and (bool(self._unowned) or not self._gap(pool, missing))
+            apart = missing >= pool.blocks_per_extent and (bool(self._unowned) or not self._gap(pool, missing))
             found = (self._new_extent(group) if apart else None) or self._some_extent(group, missing)
             if found is None:
                 self.release(group, blocks)
                 raise OutOfBlocksError(f"Group {group} can't get {count} blocks: everything left is in use.")
-            blocks += pool.take(found, missing, leaf)
+            blocks += pool.take(found, missing, prefix)
         return blocks
 
-    def touch(self, group: int, blocks: Sequence[int], *, trunk: bool = False) -> None:
+    def touch(self, group: int, blocks: Sequence[int], *, shared: bool = False) -> None:
         """Reference blocks that are in use or cached.
 
         Args:
             group: the group.
             blocks: the blocks.
-            trunk: whether a request found them that doesn't go on from an earlier one.
+            shared: whether a request found them that doesn't go on from an earlier one.
         """
         pool = self.pools[group]
         for block in blocks:
             if pool.refs[block] == 0:
-                self._leave(pool.leaves[block])
+                self._leave(pool.prefixes[block])
             pool.touch(block)
-            if trunk:
-                pool.trunk[block] = 1
+            if shared:
+                pool.shared[block] = 1
 
     def release(
         self, group: int, blocks: Sequence[int], keep: Sequence[int] = (), *, request: Hashable | None = None
@@ -301,46 +307,46 @@ class Arena:
         Args:
             group: the group.
             blocks: blocks in use.
-            keep: for each block a `Keep`, which counts when this was its last reference; ``()`` for none.
+            keep: for each block a `Retention`, which counts when this was its last reference; ``()`` for none.
             request: whose reference it was; None leaves cached blocks to the request that got them last.
         """
         pool = self.pools[group]
-        pair = None if request is None or not keep else self._leaves[request]
+        pair = None if request is None or not keep else self._prefixes[request]
         for index, block in enumerate(blocks):
-            kept = keep[index] if keep else Keep.NO
+            kept = keep[index] if keep else Retention.DROP
             extent = pool.release(block, keep=bool(kept))
             if pool.refs[block]:
                 continue
             self.released += 1
             if kept:
-                trunk, leaf = pool.trunk[block], pool.leaves[block]
-                if kept == Keep.SPARE:
-                    leaf = self._spares
-                elif request is not None or leaf is None or trunk != (leaf.standing == Standing.TRUNK):
-                    pair = pair or _leaf_pair(Turn.FIRST, running=False)
-                    leaf = pair[trunk]
-                self._join(leaf, group, block)
+                shared, prefix = pool.shared[block], pool.prefixes[block]
+                if kept == Retention.LOW:
+                    prefix = self._low
+                elif request is not None or prefix is None or shared != (prefix.priority == PriorityClass.SHARED):
+                    pair = pair or _prefix_pair(TurnClass.FIRST, running=False)
+                    prefix = pair[shared]
+                self._join(prefix, group, block)
             else:
                 self._come_free(group, extent)
 
-    def start(self, request: Hashable, turn: Turn) -> None:
+    def start(self, request: Hashable, turn: TurnClass) -> None:
         """A request begins, and may now be named; ``turn`` says whether it goes on from an earlier one."""
-        self._leaves[request] = _leaf_pair(turn, running=True)
+        self._prefixes[request] = _prefix_pair(turn, running=True)
 
     def finish(self, request: Hashable) -> None:
-        """A request ends, its blocks having been released: from now on its leaves age."""
-        for leaf in self._leaves.pop(request):
-            leaf.running = False
-            leaf.since = self.turnover
-            if leaf.live:
-                self._policy.keep(leaf)
+        """A request ends, its blocks having been released: from now on its cached prefixes age."""
+        for prefix in self._prefixes.pop(request):
+            prefix.running = False
+            prefix.since = self.bytes_allocated
+            if prefix.live:
+                self._policy.keep(prefix)
 
     def forget(self, group: int, blocks: Sequence[int]) -> None:
-        """Turn those of ``blocks`` that are cached clean; the caller has dropped their contents already."""
+        """Turn those of ``blocks`` that are cached free; the caller has dropped their contents already."""
         pool = self.pools[group]
         for block in blocks:
             if pool.is_cached(block):
-                self._clean(group, block)
+                self._free(group, block)
 
     def address(self, group: int, block: int) -> int:
         """Byte at which a block starts in the arena."""
@@ -351,58 +357,58 @@ class Arena:
         sums = [0, 0, 0]
         padding = 0
         for pool, stride, block_bytes in zip(self.pools, self._strides, self._block_bytes, strict=True):
-            for index, blocks in enumerate((pool.in_use, pool.cached, pool.clean)):
+            for index, blocks in enumerate((pool.in_use, pool.cached, pool.free)):
                 sums[index] += blocks * block_bytes
                 padding += blocks * (stride - block_bytes)
         return Usage(
             total=self._total_bytes,
             in_use=sums[0],
             cached=sums[1],
-            clean=sums[2],
+            free=sums[2],
             unowned=len(self._unowned) * self._extent_bytes,
             padding=padding,
             null=self._null_bytes,
         )
 
-    # Leaves.
+    # Cached prefixes.
 
-    def _join(self, leaf: Leaf, group: int, block: int) -> None:
-        """A block that just turned cached joins a leaf."""
-        self.pools[group].leaves[block] = leaf
-        if len(leaf.blocks) > 2 * leaf.live + STALE_ENTRIES:
-            # The last entry of each block that is still the leaf's; paid for by the stale ones.
-            entries = reversed(leaf.blocks)
-            true = dict.fromkeys(entry for entry in entries if self._holds(leaf, *entry))
-            leaf.blocks = deque(reversed(true))
-        leaf.blocks.append((group, block))
-        leaf.live += 1
-        if leaf.live == 1:
-            leaf.since = self.turnover
-            self._policy.keep(leaf)
+    def _join(self, prefix: CachedPrefix, group: int, block: int) -> None:
+        """A block that just turned cached joins a cached prefix."""
+        self.pools[group].prefixes[block] = prefix
+        if len(prefix.blocks) > 2 * prefix.live + STALE_ENTRIES:
+            # The last entry of each block that is still the prefix's; paid for by the stale ones.
+            entries = reversed(prefix.blocks)
+            true = dict.fromkeys(entry for entry in entries if self._holds(prefix, *entry))
+            prefix.blocks = deque(reversed(true))
+        prefix.blocks.append((group, block))
+        prefix.live += 1
+        if prefix.live == 1:
+            prefix.since = self.bytes_allocated
+            self._policy.keep(prefix)
 
-    def _leave(self, leaf: Leaf | None) -> None:
-        """A cached block leaves its leaf."""
-        assert leaf is not None, "every cached block has a leaf"
-        leaf.live -= 1
-        if leaf.live == 0:
-            leaf.blocks.clear()
-            self._policy.drop(leaf)
+    def _leave(self, prefix: CachedPrefix | None) -> None:
+        """A cached block leaves its cached prefix."""
+        assert prefix is not None, "every cached block is of a cached prefix"
+        prefix.live -= 1
+        if prefix.live == 0:
+            prefix.blocks.clear()
+            self._policy.drop(prefix)
 
-    def _clean(self, group: int, block: int) -> None:
-        """Turn a cached block clean."""
+    def _free(self, group: int, block: int) -> None:
+        """Turn a cached block free."""
         pool = self.pools[group]
-        self._leave(pool.leaves[block])
+        self._leave(pool.prefixes[block])
         self._come_free(group, pool.forget(block))
 
     def _evict(self, group: int, block: int) -> None:
-        """Turn a cached block clean, whose contents nobody has dropped yet."""
+        """Turn a cached block free, whose contents nobody has dropped yet."""
         self._on_evict(group, block)
-        self._clean(group, block)
+        self._free(group, block)
 
     # The search.
 
     def _some_extent(self, group: int, count: int) -> Extent | None:
-        """An extent with a clean block, for ``count`` blocks; None if nothing can be had."""
+        """An extent with a free block, for ``count`` blocks; None if nothing can be had."""
         pool = self.pools[group]
         while not (extent := pool.partial()):
             if self._may_pin(group):
@@ -412,7 +418,7 @@ class Arena:
                 if extent := extent or pool.idle_with(count):
                     self._pins_one(group)
                     return extent
-            if not self._evict_coldest():
+            if not self._evict_victim():
                 return None
         return extent
 
@@ -423,15 +429,15 @@ class Arena:
         """
         if len(pool.idle) <= pool.pinned:
             return None
-        return pool.idle_with(count) or pool.idle_widest(-(-pool.slots // WIDE_GAP))
+        return pool.idle_with(count) or pool.idle_widest(-(-pool.blocks_per_extent // WIDE_GAP))
 
     def _new_extent(self, group: int) -> Extent | None:
-        """A wholly clean extent. None if all are promised to other groups."""
+        """A wholly free extent. None if all are reserved for other groups."""
         if not self._may_pin(group):
             return None
         while not self._unowned:
-            # Each leaf seldom has more than its states to give: extents that it shared come free only with the others.
-            evicted = self._evict_coldest()
+            # A cached prefix seldom frees more than its states: the extents that it shares come free with the others.
+            evicted = self._evict_victim()
             assert evicted, "available counts unowned and idle extents"
         self._pins_one(group)
         number = self._unowned.pop()
@@ -442,44 +448,44 @@ class Arena:
         return self.pools[group].add(number)
 
     def _pins_one(self, group: int) -> None:
-        """A group pins one more extent: one less is promised to it."""
-        if self._promised[group]:
-            self._promised[group] -= 1
-            self._promised_total -= 1
+        """A group pins one more extent: one less is reserved for it."""
+        if self._reserved[group]:
+            self._reserved[group] -= 1
+            self._reserved_total -= 1
 
     def _may_pin(self, group: int) -> bool:
-        """Whether there is an extent for this group that isn't promised to others."""
-        return self.available > self._promised_total - self._promised[group]
+        """Whether there is an extent for this group that isn't reserved for others."""
+        return self.available > self._reserved_total - self._reserved[group]
 
-    def _evict_coldest(self) -> bool:
-        """Take a block from the coldest leaf. Returns False if nothing is cached."""
-        leaf = self._policy.coldest(self.turnover)
-        while leaf is not None:
-            group, block = leaf.blocks.popleft()
-            if self._holds(leaf, group, block):
-                self._break(leaf)
+    def _evict_victim(self) -> bool:
+        """Take a block from the policy's victim. Returns False if nothing is cached."""
+        prefix = self._policy.victim(self.bytes_allocated)
+        while prefix is not None:
+            group, block = prefix.blocks.popleft()
+            if self._holds(prefix, group, block):
+                self._break(prefix)
                 self._evict(group, block)
                 return True
         return False
 
-    def _break(self, leaf: Leaf) -> None:
-        """A leaf is about to lose a block."""
-        if not leaf.broken and leaf is not self._spares:
-            leaf.broken = True
-            self._policy.keep(leaf)
+    def _break(self, prefix: CachedPrefix) -> None:
+        """A cached prefix is about to lose a block."""
+        if not prefix.broken and prefix is not self._low:
+            prefix.broken = True
+            self._policy.keep(prefix)
 
-    def _holds(self, leaf: Leaf, group: int, block: int) -> bool:
-        """Whether an entry of a leaf is true."""
+    def _holds(self, prefix: CachedPrefix, group: int, block: int) -> bool:
+        """Whether an entry of a cached prefix is true."""
         pool = self.pools[group]
-        return pool.leaves[block] is leaf and not pool.refs[block]
+        return pool.prefixes[block] is prefix and not pool.refs[block]
 
     def _come_free(self, group: int, extent: Extent) -> None:
-        """Make an extent unowned once all its blocks are clean."""
+        """Make an extent unowned once all its blocks are free."""
         if extent.pins == 0 and not extent.cached:
             self.pools[group].remove(extent.number)
             self._unowned.append(extent.number)
 
 
-def _leaf_pair(turn: Turn, *, running: bool) -> tuple[Leaf, Leaf]:
-    """A request's own leaf, and the one for the trunks that it began with."""
-    return Leaf(OF_TURN[turn], running=running), Leaf(Standing.TRUNK, running=running)
+def _prefix_pair(turn: TurnClass, *, running: bool) -> tuple[CachedPrefix, CachedPrefix]:
+    """A request's own cached prefix, and the one for the shared prefixes that it began with."""
+    return CachedPrefix(PRIORITY_OF_TURN[turn], running=running), CachedPrefix(PriorityClass.SHARED, running=running)

@@ -1,9 +1,9 @@
 """Which cached memory goes first.
 
-What one request leaves in the cache is a *leaf*: blocks of every group. They are of use together or not at all, for a
-hit needs the attention of a whole prefix *and* the states at its end. So memory is judged, and goes, by leaves. The
-arena files cached blocks under leaves and takes them away; a policy says which leaf is next. `LeastRecentlyUsed` is the
-shortest policy there is; `ExpectedReturn` is the one that tidepool uses.
+What one request leaves in the cache is a *cached prefix*: blocks of every group. They are of use together
+or not at all, for a hit needs the attention of a whole prefix *and* the states at its end. So memory is judged, and
+evicted, by cached prefixes. The arena files cached blocks under them; a policy says which one is evicted next.
+`LeastRecentlyUsed` is the shortest policy there is; `ExpectedReturn` is the one that tidepool uses.
 """
 
 from __future__ import annotations
@@ -13,135 +13,135 @@ from enum import IntEnum
 from itertools import islice
 from typing import Protocol
 
-from tidepool.cache.returns import Returns, Turn
+from tidepool.cache.reuse import ReuseModel, TurnClass
 
 
-class Standing(IntEnum):
-    """What is known of a leaf."""
+class PriorityClass(IntEnum):
+    """What is known of a cached prefix."""
 
-    SPARE = 0
-    """Of little use: states that the same request left another shortly before, and what broken leaves still have."""
+    LOW = 0
+    """Of little use: states shortly behind another one of their request, and what is left of broken cached prefixes."""
     FIRST = 1
     """Of a prompt that went on from no earlier one."""
     SECOND = 2
     """Of a prompt that went on where such a prompt had ended, as the second turn of a conversation does."""
     LATER = 3
     """Of a prompt that went on from a second turn or a later one."""
-    TRUNK = 4
+    SHARED = 4
     """What prompts of different requests begin with, such as a system prompt."""
 
 
-OF_TURN = {
-    Turn.FIRST: Standing.FIRST,
-    Turn.SECOND: Standing.SECOND,
-    Turn.LATER: Standing.LATER,
-    Turn.NONE: Standing.TRUNK,
+PRIORITY_OF_TURN = {
+    TurnClass.FIRST: PriorityClass.FIRST,
+    TurnClass.SECOND: PriorityClass.SECOND,
+    TurnClass.LATER: PriorityClass.LATER,
+    TurnClass.NONE: PriorityClass.SHARED,
 }
-"""What a leaf is, by the turn whose times of return it is judged by; of spares nothing is expected."""
+"""The class of a cached prefix, by the turn whose return times it is judged by; nothing is expected of LOW."""
 
 
-class Leaf:
+class CachedPrefix:
     """Cached blocks that go together.
 
-    Invariant: ``live`` counts the blocks that are cached and whose pool names this leaf. Other entries of ``blocks``
-    are stale: blocks that were hit, and are of another leaf by now.
+    Invariant: ``live`` counts the blocks that are cached and whose pool names this one. Other entries of ``blocks``
+    are stale: blocks that were hit, and are of another one by now.
     """
 
-    __slots__ = ("blocks", "broken", "live", "queue", "running", "since", "standing")
+    __slots__ = ("blocks", "broken", "live", "priority", "queue", "running", "since")
 
-    def __init__(self, standing: Standing, *, running: bool) -> None:
-        self.standing = standing
+    def __init__(self, priority: PriorityClass, *, running: bool) -> None:
+        self.priority = priority
         self.running = running
         """Its request hasn't finished: nobody can come back for it yet."""
         self.broken = False
         """Some of it was evicted, so the rest is of little use."""
         self.since = 0
-        """When its request finished; see `Arena.turnover`. Meaningless while that runs."""
+        """When its request finished; see `Arena.bytes_allocated`. Meaningless while that runs."""
         self.blocks: deque[tuple[int, int]] = deque()
         """(group, block) in the order in which they go."""
         self.live = 0
-        self.queue: OrderedDict[Leaf, None] | None = None
+        self.queue: OrderedDict[CachedPrefix, None] | None = None
         """The policy's queue that it waits in."""
 
 
 class Policy(Protocol):
     """What the arena asks of a policy. Every call costs O(1)."""
 
-    def keep(self, leaf: Leaf) -> None:
-        """A leaf got its first block, its request finished, or it was broken."""
+    def keep(self, prefix: CachedPrefix) -> None:
+        """A cached prefix got its first block, its request finished, or it was broken."""
 
-    def drop(self, leaf: Leaf) -> None:
-        """A leaf has lost its last block."""
+    def drop(self, prefix: CachedPrefix) -> None:
+        """A cached prefix has lost its last block."""
 
-    def coldest(self, now: int) -> Leaf | None:
-        """The leaf to take blocks from at time ``now``; None if there is none."""
+    def victim(self, now: int) -> CachedPrefix | None:
+        """The cached prefix to take blocks from at time ``now``; None if there is none."""
 
 
 class LeastRecentlyUsed:
-    """The leaf whose request finished the longest ago."""
+    """The cached prefix whose request finished the longest ago."""
 
     def __init__(self) -> None:
-        self._queue: OrderedDict[Leaf, None] = OrderedDict()
+        self._queue: OrderedDict[CachedPrefix, None] = OrderedDict()
 
-    def keep(self, leaf: Leaf) -> None:
+    def keep(self, prefix: CachedPrefix) -> None:
         """See `Policy`."""
-        self._queue[leaf] = None
-        self._queue.move_to_end(leaf, last=not leaf.broken)
+        self._queue[prefix] = None
+        self._queue.move_to_end(prefix, last=not prefix.broken)
 
-    def drop(self, leaf: Leaf) -> None:
+    def drop(self, prefix: CachedPrefix) -> None:
         """See `Policy`."""
-        self._queue.pop(leaf, None)
+        self._queue.pop(prefix, None)
 
-    def coldest(self, now: int) -> Leaf | None:
+    def victim(self, now: int) -> CachedPrefix | None:
         """See `Policy`."""
         return next(iter(self._queue), None)
 
 
 class ExpectedReturn:
-    """The leaf that promises the fewest hits for the time that its memory is taken.
+    """The cached prefix that promises the fewest hits for the time that its memory is taken.
 
-    How long people take to come back is learned (`tidepool.cache.returns`). Where memory holds leaves for less time
-    than that, the oldest are the next to be hit, and keeping every new one a little longer serves nobody: then the
-    youngest go, and the cache keeps *some* leaves long enough. So the oldest and the youngest leaf of each standing
-    are compared, which finds the least promising of all where the promise has a single peak over age.
+    How long people take to come back is learned (`tidepool.cache.reuse`). Where memory holds cached prefixes for less
+    time than that, the oldest are the next to be hit, and keeping every new one a little longer serves nobody: then the
+    youngest go, and the cache keeps *some* for long enough. So the oldest and the youngest of each class are compared,
+    which finds the lowest index of all where the index has a single peak over age.
 
-    Trunks are hit by everybody; of those only the oldest can go. What running requests have left so far goes when
-    nothing else is left: their attention is there anyway, and a state alone takes little.
+    Shared prefixes are hit by everybody; of those only the oldest can go. What running requests have left so far goes
+    when nothing else is left: their attention is there anyway, and a state alone takes little.
     """
 
-    def __init__(self, returns: Returns) -> None:
-        self._returns = returns
-        # Of requests that finished, by standing, and of those that run; the oldest first.
-        self._queues: tuple[OrderedDict[Leaf, None], ...] = tuple(OrderedDict() for _ in Standing)
-        self._running: OrderedDict[Leaf, None] = OrderedDict()
+    def __init__(self, reuse: ReuseModel) -> None:
+        self._reuse = reuse
+        # Of requests that finished, by priority, and of those that run; the oldest first.
+        self._queues: tuple[OrderedDict[CachedPrefix, None], ...] = tuple(OrderedDict() for _ in PriorityClass)
+        self._running: OrderedDict[CachedPrefix, None] = OrderedDict()
 
-    def keep(self, leaf: Leaf) -> None:
+    def keep(self, prefix: CachedPrefix) -> None:
         """See `Policy`."""
-        self.drop(leaf)
-        if leaf.broken:
-            leaf.queue = self._queues[Standing.SPARE]
+        self.drop(prefix)
+        if prefix.broken:
+            prefix.queue = self._queues[PriorityClass.LOW]
         else:
-            leaf.queue = self._running if leaf.running else self._queues[leaf.standing]
-        leaf.queue[leaf] = None
+            prefix.queue = self._running if prefix.running else self._queues[prefix.priority]
+        prefix.queue[prefix] = None
 
-    def drop(self, leaf: Leaf) -> None:
+    def drop(self, prefix: CachedPrefix) -> None:
         """See `Policy`."""
-        if leaf.queue is not None:
-            del leaf.queue[leaf]
-            leaf.queue = None
+        if prefix.queue is not None:
+            del prefix.queue[prefix]
+            prefix.queue = None
 
-    def coldest(self, now: int) -> Leaf | None:
+    def victim(self, now: int) -> CachedPrefix | None:
         """See `Policy`."""
-        spares = self._queues[Standing.SPARE]
-        return next(iter(spares), None) or self._least_promising(now) or next(iter(self._running), None)
+        low = self._queues[PriorityClass.LOW]
+        return next(iter(low), None) or self._lowest_index(now) or next(iter(self._running), None)
 
-    def _least_promising(self, now: int) -> Leaf | None:
-        least: tuple[float, Leaf] | None = None
-        for turn, standing in OF_TURN.items():
-            queue = self._queues[standing]
-            ends = [*islice(queue, 1), *islice(reversed(queue), int(standing != Standing.TRUNK))]
-            for leaf in ends:
-                promise = self._returns.promise(now - leaf.since, turn)
-                if least is None or promise < least[0]:
-                    least = promise, leaf
+    def _lowest_index(self, now: int) -> CachedPrefix | None:
+        least: tuple[float, CachedPrefix] | None = None
+        for turn, priority in PRIORITY_OF_TURN.items():
+            queue = self._queues[priority]
+            ends = [*islice(queue, 1), *islice(reversed(queue), int(priority != PriorityClass.SHARED))]
+            for prefix in ends:
+                index = self._reuse.reuse_index(now - prefix.since, turn)
+                if least is None or index < least[0]:
+                    least = index, prefix
         return least and least[1]

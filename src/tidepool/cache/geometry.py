@@ -1,11 +1,11 @@
-"""How the arena is cut: one extent size that every group's blocks tile.
+"""How the arena is divided: one extent size that every group's blocks tile.
 
-All extents are E bytes. Group g cuts an extent into ``slots`` blocks that lie ``stride`` bytes apart, with
+All extents are E bytes. Group g divides an extent into ``per_extent`` blocks that lie ``stride`` bytes apart, with
 
-    E = slots_g x stride_g        for every group g                                    (1)
+    E = per_extent_g x stride_g        for every group g                                    (1)
     stride_g >= block_bytes_g     and a multiple of the group's alignment              (2)
 
-By (1) block ``extent x slots + slot`` starts at byte ``block x stride`` of the arena, so a group's blocks are one
+By (1) block ``extent x per_extent + slot`` starts at byte ``block x stride`` of the arena, so a group's blocks are one
 strided view of the whole arena: kernels see an ordinary paged cache, whoever owns which extent.
 
 The waste is the padding, ``1 - block_bytes / stride``. The choice of E trades it against coarseness: memory moves
@@ -33,13 +33,13 @@ PATIENCE_MANY = 4
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How one group cuts an extent."""
+class ExtentLayout:
+    """How one group divides an extent into blocks."""
 
     block_bytes: int
     stride: int
     """Bytes from one block to the next."""
-    slots: int
+    blocks_per_extent: int
     """Blocks in an extent."""
 
     @property
@@ -50,24 +50,24 @@ class Cut:
 
 @dataclass(frozen=True)
 class Geometry:
-    """An extent size and, for each group in order, its cut."""
+    """An extent size and, for each group in order, its layout."""
 
     extent_bytes: int
-    cuts: tuple[Cut, ...]
+    layouts: tuple[ExtentLayout, ...]
 
     def __post_init__(self) -> None:
-        for cut in self.cuts:
-            if cut.slots * cut.stride != self.extent_bytes or cut.stride < cut.block_bytes:
-                raise CacheConfigError(f"{cut} doesn't tile an extent of {self.extent_bytes:,} bytes.")
+        for layout in self.layouts:
+            if layout.blocks_per_extent * layout.stride != self.extent_bytes or layout.stride < layout.block_bytes:
+                raise CacheConfigError(f"{layout} doesn't tile an extent of {self.extent_bytes:,} bytes.")
 
     @property
     def padding(self) -> float:
         """The worst group's padding, 0 to 1; groups without a layer have nothing to pad."""
-        return max((cut.padding for cut in self.cuts if cut.block_bytes), default=0.0)
+        return max((layout.padding for layout in self.layouts if layout.block_bytes), default=0.0)
 
     def extents_for(self, blocks: Sequence[int]) -> int:
         """Extents that hold ``blocks[g]`` blocks of each group g, no extent shared."""
-        return sum(-(-need // cut.slots) for need, cut in zip(blocks, self.cuts, strict=True))
+        return sum(-(-need // layout.blocks_per_extent) for need, layout in zip(blocks, self.layouts, strict=True))
 
 
 def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None) -> Geometry:
@@ -90,7 +90,7 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
     """
     if not groups:
         raise CacheConfigError("A geometry needs at least one group.")
-    # Groups of equal blocks and alignment cut alike.
+    # Groups of equal blocks and alignment have equal layouts.
     kinds = sorted({(group.block_bytes, group.align) for group in groups})
     if max_padding is not None:
         target, limit, patience = max_padding, max_padding, MAX_BLOCKS_OF_LARGEST
@@ -107,16 +107,16 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
             f"{kinds[0][0]:,} to {kinds[-1][0]:,} bytes with under {limit:.1%} padding: change the block size of a "
             "group, lower its alignment, or allow more padding."
         )
-    cuts = dict(zip(kinds, best.cuts, strict=True))
-    return Geometry(best.extent_bytes, tuple(cuts[group.block_bytes, group.align] for group in groups))
+    layouts = dict(zip(kinds, best.layouts, strict=True))
+    return Geometry(best.extent_bytes, tuple(layouts[group.block_bytes, group.align] for group in groups))
 
 
 def choose_stage_geometries(
     stages: Sequence[Sequence[Group]], budgets: Sequence[int], max_tokens: int
 ) -> tuple[Geometry, ...]:
-    """A geometry for every pipeline stage, with the same slots on all; extents may be larger on some than on others.
+    """A geometry for every pipeline stage, with the same blocks per extent on all; their bytes may differ.
 
-    One scheduler counts blocks for all stages, so block ids must mean the same extent and slot everywhere. The slots
+    One scheduler counts blocks for all stages, so block ids must mean the same extent and place everywhere. The counts
     are those that suit one of the stages best, whichever lets most requests of ``max_tokens`` tokens run on all.
 
     Args:
@@ -136,22 +136,22 @@ def choose_stage_geometries(
     best: tuple[Geometry, ...] = ()
     most = float("-inf")
     for reference in complete or [whole]:
-        slots = [cut.slots for cut in choose_geometry(reference).cuts]
-        geometries = tuple(cut_by_slots(groups, slots) for groups in stages)
+        per_extent = [layout.blocks_per_extent for layout in choose_geometry(reference).layouts]
+        geometries = tuple(geometry_by_counts(groups, per_extent) for groups in stages)
         extents = min(budget // each.extent_bytes for budget, each in zip(budgets, geometries, strict=True))
-        request = sum(group.blocks_for(max_tokens) / count for group, count in zip(whole, slots, strict=True))
+        request = sum(group.blocks_for(max_tokens) / count for group, count in zip(whole, per_extent, strict=True))
         if (requests := (extents - 1) / request) > most:
             best, most = geometries, requests
     return best
 
 
-def cut_by_slots(groups: Sequence[Group], slots: Sequence[int]) -> Geometry:
-    """The geometry of the smallest extent that holds ``slots[g]`` blocks of every group g."""
-    step = lcm(*(count * group.align for group, count in zip(groups, slots, strict=True)))
-    need = max(count * group.block_bytes for group, count in zip(groups, slots, strict=True))
+def geometry_by_counts(groups: Sequence[Group], per_extent: Sequence[int]) -> Geometry:
+    """The geometry of the smallest extent that holds ``per_extent[g]`` blocks of every group g."""
+    step = lcm(*(count * group.align for group, count in zip(groups, per_extent, strict=True)))
+    need = max(count * group.block_bytes for group, count in zip(groups, per_extent, strict=True))
     extent = max(1, -(-need // step)) * step
-    cuts = (Cut(group.block_bytes, extent // count, count) for group, count in zip(groups, slots, strict=True))
-    return Geometry(extent, tuple(cuts))
+    pairs = zip(groups, per_extent, strict=True)
+    return Geometry(extent, tuple(ExtentLayout(group.block_bytes, extent // count, count) for group, count in pairs))
 
 
 def _exact_for_smallest(kinds: Sequence[tuple[int, int]], bound: float) -> Geometry | None:
@@ -163,7 +163,7 @@ def _exact_for_smallest(kinds: Sequence[tuple[int, int]], bound: float) -> Geome
         extent = -(-count * large // small) * small
         stride, rest = divmod(extent, count)
         if not rest and not stride % large_align and stride - large < bound * stride:
-            return Geometry(extent, (Cut(small, small, extent // small), Cut(large, stride, count)))
+            return Geometry(extent, (ExtentLayout(small, small, extent // small), ExtentLayout(large, stride, count)))
     return None
 
 
@@ -197,7 +197,7 @@ def _least_padded(kinds: Sequence[tuple[int, int]], count: int, bound: float, en
     """
     (smallest, align), (largest, largest_align) = kinds[0], kinds[-1]
     first = count * _round_up(largest, largest_align)
-    # Whoever has the fewest strides (or slots) to try is asked first.
+    # Whoever has the fewest strides (or counts) to try is asked first.
     order = sorted(kinds, key=lambda kind: min(kind[0] / kind[1], largest / max(1, kind[0])))
     best: Geometry | None = None
     stride = _round_up(smallest, align)
@@ -205,9 +205,9 @@ def _least_padded(kinds: Sequence[tuple[int, int]], count: int, bound: float, en
         step = lcm(stride, count * largest_align)
         extent = _round_up(first, step)
         while 1 - count * largest / extent < bound:
-            cuts = _cuts(extent, order, bound)
-            if cuts is not None:
-                best = Geometry(extent, tuple(cuts[kind] for kind in kinds))
+            layouts = _layouts(extent, order, bound)
+            if layouts is not None:
+                best = Geometry(extent, tuple(layouts[kind] for kind in kinds))
                 bound = best.padding
                 if bound < enough or not bound:
                     return best
@@ -216,30 +216,31 @@ def _least_padded(kinds: Sequence[tuple[int, int]], count: int, bound: float, en
     return best
 
 
-def _cuts(extent: int, kinds: Sequence[tuple[int, int]], bound: float) -> dict[tuple[int, int], Cut] | None:
-    """The least padded cut of ``extent`` for every kind, or None if one can't be padded by less than ``bound``."""
-    cuts = {}
+def _layouts(extent: int, kinds: Sequence[tuple[int, int]], bound: float) -> dict[tuple[int, int], ExtentLayout] | None:
+    """The least padded layout of ``extent`` for every kind, or None if one can't be padded by less than ``bound``."""
+    layouts = {}
     for kind in kinds:
-        cut = _cut(extent, *kind, bound)
-        if cut is None:
+        layout = _layout(extent, *kind, bound)
+        if layout is None:
             return None
-        cuts[kind] = cut
-    return cuts
+        layouts[kind] = layout
+    return layouts
 
 
-def _cut(extent: int, block_bytes: int, align: int, bound: float) -> Cut | None:
-    """The least padded cut of ``extent`` by blocks of ``block_bytes``, or None if all pad by ``bound`` or more."""
+def _layout(extent: int, block_bytes: int, align: int, bound: float) -> ExtentLayout | None:
+    """The least padded layout of ``extent`` by blocks of ``block_bytes``, or None if all pad by ``bound`` or more."""
     narrowest, widest = _round_up(block_bytes, align), int(block_bytes / (1 - bound)) + 1
     most, fewest = extent // narrowest, max(1, extent // widest)
-    cut: Cut | None = None
-    # Either count slots downwards or widen the stride: whichever list is shorter finds the same first hit.
+    layout: ExtentLayout | None = None
+    # Either count blocks downwards or widen the stride: whichever list is shorter finds the same first hit.
     if most - fewest <= (widest - narrowest) // align:
         counts = range(most, fewest - 1, -1)
-        cut = next((Cut(block_bytes, extent // n, n) for n in counts if extent % (n * align) == 0), None)
+        layout = next((ExtentLayout(block_bytes, extent // n, n) for n in counts if extent % (n * align) == 0), None)
     else:
         strides = range(narrowest, widest + 1, align)
-        cut = next((Cut(block_bytes, stride, extent // stride) for stride in strides if extent % stride == 0), None)
-    return cut if cut and cut.padding < bound else None
+        stride = next((stride for stride in strides if extent % stride == 0), None)
+        layout = ExtentLayout(block_bytes, stride, extent // stride) if stride else None
+    return layout if layout and layout.padding < bound else None
 
 
 def _round_up(number: int, step: int) -> int:
@@ -261,7 +262,7 @@ class Share:
 
 
 def fixed_shares(groups: Sequence[Group], arena_bytes: int, max_requests: int, max_tokens: int) -> tuple[Share, ...]:
-    """Cut the arena once and for all: O(1) groups get what ``max_requests`` requests hold, the others the rest.
+    """Divide the arena once and for all: O(1) groups get what ``max_requests`` requests hold, the others the rest.
 
     The rest is split in proportion to what a request of ``max_tokens`` tokens holds in each group. The null
     blocks of all groups overlay each other at the start of the arena and take the bytes of the largest block.

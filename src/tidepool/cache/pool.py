@@ -1,13 +1,13 @@
 """One group's blocks, and what each is doing.
 
-A block is *in use* (referenced), *cached* (unreferenced, but its contents may still be asked for), or *clean*. Blocks
+A block is *in use* (referenced), *cached* (unreferenced, but its contents may still be asked for), or *free*. Blocks
 live in extents; the pool keeps, for every extent that it holds, how many of its blocks are in use and how many are
-cached, and which are clean. It knows nothing of other groups: `tidepool.cache.arena` decides who gets which extent.
+cached, and which are free. It knows nothing of other groups: `tidepool.cache.arena` decides who gets which extent.
 
-It also remembers whose a cached block is: its *leaf* (`tidepool.cache.eviction`).
+It also remembers whose a cached block is: its *cached prefix* (`tidepool.cache.eviction`).
 
-Every operation costs O(1) a block, plus O(1) for an extent that changes its standing. Queues are OrderedDicts and not
-dicts: finding the first key of a dict whose first keys have been deleted takes time in their number.
+Every operation costs O(1) a block, plus O(1) for an extent that turns pinned, idle or free. Queues are OrderedDicts and
+not dicts: finding the first key of a dict whose first keys have been deleted takes time in their number.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from tidepool.cache.eviction import Leaf
+from tidepool.cache.eviction import CachedPrefix
 
 
 class Extent:
     """A pool's account of one extent.
 
-    Invariant: blocks in use + cached + clean == slots. The extent is *pinned* while ``pins`` > 0, *idle* once
-    only cached blocks keep it, and leaves the pool when all its blocks are clean.
+    Invariant: blocks in use + cached + free == blocks. The extent is *pinned* while ``pins`` > 0, *idle* once
+    only cached blocks keep it, and leaves the pool when all its blocks are free.
     """
 
-    __slots__ = ("cached", "filed", "first", "fresh", "number", "pins", "returned", "slots")
+    __slots__ = ("blocks", "bucket", "cached", "first", "never_used", "number", "pins", "returned")
 
-    def __init__(self, number: int, first: int, slots: int) -> None:
+    def __init__(self, number: int, first: int, blocks: int) -> None:
         self.number = number
         self.first = first
-        self.slots = slots
+        self.blocks = blocks
         self.pins = 0
         """Blocks in use, and one more where the extent is held for good."""
         self.cached = 0
         """Cached blocks."""
-        self.fresh = 0
-        """Slots from here on haven't been handed out since the extent came."""
+        self.never_used = 0
+        """Blocks from here on haven't been handed out since the extent came."""
         self.returned: list[int] = []
-        """Clean blocks below ``fresh``, the last returned on top: its bytes are the likeliest in a device's cache."""
-        self.filed = -1
-        """The class in which the pool's index of extents with clean blocks has this one; -1 for none."""
+        """Free blocks below ``never_used``, the last returned on top: its bytes are likely in a cache."""
+        self.bucket = -1
+        """The class in which the pool's index of extents with free blocks has this one; -1 for none."""
 
     @property
-    def clean(self) -> int:
-        """Number of clean blocks."""
-        return self.slots - self.fresh + len(self.returned)
+    def free(self) -> int:
+        """Number of free blocks."""
+        return self.blocks - self.never_used + len(self.returned)
 
-    def take_clean(self, count: int) -> list[int]:
-        """Hand out ``count`` clean blocks; the caller has checked that there are so many."""
+    def take_free(self, count: int) -> list[int]:
+        """Hand out ``count`` free blocks; the caller has checked that there are so many."""
         reused = min(count, len(self.returned))
         blocks: list[int] = []
         if reused:
             blocks = self.returned[-reused:]
             del self.returned[-reused:]
         if count > reused:
-            start = self.first + self.fresh
-            self.fresh += count - reused
+            start = self.first + self.never_used
+            self.never_used += count - reused
             blocks.extend(range(start, start + count - reused))
         return blocks
 
@@ -68,20 +68,20 @@ class Pool:
     """The blocks of one group.
 
     Args:
-        slots: blocks in an extent.
+        blocks_per_extent: blocks in an extent.
         blocks: block ids run from 0 to ``blocks - 1``.
-        first: block ids before this one are never handed out, and extent e starts at block ``first + e x slots``.
+        first: block ids before this one are never handed out, and extent e starts at block
+            ``first + e x blocks_per_extent``.
     """
 
-    def __init__(self, slots: int, blocks: int, first: int = 0) -> None:
-        self.slots = slots
+    def __init__(self, blocks_per_extent: int, blocks: int, first: int = 0) -> None:
+        self.blocks_per_extent = blocks_per_extent
         self.first = first
         self.refs = [0] * blocks
-        """References to each block; 0 for cached and clean ones."""
-        self.leaves: list[Leaf | None] = [None] * blocks
-        """The leaf of each cached block, and the one that a block in use may join when it turns cached; None for clean
-        blocks."""
-        self.trunk = bytearray(blocks)
+        """References to each block; 0 for cached and free ones."""
+        self.prefixes: list[CachedPrefix | None] = [None] * blocks
+        """Of a cached block its cached prefix, of a block in use the one that it may join, of a free one None."""
+        self.shared = bytearray(blocks)
         """1 for blocks that several prompts begin with."""
         self.extents: dict[int, Extent] = {}
         """Extents that this pool holds, by number."""
@@ -93,34 +93,36 @@ class Pool:
         """Cached blocks."""
         self.pinned = 0
         """Extents with a block in use; they can't change hands."""
-        # Extents with clean blocks, in classes by clean.bit_length(): class k has 2^(k-1) to 2^k - 1 of them. Pinned
+        # Extents with free blocks, in classes by free.bit_length(): class k has 2^(k-1) to 2^k - 1 of them. Pinned
         # ones come first, idle ones from class _IDLE on; a bit of _nonempty for each class that has any.
         self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(2 * _IDLE)]
         self._nonempty = 0
 
     def extent_of(self, block: int) -> Extent:
         """The extent that holds ``block``."""
-        return self.extents[(block - self.first) // self.slots]
+        return self.extents[(block - self.first) // self.blocks_per_extent]
 
     def is_cached(self, block: int) -> bool:
         """Whether the block is unreferenced and kept."""
-        return self.leaves[block] is not None and not self.refs[block]
+        return self.prefixes[block] is not None and not self.refs[block]
 
     @property
-    def clean(self) -> int:
-        """Number of clean blocks in extents that this pool holds."""
-        return len(self.extents) * self.slots - self.in_use - self.cached
+    def free(self) -> int:
+        """Number of free blocks in extents that this pool holds."""
+        return len(self.extents) * self.blocks_per_extent - self.in_use - self.cached
 
     @property
     def usable(self) -> int:
-        """Blocks that this pool could hand out without another extent getting pinned: clean and cached ones."""
-        return self.pinned * self.slots - self.in_use
+        """Blocks that this pool could hand out without another extent getting pinned: free and cached ones."""
+        return self.pinned * self.blocks_per_extent - self.in_use
 
     # What the arena calls. Each keeps the invariants of `Extent` and the indices above.
 
     def add(self, number: int) -> Extent:
-        """Receive an extent; all its blocks are clean, and the caller is about to take one."""
-        extent = self.extents[number] = Extent(number, self.first + number * self.slots, self.slots)
+        """Receive an extent; all its blocks are free, and the caller is about to take one."""
+        extent = self.extents[number] = Extent(
+            number, self.first + number * self.blocks_per_extent, self.blocks_per_extent
+        )
         self._file(extent)
         return extent
 
@@ -132,24 +134,24 @@ class Pool:
         self._file(extent)
 
     def remove(self, number: int) -> None:
-        """Give up an extent whose blocks are all clean."""
+        """Give up an extent whose blocks are all free."""
         del self.extents[number]
 
     def partial(self) -> Extent | None:
-        """A pinned extent with clean blocks, among the fullest; None if there is none."""
+        """A pinned extent with free blocks, among the fullest; None if there is none."""
         return self._first_from(0, _IDLE)
 
     def idle_with(self, count: int) -> Extent | None:
-        """An idle extent with at least ``count`` clean blocks and few more; None if there is none for sure."""
+        """An idle extent with at least ``count`` free blocks and few more; None if there is none for sure."""
         return self._first_from(_IDLE + count.bit_length() + (count & (count - 1) > 0), 2 * _IDLE)
 
     def idle_widest(self, least: int) -> Extent | None:
-        """An idle extent with as many clean blocks as any, up to a factor of two; None if it has under ``least``."""
+        """An idle extent with as many free blocks as any, up to a factor of two; None if it has under ``least``."""
         highest = self._nonempty.bit_length() - 1
         if highest < _IDLE:
             return None
         extent = self.extents[next(iter(self._partial[highest]))]
-        return extent if extent.clean >= least else None
+        return extent if extent.free >= least else None
 
     def _first_from(self, start: int, stop: int) -> Extent | None:
         """An extent of the lowest class from ``start`` to before ``stop``: that fills extents up, so that others come
@@ -159,13 +161,13 @@ class Pool:
             return None
         return self.extents[next(iter(self._partial[(nonempty & -nonempty).bit_length() - 1]))]
 
-    def take(self, extent: Extent, count: int, leaf: Leaf | None) -> list[int]:
-        """Hand out up to ``count`` clean blocks of an extent, each with one reference, for a request with this leaf."""
-        blocks = extent.take_clean(min(count, extent.clean))
+    def take(self, extent: Extent, count: int, prefix: CachedPrefix | None) -> list[int]:
+        """Hand out up to ``count`` free blocks of an extent, each with one reference, to be filed under ``prefix``."""
+        blocks = extent.take_free(min(count, extent.free))
         for block in blocks:
             self.refs[block] = 1
-            self.leaves[block] = leaf
-            self.trunk[block] = 0
+            self.prefixes[block] = prefix
+            self.shared[block] = 0
         self._pin(extent, len(blocks))
         return blocks
 
@@ -179,7 +181,7 @@ class Pool:
             self._pin(extent, 1)
 
     def release(self, block: int, *, keep: bool) -> Extent:
-        """Drop a reference. The last one leaves the block clean, or cached if ``keep``, and the caller gives it a leaf.
+        """Drop a reference. The last one leaves the block free, or cached if ``keep``; the caller then files it.
 
         Returns its extent.
         """
@@ -190,17 +192,17 @@ class Pool:
                 extent.cached += 1
                 self.cached += 1
             else:
-                self.leaves[block] = None
+                self.prefixes[block] = None
                 extent.returned.append(block)
             self._unpin(extent)
         return extent
 
     def forget(self, block: int) -> Extent:
-        """Turn a cached block clean. Returns its extent."""
+        """Turn a cached block free. Returns its extent."""
         extent = self.extent_of(block)
         extent.cached -= 1
         self.cached -= 1
-        self.leaves[block] = None
+        self.prefixes[block] = None
         extent.returned.append(block)
         if not extent.cached:
             self.idle.discard(extent.number)
@@ -216,11 +218,11 @@ class Pool:
         return (block for block in self._handed_out() if self.refs[block])
 
     def _handed_out(self) -> Iterator[int]:
-        """Blocks that aren't fresh."""
+        """Blocks that aren't never_used."""
         for extent in self.extents.values():
-            yield from range(extent.first, extent.first + extent.fresh)
+            yield from range(extent.first, extent.first + extent.never_used)
 
-    # Standing of extents.
+    # Extents in use and idle.
 
     def _pin(self, extent: Extent, blocks: int) -> None:
         """Count ``blocks`` more in use."""
@@ -242,20 +244,20 @@ class Pool:
         self._file(extent)
 
     def _file(self, extent: Extent) -> None:
-        """Keep the index of extents with clean blocks true after a change."""
-        clean = extent.clean
-        if not clean or not (extent.pins or extent.cached):
+        """Keep the index of extents with free blocks true after a change."""
+        free = extent.free
+        if not free or not (extent.pins or extent.cached):
             place = -1
         else:
-            place = clean.bit_length() + (0 if extent.pins else _IDLE)
-        if place == extent.filed:
+            place = free.bit_length() + (0 if extent.pins else _IDLE)
+        if place == extent.bucket:
             return
-        if extent.filed >= 0:
-            members = self._partial[extent.filed]
+        if extent.bucket >= 0:
+            members = self._partial[extent.bucket]
             del members[extent.number]
             if not members:
-                self._nonempty &= ~(1 << extent.filed)
+                self._nonempty &= ~(1 << extent.bucket)
         if place >= 0:
             self._partial[place][extent.number] = None
             self._nonempty |= 1 << place
-        extent.filed = place
+        extent.bucket = place

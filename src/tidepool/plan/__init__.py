@@ -16,13 +16,14 @@ from tidepool.plan.inputs import (
     parse_size,
 )
 from tidepool.plan.memory import ElasticMemory, FixedMemory, Kind, Memory, PlannedGroup, StockMemory
-from tidepool.plan.planner import Column, DtypeRow, Plan, PlanOptions, make_plan
+from tidepool.plan.planner import CapacityPlan, Column, DtypeRow, PlanOptions, make_plan
 from tidepool.plan.predict import Partition, predict, predict_stages
 from tidepool.plan.stock import StockLayout, stock_layout, stock_memory
 
 __all__ = [
     "GPU_MIB",
     "Account",
+    "CapacityPlan",
     "Card",
     "Column",
     "DtypeRow",
@@ -31,7 +32,6 @@ __all__ = [
     "Kind",
     "Memory",
     "Partition",
-    "Plan",
     "PlanError",
     "PlanOptions",
     "PlannedGroup",

@@ -12,6 +12,7 @@ import typer
 
 from tidepool.cache import CacheConfigError
 from tidepool.models import KV_DTYPES, STATE_DTYPES, Model, ModelConfigError, find_model, names
+from tidepool.plan.formatting import size
 from tidepool.plan.inputs import (
     GPU_MIB,
     Card,
@@ -22,8 +23,7 @@ from tidepool.plan.inputs import (
     parse_mix,
     parse_size,
 )
-from tidepool.plan.planner import Plan, PlanOptions, make_plan
-from tidepool.plan.words import size
+from tidepool.plan.planner import CapacityPlan, PlanOptions, make_plan
 
 
 def plan(
@@ -117,7 +117,7 @@ def plan(
     print_plan(made, Console(width=WIDTH if not sys.stdout.isatty() else None))
 
 
-def plan_to_dict(plan: Plan) -> dict[str, Any]:
+def plan_to_dict(plan: CapacityPlan) -> dict[str, Any]:
     """The plan as plain numbers, strings, lists and dicts."""
     content = asdict(plan)
     for kind, column in plan.columns.items():

@@ -137,7 +137,7 @@ class ElasticMemory(Memory):
     extent_bytes: int
     extents: int
     """The null extent included."""
-    slots: tuple[int, ...]
+    blocks_per_extent: tuple[int, ...]
     """Blocks of each group in an extent."""
 
     @property
@@ -162,7 +162,10 @@ class ElasticMemory(Memory):
 
     def extents_for(self, blocks: Sequence[int]) -> int:
         """Extents that hold so many blocks, no extent shared by two groups."""
-        return sum(-(-need // slots) for need, slots in zip(blocks, self.slots, strict=True))
+        return sum(
+            -(-need // blocks_per_extent)
+            for need, blocks_per_extent in zip(blocks, self.blocks_per_extent, strict=True)
+        )
 
     def fits(self, blocks: Sequence[int]) -> bool:
         """Whole extents, all but the null one."""
@@ -171,7 +174,8 @@ class ElasticMemory(Memory):
     def held_idle_bytes(self, blocks: Sequence[int]) -> int:
         """Slots without a block in extents that a group owns."""
         return sum(
-            (-need % slots) * group.stride for need, slots, group in zip(blocks, self.slots, self.groups, strict=True)
+            (-need % count) * group.stride
+            for need, count, group in zip(blocks, self.blocks_per_extent, self.groups, strict=True)
         )
 
 

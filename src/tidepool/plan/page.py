@@ -5,22 +5,22 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from tidepool.plan import words
+from tidepool.plan import formatting
 from tidepool.plan.chart import curve_chart
 from tidepool.plan.memory import Kind
-from tidepool.plan.planner import SHORT_REQUEST, Column, Plan
+from tidepool.plan.planner import SHORT_REQUEST, CapacityPlan, Column
 from tidepool.plan.rows import sections
 
 
-def render_page(plan: Plan) -> str:
+def render_page(plan: CapacityPlan) -> str:
     """The whole page."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     name = escape(plan.model_name)
-    notes = [f"{words.TITLES[kind]}: {reason}" for kind, reason in plan.missing.items()]
+    notes = [f"{formatting.TITLES[kind]}: {reason}" for kind, reason in plan.missing.items()]
     if not plan.hybrid:
-        notes.insert(0, words.STEPS_ASIDE)
+        notes.insert(0, formatting.STEPS_ASIDE)
     elif plan.latent:
-        notes.insert(0, words.LATENT)
+        notes.insert(0, formatting.LATENT)
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -28,8 +28,8 @@ def render_page(plan: Plan) -> str:
             f"<title>{name}: what fits</title><style>{style}</style></head><body><main>",
             f"<header><h1>{name}: what fits</h1>",
             f"<p>{escape(plan.family)}, {plan.parameters / 1e9:.2f} B weights.",
-            f"{escape(words.budget(plan))}.</p>",
-            f'<p class="quiet">{escape(words.setting(plan))}.</p></header>',
+            f"{escape(formatting.budget(plan))}.</p>",
+            f'<p class="quiet">{escape(formatting.setting(plan))}.</p></header>',
             *(f"<p>{escape(note)}</p>" for note in notes),
             '<div class="facts">',
             *(_fact(kind, column) for kind, column in plan.columns.items()),
@@ -49,17 +49,17 @@ def render_page(plan: Plan) -> str:
 def _fact(kind: Kind, column: Column) -> str:
     beside = next((count for count in column.tokens if count >= 8), next(iter(column.tokens)))
     short = min(column.concurrency, default=None)
-    facts = [(f"tokens beside {words.requests(beside)}", words.tokens(column.tokens[beside]))]
+    facts = [(f"tokens beside {formatting.requests(beside)}", formatting.tokens(column.tokens[beside]))]
     if short is not None:
         facts.append((f"requests of {short:,} tokens at once", f"{column.concurrency[short]:,}"))
-    facts.append((f"bytes that {SHORT_REQUEST} tokens pin", words.size(column.pinned_by_short)))
-    facts.append(("wasted in the mix below", words.percent(column.account.waste / column.account.total)))
+    facts.append((f"bytes that {SHORT_REQUEST} tokens pin", formatting.size(column.pinned_by_short)))
+    facts.append(("wasted in the mix below", formatting.percent(column.account.waste / column.account.total)))
     rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in facts)
-    title = words.TITLES[kind]
+    title = formatting.TITLES[kind]
     return f'<div class="fact" style="border-top-color:var(--{kind})"><b>{title}</b><dl>{rows}</dl></div>'
 
 
-def _map(plan: Plan) -> str:
+def _map(plan: CapacityPlan) -> str:
     """Bars as wide as the card, or as the KV memory where no card was named."""
     around = _around(plan)
     total = plan.options.kv_bytes + sum(count for _, _, _, count in around)
@@ -67,21 +67,21 @@ def _map(plan: Plan) -> str:
     bars = []
     for kind, column in plan.columns.items():
         parts = [(name, title, count) for name, title, _, count in around]
-        parts += [(name, words.PARTS[name][0], count) for name, count in column.account.parts().items()]
+        parts += [(name, formatting.PARTS[name][0], count) for name, count in column.account.parts().items()]
         running = sum(item.count for item in column.admitted)
         pieces = "".join(
             f'<i style="flex:{count / total:.6f} 0 0;background:var(--{name})" '
-            f'title="{escape(title)}: {words.size(count)}, {words.percent(count / total)}"></i>'
+            f'title="{escape(title)}: {formatting.size(count)}, {formatting.percent(count / total)}"></i>'
             for name, title, count in parts
             if count > 0
         )
-        waste = f"{words.size(column.account.waste)} wasted"
+        waste = f"{formatting.size(column.account.waste)} wasted"
         bars.append(
-            f"<h3>{words.TITLES[kind]}<span>{running:,} of {sum(m.count for m in plan.options.mix):,} run, "
+            f"<h3>{formatting.TITLES[kind]}<span>{running:,} of {sum(m.count for m in plan.options.mix):,} run, "
             f'{waste}</span></h3><div class="bar">{pieces}</div>'
         )
     legend = [(name, title, meaning) for name, title, meaning, _ in around]
-    legend += [(name, *words.PARTS[name]) for name in words.PARTS if name in shown]
+    legend += [(name, *formatting.PARTS[name]) for name in formatting.PARTS if name in shown]
     keys = "".join(
         f'<li><i style="background:var(--{name})"></i><b>{escape(title)}</b>: {escape(meaning)}</li>'
         for name, title, meaning in legend
@@ -89,12 +89,12 @@ def _map(plan: Plan) -> str:
     what = "card" if plan.card else "KV memory"
     return (
         f"<section><h2>What each byte of the {what} holds</h2>"
-        f'<p class="quiet">While these run: {escape(words.mix(plan))}. A bar is {words.size(total)} wide.</p>'
+        f'<p class="quiet">While these run: {escape(formatting.mix(plan))}. A bar is {formatting.size(total)} wide.</p>'
         f'<div class="map">{"".join(bars)}</div><ul class="legend">{keys}</ul></section>'
     )
 
 
-def _around(plan: Plan) -> list[tuple[str, str, str, int]]:
+def _around(plan: CapacityPlan) -> list[tuple[str, str, str, int]]:
     """What else is on the card: name, title, meaning, bytes."""
     card = plan.card
     if card is None:
@@ -107,14 +107,14 @@ def _around(plan: Plan) -> list[tuple[str, str, str, int]]:
     ]
 
 
-def _keys(plan: Plan) -> str:
+def _keys(plan: CapacityPlan) -> str:
     keys = "".join(
-        f'<span><i style="background:var(--{kind})"></i>{words.TITLES[kind]}</span>' for kind in plan.columns
+        f'<span><i style="background:var(--{kind})"></i>{formatting.TITLES[kind]}</span>' for kind in plan.columns
     )
     return f'<div class="keys">{keys}</div>'
 
 
-def _curve(plan: Plan) -> str:
+def _curve(plan: CapacityPlan) -> str:
     if all(count is None for column in plan.columns.values() for count in column.tokens.values()):
         return ""
     chart = curve_chart({kind: column.curve for kind, column in plan.columns.items()})
@@ -126,7 +126,7 @@ def _curve(plan: Plan) -> str:
     )
 
 
-def _dtypes(plan: Plan) -> str:
+def _dtypes(plan: CapacityPlan) -> str:
     if not plan.dtypes:
         return ""
     most = max((count for row in plan.dtypes for count in row.tokens.values()), default=0) or 1
@@ -134,7 +134,7 @@ def _dtypes(plan: Plan) -> str:
     for row in plan.dtypes:
         lines = "".join(
             f'<div class="line"><b style="background:var(--{kind});width:{100 * count / most:.2f}%"></b>'
-            f"<span>{words.tokens(count)}</span></div>"
+            f"<span>{formatting.tokens(count)}</span></div>"
             for kind, count in row.tokens.items()
         )
         chosen = plan.options.kv_dtype in (row.kv_dtype, *row.also)
@@ -145,13 +145,13 @@ def _dtypes(plan: Plan) -> str:
         )
     return (
         f"<section><h2>What each KV cache dtype buys</h2>"
-        f'<p class="quiet">Tokens beside {words.requests(plan.dtype_requests)}. '
+        f'<p class="quiet">Tokens beside {formatting.requests(plan.dtype_requests)}. '
         f"Bytes per token count all attention layers.</p>{_keys(plan)}{''.join(blocks)}</section>"
     )
 
 
-def _table(plan: Plan) -> str:
-    head = "".join(f"<th>{title}</th>" for title in words.TITLES.values())
+def _table(plan: CapacityPlan) -> str:
+    head = "".join(f"<th>{title}</th>" for title in formatting.TITLES.values())
     body = []
     for section in sections(plan):
         body.append(f'<tr><th colspan="4">{escape(section.title)}</th></tr>')

@@ -106,7 +106,7 @@ class DtypeRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CapacityPlan:
     """All answers about one model."""
 
     model_name: str
@@ -132,7 +132,9 @@ class Plan:
         return "state" in labels and len(labels) > 1
 
 
-def make_plan(model_name: str, source: str, model: Model, options: PlanOptions, card: Card | None = None) -> Plan:
+def make_plan(
+    model_name: str, source: str, model: Model, options: PlanOptions, card: Card | None = None
+) -> CapacityPlan:
     """Answer everything about one model.
 
     Raises:
@@ -154,7 +156,7 @@ def make_plan(model_name: str, source: str, model: Model, options: PlanOptions, 
             missing[kind] = str(error)
             continue
         columns[kind] = _column(memory, options)
-    return Plan(
+    return CapacityPlan(
         model_name=model_name,
         source=source,
         family=model.family,

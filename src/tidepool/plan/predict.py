@@ -75,14 +75,14 @@ def _elastic(stages: Sequence[Sequence[Group]], budget: int, max_num_seqs: int, 
     return ElasticMemory(
         budget_bytes=budget,
         groups=tuple(
-            planned_group(group, cut.stride, max(0, extents - 1) * cut.slots)
-            for group, cut in zip(groups, geometry.cuts, strict=True)
+            planned_group(group, layout.stride, max(0, extents - 1) * layout.blocks_per_extent)
+            for group, layout in zip(groups, geometry.layouts, strict=True)
         ),
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         extent_bytes=geometry.extent_bytes,
         extents=extents,
-        slots=tuple(cut.slots for cut in geometry.cuts),
+        blocks_per_extent=tuple(layout.blocks_per_extent for layout in geometry.layouts),
     )
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidepool.plan import words
+from tidepool.plan import formatting
 from tidepool.plan.memory import Kind
-from tidepool.plan.planner import SHORT_REQUEST, Column, Plan
+from tidepool.plan.planner import SHORT_REQUEST, CapacityPlan, Column
 
 NONE = "-"
 """A cell without an answer."""
@@ -23,14 +23,16 @@ class Section:
     title: str
     rows: list[tuple[str, dict[Kind, str]]] = field(default_factory=list)
 
-    def add(self, plan: Plan, name: str, answer: Callable[..., str], *about: Any) -> None:
+    def add(self, plan: CapacityPlan, name: str, answer: Callable[..., str], *about: Any) -> None:
         """Add a row of ``answer(column, *about)``, unless there is no answer in any column."""
-        cells = {kind: answer(plan.columns[kind], *about) if kind in plan.columns else NONE for kind in words.TITLES}
+        cells = {
+            kind: answer(plan.columns[kind], *about) if kind in plan.columns else NONE for kind in formatting.TITLES
+        }
         if set(cells.values()) - {NONE}:
             self.rows.append((name, cells))
 
 
-def sections(plan: Plan) -> list[Section]:
+def sections(plan: CapacityPlan) -> list[Section]:
     """All rows."""
     cut = Section("How the memory is cut")
     cut.add(plan, "into", lambda column: _CUT[column.memory.kind])
@@ -45,24 +47,24 @@ def sections(plan: Plan) -> list[Section]:
     held = Section("Tokens that fit in all, prefix cache included, beside")
     first = next(iter(plan.columns.values()))
     for count in first.tokens:
-        held.add(plan, f"{words.requests(count)} running", _tokens, count)
+        held.add(plan, f"{formatting.requests(count)} running", _tokens, count)
 
     running = Section("Requests that run at once (* as many as --max-num-seqs allows)")
     running.add(plan, "of 1 token", lambda column: _limited(column, column.max_requests))
     for length in first.concurrency:
         running.add(plan, f"of {length:,} tokens", _concurrency, length)
     running.add(plan, "longest request, tokens", lambda column: f"{column.longest:,}")
-    running.add(plan, f"bytes that {SHORT_REQUEST} tokens pin", lambda column: words.size(column.pinned_by_short))
+    running.add(plan, f"bytes that {SHORT_REQUEST} tokens pin", lambda column: formatting.size(column.pinned_by_short))
 
-    bytes_ = Section(f"Where the bytes go while {words.mix(plan)} run")
+    bytes_ = Section(f"Where the bytes go while {formatting.mix(plan)} run")
     bytes_.add(plan, "requests of these that fit", _admitted)
-    for part, (title, _) in words.PARTS.items():
+    for part, (title, _) in formatting.PARTS.items():
         bytes_.add(plan, title, _part, part)
     return [cut, held, running, bytes_]
 
 
 def _unit_size(column: Column) -> str:
-    return words.size(column.memory.unit_bytes) if column.memory.unit_bytes else NONE
+    return formatting.size(column.memory.unit_bytes) if column.memory.unit_bytes else NONE
 
 
 def _units(column: Column) -> str:
@@ -76,16 +78,16 @@ def _block_tokens(column: Column) -> str:
 
 def _block_size(column: Column, label: str) -> str:
     largest = max((group.stride for group in column.memory.groups if group.label == label), default=0)
-    return words.size(largest) if largest else NONE
+    return formatting.size(largest) if largest else NONE
 
 
 def _block_padding(column: Column, label: str) -> str:
     groups = [group for group in column.memory.groups if group.label == label]
-    return words.percent(max(groups, key=lambda g: g.padding).padding) if groups else NONE
+    return formatting.percent(max(groups, key=lambda g: g.padding).padding) if groups else NONE
 
 
 def _tokens(column: Column, count: int) -> str:
-    return words.tokens(column.tokens[count])
+    return formatting.tokens(column.tokens[count])
 
 
 def _concurrency(column: Column, length: int) -> str:
@@ -102,4 +104,4 @@ def _admitted(column: Column) -> str:
 
 def _part(column: Column, part: str) -> str:
     count = column.account.parts()[part]
-    return f"{words.size(count)} {words.percent(count / column.account.total):>6}" if count else NONE
+    return f"{formatting.size(count)} {formatting.percent(count / column.account.total):>6}" if count else NONE

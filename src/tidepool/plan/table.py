@@ -7,23 +7,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidepool.plan import words
-from tidepool.plan.planner import Plan
+from tidepool.plan import formatting
+from tidepool.plan.planner import CapacityPlan
 from tidepool.plan.rows import NONE, sections
 
 WIDTH = 100
 _LABEL, _CELL = 31, 21
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: CapacityPlan, console: Console) -> None:
     """Print everything."""
     weights = f"{plan.parameters / 1e9:.2f} B weights"
     console.print(Text.assemble((plan.model_name, "bold"), f"  {plan.family}, {weights}"))
-    console.print(Text(words.budget(plan)))
-    console.print(Text(words.setting(plan)), Text(f"\nShapes: {plan.source}.", style="dim"), sep="")
+    console.print(Text(formatting.budget(plan)))
+    console.print(Text(formatting.setting(plan)), Text(f"\nShapes: {plan.source}.", style="dim"), sep="")
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", width=_LABEL)
-    for title in words.TITLES.values():
+    for title in formatting.TITLES.values():
         table.add_column(title, width=_CELL, justify="right")
     console.print()
     console.print(table)
@@ -31,7 +31,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(Text(section.title, style="bold"))
         table = Table(box=None, show_header=False, show_edge=False, pad_edge=False)
         table.add_column(width=_LABEL)
-        for _ in words.TITLES:
+        for _ in formatting.TITLES:
             table.add_column(width=_CELL, justify="right")
         for label, cells in section.rows:
             table.add_row(f"  {label}", *cells.values())
@@ -39,34 +39,36 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print()
     console.print(_legend(plan))
     if plan.dtypes:
-        console.print(Text(f"Tokens beside {words.requests(plan.dtype_requests)}, by KV cache dtype", style="bold"))
+        console.print(
+            Text(f"Tokens beside {formatting.requests(plan.dtype_requests)}, by KV cache dtype", style="bold")
+        )
         console.print(_dtypes(plan))
     if not plan.hybrid:
-        console.print(Text(f"\n{words.STEPS_ASIDE}", style="yellow"))
+        console.print(Text(f"\n{formatting.STEPS_ASIDE}", style="yellow"))
     elif plan.latent:
-        console.print(Text(f"\n{words.LATENT}", style="yellow"))
+        console.print(Text(f"\n{formatting.LATENT}", style="yellow"))
     for kind, reason in plan.missing.items():
-        console.print(Text(f"\n{words.TITLES[kind]}: {reason}", style="yellow"))
+        console.print(Text(f"\n{formatting.TITLES[kind]}: {reason}", style="yellow"))
 
 
-def _legend(plan: Plan) -> Table:
+def _legend(plan: CapacityPlan) -> Table:
     table = Table(box=None, show_header=False, show_edge=False, pad_edge=False)
     table.add_column(width=_LABEL, style="dim")
     table.add_column(style="dim")
-    for name, (title, meaning) in words.PARTS.items():
+    for name, (title, meaning) in formatting.PARTS.items():
         if any(column.account.parts()[name] for column in plan.columns.values()):
             table.add_row(f"  {title}", meaning)
     table.add_row("", "")
     return table
 
 
-def _dtypes(plan: Plan) -> Table:
+def _dtypes(plan: CapacityPlan) -> Table:
     table = Table(box=None, show_header=False, show_edge=False, pad_edge=False)
     table.add_column(width=_LABEL)
-    for _ in words.TITLES:
+    for _ in formatting.TITLES:
         table.add_column(width=_CELL, justify="right")
     for row in plan.dtypes:
-        cells = [words.tokens(row.tokens[kind]) if kind in row.tokens else NONE for kind in words.TITLES]
+        cells = [formatting.tokens(row.tokens[kind]) if kind in row.tokens else NONE for kind in formatting.TITLES]
         style = "bold" if plan.options.kv_dtype in (row.kv_dtype, *row.also) else None
         table.add_row(f"  {row.kv_dtype}, {row.token_bytes:,} B", *cells, style=style)
     return table

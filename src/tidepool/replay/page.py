@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 import tidepool.plan
-from tidepool.plan.words import size
+from tidepool.plan.formatting import size
 from tidepool.replay.job import USES, Result, Sample
 from tidepool.replay.plot import area_plot, line_plot
 from tidepool.replay.report import ROWS, USE_TITLES, Report, describe, layout, mean_uses, missing, title

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from tidepool.plan.words import size
+from tidepool.plan.formatting import size
 from tidepool.replay.job import TITLES, USES, GroupLayout, Mode, Result
 
 

@@ -13,10 +13,10 @@ from vllm.v1.engine.core import EngineCore
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import CostModel, Work, cost_model, find_roofline
 from tidepool.replay.engine import EngineShape, add_request, make_checked_engine, typed_layers
-from tidepool.replay.figures import median, spread
 from tidepool.replay.job import Job, Result, Sample
 from tidepool.replay.memory_use import MemoryMeter
 from tidepool.replay.sampling import Sampler
+from tidepool.replay.statistics import median, spread
 from tidepool.replay.step import Step, take_step
 from tidepool.replay.trace import TraceRequest
 

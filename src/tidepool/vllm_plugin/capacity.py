@@ -65,7 +65,7 @@ class MeteredKVCacheManager(TidepoolKVCacheManager):
             extents = pool.num_gpu_blocks - 1
             held = (extents - self._room()) / max(extents, 1)
         else:
-            held = max(share.in_use / share.slots for share in pool.growing)
+            held = max(share.in_use / share.blocks_per_extent for share in pool.growing)
         return min(held, NEARLY_FULL)
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:

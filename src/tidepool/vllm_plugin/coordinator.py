@@ -23,15 +23,15 @@ from vllm.v1.request import Request, RequestStatus
 from tidepool.cache import (
     LONG_PROMPT,
     AnswerLengths,
-    Arrival,
     CheckpointRules,
     Checkpoints,
     FarPlaces,
     Growth,
     Outlook,
-    Place,
+    PrefixMatch,
     Resumed,
-    Turn,
+    ResumePoint,
+    TurnClass,
     plan_checkpoints,
 )
 from tidepool.vllm_plugin.planning import checkpoint_rules
@@ -197,11 +197,11 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         arena = self.block_pool.arena
         for manager, pool in zip(self.single_type_managers, self.block_pool.pools, strict=True):
             pool.request_blocks = manager.req_to_blocks.get(request_id, ())
-        arena.promise(self._charges)
+        arena.reserve(self._charges)
         try:
             return super().allocate_new_blocks(request_id, num_tokens, *args, **kwargs)
         finally:
-            arena.settle()
+            arena.release_reservation()
             self._charges = self._no_charges
             for pool in self.block_pool.pools:
                 pool.request_blocks = ()
@@ -285,12 +285,12 @@ def make_coordinator(
 class TidepoolKVCacheManager(KVCacheManager):
     """vLLM's manager, with the group in every block id that goes to the workers, and room left to those who run.
 
-    It also tells the cache when prompts begin and end: see `tidepool.cache.returns`.
+    It also tells the cache when prompts begin and end: see `tidepool.cache.reuse`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._arrivals: dict[str, Arrival] = {}
+        self._matches: dict[str, PrefixMatch] = {}
         """Of each request that was offered memory and hasn't ended, what was known when it came."""
         self._answers = AnswerLengths()
         self._resumed: dict[str, Resumed] = {}
@@ -302,17 +302,17 @@ class TidepoolKVCacheManager(KVCacheManager):
 
     def _continues(self, request: Request) -> bool:
         """Whether a request goes on from an earlier one; looked up once, before its first blocks."""
-        arrival = self._arrivals.get(request.request_id)
-        if arrival is None:
+        match = self._matches.get(request.request_id)
+        if match is None:
             pool: ArenaBlockPool = self.block_pool
-            arrival = pool.returns.began(request.block_hashes[::-1], pool.arena.turnover)
-            if arrival.distance is not None:
-                pool.partings.saw(arrival.distance)
-            if arrival.place is not None:
-                self._resumed[request.request_id] = pool.prompt_ends.began(arrival.place)
-            self._arrivals[request.request_id] = arrival
-            pool.arena.start(request.request_id, arrival.turn)
-        return arrival.turn != Turn.FIRST
+            match = pool.returns.began(request.block_hashes[::-1], pool.arena.bytes_allocated)
+            if match.distance is not None:
+                pool.partings.saw(match.distance)
+            if match.place is not None:
+                self._resumed[request.request_id] = pool.prompt_ends.began(match.place)
+            self._matches[request.request_id] = match
+            pool.arena.start(request.request_id, match.turn)
+        return match.turn != TurnClass.FIRST
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's; it also plans where the request leaves checkpoints.
@@ -436,8 +436,8 @@ class TidepoolKVCacheManager(KVCacheManager):
             return
         plan = self.coordinator.books.forget(request.request_id)
         self._resumed.pop(request.request_id, None)
-        arrival = self._arrivals.pop(request.request_id, None)
-        if arrival is None:
+        match = self._matches.pop(request.request_id, None)
+        if match is None:
             return
         pool: ArenaBlockPool = self.block_pool
         pool.arena.finish(request.request_id)
@@ -453,15 +453,17 @@ class TidepoolKVCacheManager(KVCacheManager):
         keys = {place: request.block_hashes[place // unit - 1] for place in (end, checkpoint) if place}
         # A return to one of the two is taken for one to the other: what comes back at all is what eviction asks.
         at_either = any(left(place) for place in keys)
-        places = [Place(key, 0, at_either) for key in keys.values()]
+        places = [ResumePoint(key, 0, at_either) for key in keys.values()]
         places += [
-            Place(request.block_hashes[place // unit - 1], distance, left(place))
+            ResumePoint(request.block_hashes[place // unit - 1], distance, left(place))
             for distance in pool.partings.distances
             if (place := checkpoint - distance) > 0
         ]
-        pool.returns.ended(places, pool.arena.turnover, arrival)
+        pool.returns.ended(places, pool.arena.bytes_allocated, match)
         if end and read:
-            pool.prompt_ends.ended(request.num_prompt_tokens, keys[end], keys.get(checkpoint), pool.arena.turnover)
+            pool.prompt_ends.ended(
+                request.num_prompt_tokens, keys[end], keys.get(checkpoint), pool.arena.bytes_allocated
+            )
 
     def take_new_block_ids(self) -> list[int]:
         """What workers do to blocks before the next step: poisoning first, then zeroing of new attention blocks."""

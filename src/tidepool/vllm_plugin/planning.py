@@ -2,7 +2,7 @@
 
 vLLM inflates the attention block of a hybrid model until all pages are equally large, in each worker, right after the
 model is loaded. There tidepool decides whether it serves the engine; if so it leaves the pages natural and notes a
-`Plan` in the configuration. Later steps look for that plan and go vLLM's way without it.
+`ServingPlan` in the configuration. Later steps look for that plan and go vLLM's way without it.
 
 A served engine's ``KVCacheConfig.num_blocks`` counts *extents*: vLLM's memory check, its override and its minimum over
 ranks then work unchanged with the extent as the block that they divide memory by.
@@ -31,7 +31,7 @@ from tidepool.cache import (
     Arena,
     CacheConfigError,
     CheckpointRules,
-    Cut,
+    ExtentLayout,
     FullAttention,
     Geometry,
     Group,
@@ -41,9 +41,9 @@ from tidepool.cache import (
     block_align,
     choose_geometry,
     choose_stage_geometries,
-    cut_by_slots,
     fixed_shares,
     fixed_stage_shares,
+    geometry_by_counts,
     spacing_within,
 )
 from tidepool.vllm_plugin.asked import asked_of
@@ -77,7 +77,7 @@ class StockBlocks(NamedTuple):
     """The padded page of one state layer; None if it needs no padding."""
 
 
-class Plan(NamedTuple):
+class ServingPlan(NamedTuple):
     """tidepool serves this engine, and how."""
 
     partition: Partition
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
     """None on a pipeline stage without attention, which vLLM doesn't inflate."""
     checkpoint_tokens: int = CHECKPOINT_TOKENS
     """From one checkpoint to the next, with prefix caching."""
-    slots: tuple[int, ...] = ()
+    blocks_per_extent: tuple[int, ...] = ()
     """Blocks of each group in an extent, where several pipeline stages share them."""
     places: tuple[tuple[int, int], ...] = ()
     """(first block, blocks) of each group's fixed share, where several ranks share them."""
@@ -126,14 +126,14 @@ class TidepoolKVCacheConfig(KVCacheConfig):
     @property
     def strides(self) -> tuple[int, ...]:
         """Bytes from one block of each group to the next."""
-        parts: Sequence[Cut | Share] = self.geometry.cuts if self.geometry else self.shares
+        parts: Sequence[ExtentLayout | Share] = self.geometry.layouts if self.geometry else self.shares
         return tuple(part.stride for part in parts)
 
     @property
     def pool_blocks(self) -> tuple[int, ...]:
         """For each group, how many block ids its pool has, the null block included."""
         if self.geometry:
-            return tuple(self.num_blocks * cut.slots for cut in self.geometry.cuts)
+            return tuple(self.num_blocks * layout.blocks_per_extent for layout in self.geometry.layouts)
         return tuple(share.first + share.blocks for share in self.shares)
 
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
@@ -149,9 +149,9 @@ class TidepoolKVCacheConfig(KVCacheConfig):
         return Arena.fixed(self.shares, self.arena_bytes, **callbacks)
 
 
-def plan_of(vllm_config: Any) -> Plan | None:
+def plan_of(vllm_config: Any) -> ServingPlan | None:
     """The plan of an engine that tidepool serves, else None."""
-    plan: Plan | None = read_note(vllm_config, _PLAN)
+    plan: ServingPlan | None = read_note(vllm_config, _PLAN)
     return plan
 
 
@@ -190,7 +190,7 @@ def has_plan(specs: Iterable[KVCacheSpec]) -> bool:
     return any(getattr(spec, _PLAN_OF_SPEC, None) for spec in specs)
 
 
-def receive_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> Plan | None:
+def receive_plan(vllm_config: Any, specs: Mapping[str, KVCacheSpec]) -> ServingPlan | None:
     """In the engine core: take over the plan that came with the specs. Returns `plan_of`."""
     plans = [plan for spec in specs.values() if (plan := getattr(spec, _PLAN_OF_SPEC, None))]
     plan = next((plan for plan in plans if plan.stock), None)
@@ -241,7 +241,7 @@ def agree(
     longest = vllm_config.model_config.max_model_len
     geometries = choose_stage_geometries(stages, list(budgets.values()), longest)
     if len(stages) > 1:
-        plan = plan._replace(slots=tuple(cut.slots for cut in geometries[0].cuts))
+        plan = plan._replace(blocks_per_extent=tuple(layout.blocks_per_extent for layout in geometries[0].layouts))
     if plan.partition == "fixed":
         override = vllm_config.cache_config.num_gpu_blocks_override
         arenas = [
@@ -265,10 +265,12 @@ def over_stages(config: TidepoolKVCacheConfig, configs: Sequence[TidepoolKVCache
     config.block_bytes = tuple(map(sum, zip(*(stage.block_bytes for stage in stages), strict=True)))
     strides = tuple(map(sum, zip(*(stage.strides for stage in stages), strict=True)))
     if config.geometry:
-        cuts = zip(config.block_bytes, strides, config.geometry.cuts, strict=True)
+        layouts = zip(config.block_bytes, strides, config.geometry.layouts, strict=True)
         config.geometry = Geometry(
             sum(stage.geometry.extent_bytes for stage in stages if stage.geometry),
-            tuple(Cut(block_bytes, stride, cut.slots) for block_bytes, stride, cut in cuts),
+            tuple(
+                ExtentLayout(block_bytes, stride, layout.blocks_per_extent) for block_bytes, stride, layout in layouts
+            ),
         )
     config.shares = tuple(
         Share(block_bytes, stride, share.first, share.blocks)
@@ -329,7 +331,7 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
     else:
         spacing = CHECKPOINT_TOKENS
     cache_config.block_size = block_tokens
-    write_note(vllm_config, _PLAN, Plan(settings.partition, settings.eviction, stock, spacing))
+    write_note(vllm_config, _PLAN, ServingPlan(settings.partition, settings.eviction, stock, spacing))
     return True
 
 
@@ -433,7 +435,7 @@ def core_groups(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> list[Gr
 
 
 def make_kv_cache_config(
-    vllm_config: Any, plan: Plan, groups: list[KVCacheGroupSpec], memory_bytes: int
+    vllm_config: Any, plan: ServingPlan, groups: list[KVCacheGroupSpec], memory_bytes: int
 ) -> TidepoolKVCacheConfig:
     """Plan the arena and its views for ``memory_bytes`` of KV memory.
 
@@ -484,15 +486,15 @@ def make_kv_cache_config(
                 vllm_config.model_config.max_model_len,
             )
         _require_room_for_one(core, shares, vllm_config.model_config.max_model_len)
-    cuts: Sequence[Cut | Share] = shares or geometry.cuts
+    layouts: Sequence[ExtentLayout | Share] = shares or geometry.layouts
     tensors = [
         KVCacheTensor(
             size=arena_bytes,
             layers=list(group.layer_names),
             layer_stride=member.page_bytes,
-            block_stride=cut.stride,
+            block_stride=layout.stride,
         )
-        for group, member, cut in zip(groups, core, cuts, strict=True)
+        for group, member, layout in zip(groups, core, layouts, strict=True)
         if group.layer_names
     ]
     return TidepoolKVCacheConfig(
@@ -539,9 +541,11 @@ def extents_of_longest_request(vllm_config: Any, groups: Sequence[KVCacheGroupSp
     return _geometry(plan_of(vllm_config), core).extents_for([group.blocks_for(longest) for group in core])
 
 
-def _geometry(plan: Plan | None, core: Sequence[Group]) -> Geometry:
-    """How this rank's extents are cut."""
-    return cut_by_slots(core, plan.slots) if plan and plan.slots else choose_geometry(core)
+def _geometry(plan: ServingPlan | None, core: Sequence[Group]) -> Geometry:
+    """How this rank's extents are divided."""
+    return (
+        geometry_by_counts(core, plan.blocks_per_extent) if plan and plan.blocks_per_extent else choose_geometry(core)
+    )
 
 
 def _groups_on(groups: Sequence[KVCacheGroupSpec], layers: Sequence[str]) -> list[KVCacheGroupSpec]:
@@ -565,14 +569,14 @@ def max_concurrency(vllm_config: Any, config: TidepoolKVCacheConfig) -> float:
     needs = [group.blocks_for(vllm_config.model_config.max_model_len) for group in core]
     if config.geometry:
         # Requests share extents, so this counts in fractions of them.
-        each = sum(need / cut.slots for need, cut in zip(needs, config.geometry.cuts, strict=True))
+        each = sum(need / layout.blocks_per_extent for need, layout in zip(needs, config.geometry.layouts, strict=True))
         return (config.num_blocks - 1) / each
     return min(share.blocks / need for share, need in zip(config.shares, needs, strict=True))
 
 
 def stock_kv_cache_config(
     vllm_config: Any,
-    plan: Plan,
+    plan: ServingPlan,
     specs: Mapping[str, KVCacheSpec],
     memory_bytes: int,
     grouping: Callable[[Any, dict[str, KVCacheSpec]], list[KVCacheGroupSpec]],

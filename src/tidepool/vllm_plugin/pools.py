@@ -16,7 +16,7 @@ from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, get_block_hash
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from tidepool.cache import Arena, ExpectedReturn, Keep, LeastRecentlyUsed, Partings, PromptEnds, Returns
+from tidepool.cache import Arena, BranchStatistics, ExpectedReturn, LeastRecentlyUsed, PromptEnds, Retention, ReuseModel
 from tidepool.vllm_plugin.events import ExactEvents
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
@@ -26,11 +26,11 @@ logger = init_logger("vllm.tidepool")
 JUNCTIONS = 4096
 """Places where prompts parted that are remembered at most."""
 RETURN_UNITS = 16
-"""Ages up to this part of the memory aren't told apart; see `Returns`."""
+"""Ages up to this part of the memory aren't told apart; see `ReuseModel`."""
 LIFETIME = 16
 """Times that the memory is handed out, after which a prompt counts as never gone on from; see `PromptEnds`."""
 SECOND_STATES = (1, 2, 4, 8)
-"""How far before its last checkpoint a prompt may leave a second state, in checkpoints; see `Partings`."""
+"""How far before its last checkpoint a prompt may leave a second state, in checkpoints; see `BranchStatistics`."""
 
 
 class GroupBlockPool(ExactEvents, BlockPool):
@@ -100,12 +100,12 @@ class GroupBlockPool(ExactEvents, BlockPool):
                 if tokens < self.memory.state_to_come and not self.memory.finds_trunk:
                     self.handed_on.add(block.block_id)
         if waking:
-            self.arena.touch(self.group, waking, trunk=self.memory.finds_trunk)
+            self.arena.touch(self.group, waking, shared=self.memory.finds_trunk)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """Drop a reference to each block, the first to be evicted first. Blocks of other pools go to theirs."""
         idle: list[int] = []
-        keep: list[Keep] = []
+        keep: list[Retention] = []
         elsewhere: dict[BlockPool, list[KVCacheBlock]] = {}
         for block in ordered_blocks:
             if block.pool is not self:
@@ -126,7 +126,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
         for pool, blocks in elsewhere.items():
             pool.free_blocks(blocks)
 
-    def _worth(self, block: KVCacheBlock) -> Keep:
+    def _worth(self, block: KVCacheBlock) -> Retention:
         """What becomes of a block without references.
 
         Attention behind the last state that its request leaves is of no use to anybody. A state that saves little
@@ -136,18 +136,18 @@ class GroupBlockPool(ExactEvents, BlockPool):
         handed_on = block.block_id in self.handed_on
         self.handed_on.discard(block.block_id)
         if block.block_hash is None:
-            return Keep.NO
+            return Retention.DROP
         tokens = block.block_hash_num_tokens or 0
         if not self.checkpoint_tokens:
             if self.memory.reach is None or tokens - self.memory.ahead_tokens <= self.memory.reach:
-                return Keep.YES
+                return Retention.KEEP
             self._maybe_evict_cached_block(block)
-            return Keep.NO
+            return Retention.DROP
         if not tokens or get_block_hash(block.block_hash) in self.memory.junctions:
-            return Keep.YES
+            return Retention.KEEP
         if handed_on:
-            return Keep.YES if self.arena.pools[self.group].trunk[block.block_id] else Keep.SPARE
-        return Keep.SPARE if block.block_id in self.spares else Keep.YES
+            return Retention.KEEP if self.arena.pools[self.group].shared[block.block_id] else Retention.LOW
+        return Retention.LOW if block.block_id in self.spares else Retention.KEEP
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
         """As vLLM's: a state's place in the cache passes to the block that it is copied to."""
@@ -189,7 +189,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
     def get_num_free_blocks(self) -> int:
         """Blocks that this group could get if no other asked."""
         pool = self.arena.pools[self.group]
-        return pool.usable + self.arena.available * pool.slots
+        return pool.usable + self.arena.available * pool.blocks_per_extent
 
     def get_usage(self) -> float:
         """Share of the arena in use by all groups."""
@@ -219,7 +219,7 @@ class ArenaBlockPool:
         self.kv_event_queue: list[KVCacheEvent] = []
         self.num_gpu_blocks = config.num_blocks
         specs = [group.kv_cache_spec for group in config.kv_cache_groups]
-        self.returns = Returns(config.arena_bytes // RETURN_UNITS)
+        self.returns = ReuseModel(config.arena_bytes // RETURN_UNITS)
         self.arena = config.make_arena(
             policy=ExpectedReturn(self.returns) if config.eviction == "returns" else LeastRecentlyUsed(),
             on_evict=self._on_evict,
@@ -256,7 +256,7 @@ class ArenaBlockPool:
         self.checkpoint_tokens = config.checkpoint_tokens
         """Tokens from one checkpoint to the next."""
         self.prompt_ends = PromptEnds(self.checkpoint_tokens, config.arena_bytes * LIFETIME)
-        self.partings = Partings([self.checkpoint_tokens * steps for steps in SECOND_STATES])
+        self.partings = BranchStatistics([self.checkpoint_tokens * steps for steps in SECOND_STATES])
         state_bytes = sum(
             stride for stride, pool in zip(config.strides, self.pools, strict=True) if pool.checkpoint_tokens
         )

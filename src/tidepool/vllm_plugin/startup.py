@@ -10,9 +10,9 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from tidepool.cache import Group, SlidingWindow
+from tidepool.plan.formatting import size
 from tidepool.plan.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup, StockMemory
 from tidepool.plan.predict import label, planned_group
-from tidepool.plan.words import size
 from tidepool.vllm_plugin import planning
 from tidepool.vllm_plugin.asked import WITHOUT_EFFECT, asked_of
 
@@ -62,15 +62,20 @@ def memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> Mem
         return _stock_memory_of(vllm_config, config, memory_bytes)
     blocks = [share.blocks for share in config.shares]
     if config.geometry:
-        blocks = [(config.num_blocks - 1) * cut.slots for cut in config.geometry.cuts]
+        blocks = [(config.num_blocks - 1) * layout.blocks_per_extent for layout in config.geometry.layouts]
     groups = planning.core_groups(vllm_config, config.kv_cache_groups)
     planned = tuple(planned_group(*each) for each in zip(groups, config.strides, blocks, strict=True))
     limits = (vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len)
     if config.geometry is None:
         return FixedMemory(config.arena_bytes, planned, *limits, null_bytes=max(config.strides))
-    slots = tuple(cut.slots for cut in config.geometry.cuts)
+    blocks_per_extent = tuple(layout.blocks_per_extent for layout in config.geometry.layouts)
     return ElasticMemory(
-        config.arena_bytes, planned, *limits, config.geometry.extent_bytes, extents=config.num_blocks, slots=slots
+        config.arena_bytes,
+        planned,
+        *limits,
+        config.geometry.extent_bytes,
+        extents=config.num_blocks,
+        blocks_per_extent=blocks_per_extent,
     )
 
 
@@ -119,7 +124,7 @@ def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> 
         kind = "states" if group.constant else f"attention, blocks of {group.block_tokens} tokens"
         if isinstance(group.cache, SlidingWindow):
             kind = f"attention to the last {group.cache.window:,} tokens, blocks of {group.block_tokens}"
-        blocks = config.geometry.cuts[index].slots if config.geometry else config.shares[index].blocks
+        blocks = config.geometry.layouts[index].blocks_per_extent if config.geometry else config.shares[index].blocks
         share = f"{blocks:,} block{'' if blocks == 1 else 's'}" + (" in an extent" if config.geometry else "")
         padding = 1 - group.block_bytes / config.strides[index]
         lines.append(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tidepool.vllm_plugin.planning import Plan, TidepoolKVCacheConfig
+    from tidepool.vllm_plugin.planning import ServingPlan, TidepoolKVCacheConfig
 
 # Both are bytes repeated: 0xff.. is NaN in every float format, 0x7f7f.. the largest finite bfloat16 and
 # a huge float32. A NaN in a state would turn every output into NaN, huge values show which part was read.
@@ -144,7 +144,7 @@ def arena_bytes_of(runner: Any) -> ArenaBytes | None:
     return arena
 
 
-def states_within_steps(vllm_config: Any, plan: Plan, spec: Any, batch: Any, rows: list[int]) -> Any:
+def states_within_steps(vllm_config: Any, plan: ServingPlan, spec: Any, batch: Any, rows: list[int]) -> Any:
     """Where this step saves states inside prompts that it reads to the end, as the scheduler has it.
 
     Args:

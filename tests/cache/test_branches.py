@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from tidepool.cache import Partings
+from tidepool.cache import BranchStatistics
 
 DISTANCES = (512, 1024, 2048, 4096)
 
 
-def record(counts: dict[int, int]) -> Partings:
-    partings = Partings(DISTANCES)
+def record(counts: dict[int, int]) -> BranchStatistics:
+    partings = BranchStatistics(DISTANCES)
     for distance, count in counts.items():
         for _ in range(count):
             partings.saw(distance)
@@ -19,7 +19,7 @@ def record(counts: dict[int, int]) -> Partings:
 
 
 def test_without_evidence_no_prompt_leaves_a_second_state() -> None:
-    assert [Partings(DISTANCES).second_state(end, 1_000) for end in (512, 10_000, 100_000)] == [0, 0, 0]
+    assert [BranchStatistics(DISTANCES).second_state(end, 1_000) for end in (512, 10_000, 100_000)] == [0, 0, 0]
 
 
 def test_conversations_leave_none() -> None:

@@ -1,11 +1,12 @@
 """When prompts are gone on from: learned from those that were, still cached or not.
 
 A prompt's end is remembered by a key (a hash of the text up to there) long after its blocks are gone. When a later
-prompt contains that key, somebody has come back after a time that no cache had to last for. That prompt leaves a leaf
+prompt contains that key, somebody has come back after a time that no cache had to last for. That prompt leaves a prefix
 with the same beginning, and the wait for the next one starts again. From these times follows how likely a return is at
-any age, and from that the *promise* of keeping a leaf: hits to be had for the time that its memory stays taken,
+any age, and from that the *reuse index* of keeping a cached prefix: hits gained for the time that its
+memory stays taken,
 
-    promise(age) = max over t of  P(return in [age, age + t])  /  E[time until then, or t if nobody comes]
+    reuse_index(age) = max over t of  P(return in [age, age + t])  /  E[time until then, or t if nobody comes]
 
 which is the Gittins index of a bandit that pays once (Gittins, 1979), here over ages in powers of two.
 
@@ -34,11 +35,11 @@ _PRIOR_RISK = 6
 _SHARED_WEIGHT = 10.0
 """Returns to later turns that the table starts from as if they had been seen: there are few of each at first, and what
 is known of all turns but the first is a fair guess. Chosen by simulation, see docs/prefix-caching.md."""
-_TRUNK_USES = 2
+_SHARED_USES = 2
 """Prompts that may go on from one place, until it counts as what many prompts begin with."""
 
 
-class Turn(IntEnum):
+class TurnClass(IntEnum):
     """Which turn of a conversation a prompt is: the more there were, the likelier is another."""
 
     FIRST = 0
@@ -50,20 +51,20 @@ class Turn(IntEnum):
 
 
 @dataclass(frozen=True)
-class Arrival:
+class PrefixMatch:
     """What is known of a prompt when it comes."""
 
-    turn: Turn
+    turn: TurnClass
     distance: int | None = None
-    """How far before the end of an earlier prompt it parts from it, as told to `Returns.ended`: 0 if it goes on from
+    """How far before the end of an earlier prompt it parts from it, as told to `ReuseModel.ended`: 0 if it goes on from
     there, None if it goes on from no earlier prompt, or from where many do."""
-    trunk: Hashable | None = None
+    shared: Hashable | None = None
     """The key of the longest known place that it shares with prompts of other conversations."""
     place: Hashable | None = field(default=None, compare=False)
     """The key of the longest known place that it shares with any prompt."""
 
 
-class Place(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where a later prompt may go on from one that was served."""
 
     key: Hashable
@@ -78,7 +79,7 @@ class _Wait:
 
     __slots__ = ("counted", "places", "since", "turn")
 
-    def __init__(self, since: int, turn: Turn) -> None:
+    def __init__(self, since: int, turn: TurnClass) -> None:
         self.since = since
         self.turn = turn
         self.places = 0
@@ -100,7 +101,7 @@ class _Known:
         """For the next of them; None where nothing was left."""
 
 
-class Returns:
+class ReuseModel:
     """The record of returns.
 
     Args:
@@ -114,51 +115,51 @@ class Returns:
         self._waits: dict[_Wait, None] = {}
         """Those that aren't counted yet."""
         # By turn and bin: returns, and units of time spent there without one, of waits that are over.
-        self._returns = [[0] * _BINS for _ in Turn]
-        self._exposure = [[0.0] * _BINS for _ in Turn]
-        self._promise = [[0.0] * _BINS for _ in Turn]
+        self._returns = [[0] * _BINS for _ in TurnClass]
+        self._exposure = [[0.0] * _BINS for _ in TurnClass]
+        self._reuse_index = [[0.0] * _BINS for _ in TurnClass]
         self._since_learned = 0
         self._learn(0)
 
-    def began(self, keys: Sequence[Hashable], now: int) -> Arrival:
+    def began(self, keys: Sequence[Hashable], now: int) -> PrefixMatch:
         """A prompt with these keys came, the key of its longest prefix first."""
         for key in keys:
             known = self._places.get(key)
             if known is not None:
                 return self._returned(key, known, now)
-        return Arrival(Turn.FIRST)
+        return PrefixMatch(TurnClass.FIRST)
 
-    def _returned(self, key: Hashable, known: _Known, now: int) -> Arrival:
+    def _returned(self, key: Hashable, known: _Known, now: int) -> PrefixMatch:
         """A prompt goes on from here."""
         known.uses += 1
         wait = known.wait
         if wait is not None and not wait.counted:
             self._returns[wait.turn][self._bin(now - wait.since)] += 1
             self._count(wait, now)
-        if known.uses > _TRUNK_USES:
-            return Arrival(Turn.FIRST, trunk=key, place=key)
+        if known.uses > _SHARED_USES:
+            return PrefixMatch(TurnClass.FIRST, shared=key, place=key)
         if known.distance:
-            return Arrival(Turn.FIRST, known.distance, key, key)
-        earlier = Turn.FIRST if wait is None else wait.turn
-        return Arrival(Turn(min(earlier + 1, Turn.LATER)), 0, place=key)
+            return PrefixMatch(TurnClass.FIRST, known.distance, key, key)
+        earlier = TurnClass.FIRST if wait is None else wait.turn
+        return PrefixMatch(TurnClass(min(earlier + 1, TurnClass.LATER)), 0, place=key)
 
-    def ended(self, places: Sequence[Place], now: int, arrival: Arrival) -> None:
+    def ended(self, places: Sequence[ResumePoint], now: int, match: PrefixMatch) -> None:
         """A prompt was served.
 
         Args:
             places: where a later prompt may go on.
             now: the time.
-            arrival: what `began` said of it.
+            match: what `began` said of it.
         """
-        own, shared = _Wait(now, arrival.turn), _Wait(now, Turn.NONE)
-        trunk = None if arrival.trunk is None else self._places.get(arrival.trunk)
-        if trunk is not None:
-            self._await(arrival.trunk, trunk.distance, shared, now)
+        own, of_shared = _Wait(now, match.turn), _Wait(now, TurnClass.NONE)
+        shared = None if match.shared is None else self._places.get(match.shared)
+        if shared is not None:
+            self._await(match.shared, shared.distance, of_shared, now)
         for place in places:
             known = self._places.get(place.key)
             if place.kept:
-                many = known is not None and (known is trunk or known.uses >= _TRUNK_USES)
-                self._await(place.key, place.distance, shared if many else own, now)
+                many = known is not None and (known is shared or known.uses >= _SHARED_USES)
+                self._await(place.key, place.distance, of_shared if many else own, now)
             elif known is None:
                 self._places[place.key] = _Known(place.distance)
         while len(self._places) > _REMEMBERED:
@@ -168,7 +169,7 @@ class Returns:
             self._learn(now)
 
     def _await(self, key: Hashable, distance: int, wait: _Wait, now: int) -> None:
-        """The next return to this place ends this wait: what was left there earlier is part of a new leaf."""
+        """The next return to this place ends this wait: what was left there earlier is part of a new cached prefix."""
         known = self._places.setdefault(key, _Known(distance))
         self._places.move_to_end(key)
         known.distance = distance
@@ -186,9 +187,9 @@ class Returns:
             if not wait.places and not wait.counted:
                 self._count(wait, now)
 
-    def promise(self, age: int, turn: Turn) -> float:
+    def reuse_index(self, age: int, turn: TurnClass) -> float:
         """Returns for each unit of time, if what such a turn left is kept at this age."""
-        return self._promise[turn][self._bin(age)]
+        return self._reuse_index[turn][self._bin(age)]
 
     def _bin(self, age: int) -> int:
         return min((age // self._unit).bit_length(), _BINS - 1)
@@ -216,17 +217,17 @@ class Returns:
         exposure = [row.copy() for row in self._exposure]
         for wait in self._waits:
             self._expose(exposure, wait, now)
-        others = [self._risk(exposure, index, (Turn.SECOND, Turn.LATER)) for index in range(_BINS)]
-        for turn in Turn:
+        others = [self._risk(exposure, index, (TurnClass.SECOND, TurnClass.LATER)) for index in range(_BINS)]
+        for turn in TurnClass:
             risks = [self._risk(exposure, index, (turn,)) for index in range(_BINS)]
-            if turn in (Turn.SECOND, Turn.LATER):
+            if turn in (TurnClass.SECOND, TurnClass.LATER):
                 risks = [
                     (returned + _SHARED_WEIGHT) / (time + _SHARED_WEIGHT / shared)
                     for returned, time, shared in zip(self._returns[turn], exposure[turn], others, strict=True)
                 ]
-            self._promise[turn] = [_gittins(risks, index) for index in range(_BINS)]
+            self._reuse_index[turn] = [_gittins(risks, index) for index in range(_BINS)]
 
-    def _risk(self, exposure: list[list[float]], index: int, turns: Sequence[Turn]) -> float:
+    def _risk(self, exposure: list[list[float]], index: int, turns: Sequence[TurnClass]) -> float:
         """Returns per unit of time in a bin, of some turns together."""
         returned = sum(self._returns[turn][index] for turn in turns) + _PRIOR_WEIGHT
         return returned / (sum(exposure[turn][index] for turn in turns) + _PRIOR_WEIGHT * _PRIOR_RISK * 2.0**index)

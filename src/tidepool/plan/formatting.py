@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tidepool.plan.memory import Kind
-from tidepool.plan.planner import Plan
+from tidepool.plan.planner import CapacityPlan
 
 TITLES: dict[Kind, str] = {"stock": "stock vLLM", "fixed": "tidepool fixed", "elastic": "tidepool elastic"}
 """Ways of dividing the memory."""
@@ -52,7 +52,7 @@ def tokens(count: int | None) -> str:
     return "any number" if count is None else f"{count:,}" if count else "don't fit"
 
 
-def setting(plan: Plan) -> str:
+def setting(plan: CapacityPlan) -> str:
     """One line on how the model is served."""
     options = plan.options
     parts = [
@@ -70,7 +70,7 @@ def setting(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def budget(plan: Plan) -> str:
+def budget(plan: CapacityPlan) -> str:
     """One line on where the KV memory comes from."""
     card = plan.card
     total = size(plan.options.kv_bytes)
@@ -82,8 +82,8 @@ def budget(plan: Plan) -> str:
     )
 
 
-def mix(plan: Plan) -> str:
-    """The mix of requests in words."""
+def mix(plan: CapacityPlan) -> str:
+    """The mix of requests, in words."""
     return " and ".join(f"{item.count:,} x {item.tokens:,} tokens" for item in plan.options.mix)
 
 

@@ -15,7 +15,7 @@ _PRIOR = 8.0
 """Prompts that went on from the very end, to begin with."""
 
 
-class Partings:
+class BranchStatistics:
     """The record of distances.
 
     Args:
