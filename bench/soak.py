@@ -270,11 +270,10 @@ def left_behind(engine: Any) -> list[str]:
             found.append(f"group {group} keeps blocks that nobody can find")
     if arena._prefixes:
         found.append(f"the arena still knows {len(arena._prefixes)} requests")
-    for name in ("_arrivals", "_second_states"):
-        if known := getattr(scheduler.kv_cache_manager, name):
-            found.append(f"the manager still knows {len(known)} requests ({name})")
-    if scheduler.kv_cache_manager.block_pool.last_states:
-        found.append(f"the pools still know the states of {len(scheduler.kv_cache_manager.block_pool.last_states)}")
+    if known := scheduler.kv_cache_manager._lookups:
+        found.append(f"the manager still knows {len(known)} lookups")
+    if known := scheduler.kv_cache_manager.block_pool.retention.requests:
+        found.append(f"the policy still knows {len(known)} requests")
     return found
 
 

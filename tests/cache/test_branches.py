@@ -1,4 +1,4 @@
-"""Where a prompt leaves a second state."""
+"""Where a prompt leaves a branch checkpoint."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ DISTANCES = (512, 1024, 2048, 4096)
 
 
 def record(counts: dict[int, int]) -> BranchStatistics:
-    partings = BranchStatistics(DISTANCES)
+    branches = BranchStatistics(DISTANCES)
     for distance, count in counts.items():
         for _ in range(count):
-            partings.saw(distance)
-    return partings
+            branches.saw(distance)
+    return branches
 
 
-def test_without_evidence_no_prompt_leaves_a_second_state() -> None:
-    assert [BranchStatistics(DISTANCES).second_state(end, 1_000) for end in (512, 10_000, 100_000)] == [0, 0, 0]
+def test_without_evidence_no_prompt_leaves_a_branch_checkpoint() -> None:
+    assert [BranchStatistics(DISTANCES).branch_checkpoint(end, 1_000) for end in (512, 10_000, 100_000)] == [0, 0, 0]
 
 
 def test_conversations_leave_none() -> None:
-    partings = record({0: 200, 512: 2, 4096: 3})
-    assert [partings.second_state(end, 1_500) for end in (2_048, 8_192, 32_768)] == [0, 0, 0]
+    branches = record({0: 200, 512: 2, 4096: 3})
+    assert [branches.branch_checkpoint(end, 1_500) for end in (2_048, 8_192, 32_768)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_documents_with_questions_leave_one_before_the_question(distance: int) -> None:
-    partings = record({0: 20, distance: 60})
-    assert partings.second_state(32_768, 1_500) == distance
+    branches = record({0: 20, distance: 60})
+    assert branches.branch_checkpoint(32_768, 1_500) == distance
 
 
 def test_a_state_serves_those_that_part_nearer_to_the_end() -> None:
-    partings = record({0: 50, 512: 30, 1024: 30})
-    assert partings.second_state(32_768, 1_500) == 1024
+    branches = record({0: 50, 512: 30, 1024: 30})
+    assert branches.branch_checkpoint(32_768, 1_500) == 1024
 
 
 def test_the_larger_a_state_the_longer_a_prompt_must_be() -> None:
-    partings = record({0: 100, 512: 20})
+    branches = record({0: 100, 512: 20})
     shortest = [
-        min(end for end in range(1024, 100_000, 512) if partings.second_state(end, s)) for s in (500, 2_000, 8_000)
+        min(end for end in range(1024, 100_000, 512) if branches.branch_checkpoint(end, s)) for s in (500, 2_000, 8_000)
     ]
     assert shortest == sorted(set(shortest)), "each larger than the one before"
 
 
 def test_old_counts_fade() -> None:
-    partings = record({512: 100})
-    assert partings.second_state(32_768, 1_500) == 512
+    branches = record({512: 100})
+    assert branches.branch_checkpoint(32_768, 1_500) == 512
     for _ in range(5_000):
-        partings.saw(0)
-    assert partings.second_state(32_768, 1_500) == 0
+        branches.saw(0)
+    assert branches.branch_checkpoint(32_768, 1_500) == 0
 
 
 @given(
@@ -64,7 +64,7 @@ def test_the_choice_saves_the_most_for_each_byte(counts: dict[int, int], end: in
     counts = {distance: count // 5 for distance, count in counts.items()}
     if sum(counts.values()) >= 256:
         counts = dict.fromkeys(counts, 10)
-    chosen = record(counts).second_state(end, state_tokens)
+    chosen = record(counts).branch_checkpoint(end, state_tokens)
 
     def saved_per_byte(distance: int) -> float:
         first = (counts.get(0, 0) + 8) * end

@@ -6,7 +6,7 @@ import random
 
 from hypothesis import given, strategies as st
 
-from tidepool.cache import AnswerLengths, Growth, Outlook
+from tidepool.cache import AnswerLengths, GroupGrowth, Growth, Outlook
 
 
 def test_answers_are_expected_to_get_as_long_as_most_did() -> None:
@@ -30,7 +30,7 @@ changes = st.lists(st.tuples(st.sampled_from("abc"), st.one_of(st.none(), outloo
 
 @given(changes)
 def test_sums_are_those_of_the_requests_under_way(changes: list[tuple[str, Outlook | None]]) -> None:
-    growth, expected = Growth([0, 16]), dict[str, Outlook]()
+    growth, expected = Growth([GroupGrowth(0), GroupGrowth(16)]), dict[str, Outlook]()
     for request, outlook in changes:
         if outlook is None:
             growth.end(request)
@@ -45,7 +45,7 @@ def test_sums_are_those_of_the_requests_under_way(changes: list[tuple[str, Outlo
 
 @given(st.lists(outlooks, max_size=12), outlooks)
 def test_needs_are_what_a_run_token_by_token_takes(running: list[Outlook], waiting: Outlook) -> None:
-    growth = Growth([0, 1])
+    growth = Growth([GroupGrowth(0), GroupGrowth(1)])
     for number, outlook in enumerate(running):
         growth.set(str(number), outlook)
     everyone = [*running, waiting]
@@ -61,14 +61,14 @@ def test_needs_are_what_a_run_token_by_token_takes(running: list[Outlook], waiti
 
 
 def test_many_requests_cost_few_moments() -> None:
-    growth = Growth([0, 16])
+    growth = Growth([GroupGrowth(0), GroupGrowth(16)])
     for number in range(256):
         growth.set(str(number), Outlook((0, 4), number, (1, 40)))
     assert len(growth.needs(Outlook((0, 0), 10, (1, 10)))) <= 18
 
 
 def test_requests_that_end_one_after_the_other_need_less_than_all_at_once() -> None:
-    growth = Growth([0, 16])
+    growth = Growth([GroupGrowth(0), GroupGrowth(16)])
     for number in range(20):
         growth.set(str(number), Outlook((0, 0), 16 * number, (1, 100)))
     waiting = Outlook((0, 0), 0, (1, 100))

@@ -1,209 +1,275 @@
-"""Where a prompt leaves checkpoints, and where its steps end for them."""
+"""What requests leave in the cache, and what of it is kept: a table for each rule."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from hypothesis import given, settings, strategies as st
 
-from tidepool.cache import CheckpointRules, Checkpoints, FarPlaces, PromptEnds, Resumed, plan_checkpoints
+from tidepool.cache import (
+    Arena,
+    CheckpointRules,
+    ExpectedReturn,
+    ExtentLayout,
+    Geometry,
+    PrefixMatch,
+    Resumed,
+    ResumePoint,
+    Retention,
+    RetentionPolicy,
+    ReuseModel,
+    TurnClass,
+)
+from tidepool.cache.retention import BRANCH_POINTS
 
+UNIT = 16
 SPACING = 512
-CUTS = CheckpointRules(unit=16, spacing=SPACING, stock_block=528)
-"""Layers that keep a state at a step's end only, where stock vLLM's block is of 528 tokens."""
-WITHIN = CheckpointRules(unit=16, spacing=SPACING, within=1, column=128)
-"""Layers that can save a state inside a step."""
+CUTS = CheckpointRules(unit=UNIT, spacing=SPACING, stock_block=528)
+WITHIN = CheckpointRules(unit=UNIT, spacing=SPACING, within=1, column=128)
+DROP, KEEP, LOW = Retention.DROP, Retention.KEEP, Retention.LOW
 
 
-def known(prompt_tokens: int, from_end: int = 0, from_checkpoint: int = 0, never: int = 0) -> PromptEnds:
-    """Prompts of a length of which so many were gone on from, or never."""
-    ends = PromptEnds(SPACING, lifetime=1)
-    for number in range(from_end + from_checkpoint + never):
-        ends.ended(prompt_tokens, ("end", number), ("checkpoint", number), now=0)
-    for number in range(from_end):
-        assert ends.began(("end", number)) == Resumed.END
-    for number in range(from_end, from_end + from_checkpoint):
-        assert ends.began(("checkpoint", number)) == Resumed.CHECKPOINT
-    ends.ended(prompt_tokens, "last", None, now=2)
-    return ends
+class Spy(ReuseModel):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(1_000)
+        self.told: list[tuple[list[ResumePoint], PrefixMatch]] = []
+
+    def ended(self, places: Any, now: int, match: PrefixMatch) -> None:
+        self.told.append((list(places), match))
+        super().ended(places, now, match)
 
 
-NOTHING = PromptEnds(SPACING, 1)
+def policy(rules: CheckpointRules = CUTS, extents: int = 17) -> RetentionPolicy:
+    """A policy over two groups in extents of 100 bytes, all but the null extent unowned."""
+    reuse = Spy()
+    geometry = Geometry(100, (ExtentLayout(50, 50, 2), ExtentLayout(20, 20, 5)))
+    arena = Arena.elastic(geometry, extents, policy=ExpectedReturn(reuse))
+    return RetentionPolicy(rules, reuse, arena, key_tokens=UNIT, state_tokens=100.0)
+
+
+def keys(text: str, tokens: int, *, after: str = "", shared: int = 0) -> list[str]:
+    """Keys of a prompt that begins like ``after`` for ``shared`` tokens."""
+    return [f"{after if end <= shared else text} {end}" for end in range(UNIT, tokens + 1, UNIT)]
+
+
+def serve(
+    retention: RetentionPolicy, name: str, prompt: list[str], tokens: int, *, state_at: int | None = None
+) -> None:
+    """A request comes, leaves a state and ends."""
+    retention.plan(name, prompt, tokens, 0, 0)
+    if state_at is not None:
+        retention.state_at(name, state_at)
+    last = retention.release(name)
+    retention.end(name, prompt, tokens, tokens, last)
+
+
+# Requests.
+
+
+def test_a_prompt_is_looked_up_once() -> None:
+    retention = policy()
+    serve(retention, "first", keys("a", 640), 640, state_at=512)
+    prompt = keys("b", 800, after="a", shared=640)
+    record = retention.begin("second", prompt)
+    assert (record.match.turn, record.resumed, record.continues) == (TurnClass.SECOND, Resumed.END, True)
+    assert retention.begin("second", prompt) is record
+    assert retention.reuse.began(prompt[::-1], 0).turn == TurnClass.SECOND, "one more use; a third would be shared"
 
 
 @pytest.mark.parametrize(
-    ("rules", "ends", "prompt", "computed", "branches", "cuts", "within"),
+    ("tokens", "branch", "continues", "planned", "why"),
     [
-        # A short prompt takes one step until its like come back.
-        (CUTS, NOTHING, 400, 0, (), (), 0),
-        (CUTS, known(400, never=200), 400, 0, (), (), 0),
-        (CUTS, known(400, from_end=150, never=50), 400, 0, (), (384,), 0),
-        (CUTS, known(100, from_end=200), 40, 0, (), (), 0),
-        # Where stock vLLM cuts, one cut is free: at the place that saves most.
-        (CUTS, NOTHING, 1_000, 0, (), (512,), 0),
-        (CUTS, known(1_000, from_end=200), 1_000, 0, (), (992,), 0),
-        (CUTS, known(1_000, from_end=100, from_checkpoint=100), 1_000, 0, (), (512, 992), 0),
-        (CUTS, NOTHING, 1_000, 512, (), (), 0),
-        # Long prompts leave a state at their last checkpoint alone.
-        (CUTS, known(5_000, from_end=200), 5_000, 0, (), (4_608,), 0),
-        (CUTS, NOTHING, 5_000, 4_608, (), (), 0),
-        # Inside a step a state costs nothing: the end of prompts, the last checkpoint of long ones.
-        (WITHIN, NOTHING, 400, 0, (), (), 384),
-        (WITHIN, NOTHING, 1_000, 0, (), (), 992),
-        (WITHIN, known(1_000, from_checkpoint=200), 1_000, 0, (), (512,), 0),
-        (WITHIN, known(1_000, from_end=100, from_checkpoint=100), 1_000, 0, (), (512,), 992),
-        (WITHIN, NOTHING, 5_000, 0, (), (), 4_608),
-        # It needs two columns, and a start that workers can tell the place from.
-        (WITHIN, NOTHING, 120, 0, (), (), 0),
-        (WITHIN, NOTHING, 1_000, 904, (), (), 0),
-        # Branches are always cut.
-        (CUTS, NOTHING, 400, 0, (96,), (96,), 0),
-        (WITHIN, NOTHING, 5_000, 0, (2_000,), (2_000,), 4_608),
-        (CUTS, NOTHING, 5_000, 2_048, (2_000,), (4_608,), 0),
+        (900, 320, False, 320, "a branch point gets a checkpoint"),
+        (900, 328, False, 320, "where a hit can end"),
+        (900, 8, False, 0, "not where none can"),
+        (900, 320, True, 320, "also of a conversation, if it is short"),
+        (6_000, 3_200, False, 3_200, "also far into a prompt"),
+        (6_000, 3_200, True, 0, "but not behind the answer that a long one continues"),
     ],
 )
-def test_where_states_are_left(
-    rules: CheckpointRules,
-    ends: PromptEnds,
-    prompt: int,
-    computed: int,
-    branches: tuple[int, ...],
-    cuts: tuple[int, ...],
-    within: int,
-) -> None:
-    plan = plan_checkpoints(rules, ends, prompt, computed, branches)
-    assert (plan.cuts, plan.within) == (cuts, within)
-    assert all(place in plan for place in cuts)
-    assert 0 not in plan
+def test_branch_points(tokens: int, branch: int, continues: bool, planned: int, why: str) -> None:
+    retention = policy()
+    serve(retention, "first", keys("a", 640), 640, state_at=512)
+    prompt = keys("b", tokens, after="a" if continues else "", shared=640)
+    assert retention.plan("second", prompt, tokens, 0, branch) == planned, why
+    assert (planned in retention.checkpoints("second").cuts) == bool(planned)
+    key = prompt[(planned or branch) // UNIT - 1]
+    kept = retention.of_state(key, superseded=True, shared=False, low=True)
+    assert kept == (KEEP if planned else LOW), "and what is kept there stays"
 
 
-def test_a_conversation_is_cut_at_its_end_from_its_second_turn_on() -> None:
-    assert plan_checkpoints(CUTS, NOTHING, 400, 128, resumed=Resumed.END).cuts == (384,)
-    assert plan_checkpoints(CUTS, NOTHING, 1_000, 400, resumed=Resumed.END).cuts == (992,)
-
-
-def test_the_end_is_a_spare_where_it_saves_little() -> None:
-    plan = plan_checkpoints(CUTS, known(1_100, from_end=80, from_checkpoint=120), 1_500, 0)
-    assert plan.cuts == (1_024, 1_488)
-    assert plan.spares == {1_488}
-    assert plan.last == 1_024
-
-
-def test_a_drafter_reads_one_unit_more_than_it_gets() -> None:
-    """Asked again, a prompt of 2,070 tokens has 2,048 of them hit only where 2,064 are found."""
-    drafter = CheckpointRules(unit=16, spacing=SPACING, ahead=16)
-    assert [drafter.last_places(tokens)[1] for tokens in (2_063, 2_064, 2_100)] == [1_536, 2_048, 2_048]
-    assert [CUTS.last_places(tokens)[1] for tokens in (2_048, 2_049)] == [1_536, 2_048]
-
-
-@pytest.mark.parametrize("ahead", [0, 16, 32])
-def test_what_is_asked_again_finds_one_block_more_than_it_goes_on_from(ahead: int) -> None:
-    for unit in (16, 32, 512):
-        rules = CheckpointRules(unit=unit, spacing=512, ahead=ahead)
-        for tokens in range(1, 1_700):
-            found = tokens // ahead * ahead if ahead else tokens
-            fits = [place for place in range(0, tokens, unit) if place + (ahead or 1) <= found]
-            assert rules.last_places(tokens)[0] == max(fits, default=0), tokens
-
-
-def test_prompts_count_once_and_only_when_they_are_settled() -> None:
-    ends = PromptEnds(SPACING, lifetime=100)
-    ends.ended(400, "a", None, now=0)
-    ends.ended(400, "b", None, now=50)
-    assert ends.from_end(400) == 0
-    assert ends.began("a") == Resumed.END
-    share = ends.from_end(400)
-    assert ends.began("a") == Resumed.END, "known, but counted already"
-    assert ends.from_end(400) == share > 0.3
-    ends.ended(400, "c", None, now=140)
-    assert ends.from_end(400) == share, "b may still come"
-    ends.ended(400, "d", None, now=160)
-    assert ends.from_end(400) < share
-    assert ends.began("b") == Resumed.NOWHERE
-    assert ends.from_end(3_000) == 0, "other lengths are another matter"
-
-
-def test_old_counts_fade() -> None:
-    ends = known(400, never=1_000)
-    for number in range(600):
-        ends.ended(400, number, None, now=2)
-        ends.began(number)
-    assert ends.from_end(400) > 0.8
-
-
-steps = st.lists(st.integers(1, 3_000), min_size=1, max_size=60)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 20_000), steps, st.sampled_from([CUTS, WITHIN]), st.integers(0, 20_000))
-def test_a_prompt_progresses_in_every_step_and_stops_at_every_cut(
-    prompt: int, budgets: list[int], rules: CheckpointRules, branch: int
-) -> None:
-    plan = plan_checkpoints(rules, NOTHING, prompt, 0, (branch // 16 * 16,) if branch < prompt else ())
-    at, ends = 0, []
-    while at < prompt:
-        budget = budgets[len(ends) % len(budgets)]
-        reached = plan.step_end(rules, at, min(at + budget, prompt), prompt)
-        assert at < reached <= min(at + budget, prompt)
-        saved = reached == prompt and rules.place_within(at, prompt) == plan.within
-        assert not at < plan.within < reached or saved, "a state inside a step is saved only where the layers do"
-        at = reached
-        ends.append(reached)
-    assert set(plan.cuts) <= set(ends)
-
-
-@settings(deadline=None)
-@given(st.integers(1, 20_000), st.integers(1, 2_000))
-def test_a_prompt_takes_no_more_steps_than_its_tokens_and_cuts_do(prompt: int, budget: int) -> None:
-    plan = plan_checkpoints(CUTS, NOTHING, prompt, 0)
-    at = taken = 0
-    while at < prompt:
-        at = plan.step_end(CUTS, at, min(at + budget, prompt), prompt)
-        taken += 1
-    usable = (budget - budget // 4) // 16 * 16 or 1
-    assert taken <= -(-prompt // usable) + len(plan.cuts)
-
-
-def test_far_places_are_one_for_each_doubling_of_the_distance() -> None:
-    far = FarPlaces(checkpoint=131_072, nearest=4_096)
-    kept = [place for place in range(2_048, 131_072, 2_048) if far.keeps(place)]
-    assert kept == [2_048, 67_584, 100_352, 116_736, 124_928]
-    assert not any(map(FarPlaces(4_096, 4_096).keeps, range(512, 4_096, 512))), "what is near is learned"
+def test_branch_points_are_forgotten_the_oldest_first() -> None:
+    retention = policy()
+    for number in range(BRANCH_POINTS):
+        retention.remember_branch_point(number)
+    retention.remember_branch_point(0)
+    retention.remember_branch_point("one more")
+    kept = [retention.of_state(key, superseded=True, shared=False, low=False) for key in (0, 1, 2, "one more")]
+    assert kept == [KEEP, LOW, KEEP, KEEP]
 
 
 @pytest.mark.parametrize(
-    ("start", "end", "reached", "why"),
+    ("computed", "branch", "cuts", "why"),
     [
-        (0, 100, 100, "stock vLLM's step isn't cut short"),
-        (0, 600, 528, "as stock's"),
-        (0, 900, 900, "stock's leaves more than a quarter unused"),
-        (0, 1_030, 1_024, "behind the place where stock's ends"),
-        (0, 3_000, 2_640, "2,560 would be behind stock's"),
-        (500, 600, 600, "528 leaves more than a quarter unused"),
-        (440, 540, 528, "as stock's"),
-        (3_700, 3_800, 3_800, "two steps are to come"),
-        (3_800, 3_950, 3_936, "so that the last step can save a state"),
-        (3_840, 3_850, 3_850, "nor would the next step be the last from 3,840"),
-        (0, 4_000, 4_000, "the prompt has been read"),
+        (0, 0, (3_584, 4_608), "where later prompts are expected to branch"),
+        (3_584, 0, (4_608,), "not where a state was found already"),
+        (0, 1_600, (1_600, 4_608), "not beside a branch point"),
     ],
 )
-def test_steps_inside_prompts_end_no_earlier_than_stocks(start: int, end: int, reached: int, why: str) -> None:
-    rules = CheckpointRules(unit=16, spacing=SPACING, within=1, column=128, stock_block=528)
-    assert Checkpoints().step_end(rules, start, end, prompt_end=4_000) == reached, why
+def test_branch_checkpoints(computed: int, branch: int, cuts: tuple[int, ...], why: str) -> None:
+    retention = policy()
+    for _ in range(100):
+        retention.branches.saw(1_024)
+    retention.plan("request", keys("a", 5_000), 5_000, computed, branch)
+    assert retention.checkpoints("request").cuts == cuts, why
 
 
-def test_steps_are_filled_where_nothing_is_saved_inside_the_last() -> None:
-    assert Checkpoints().step_end(CUTS, 3_800, 3_950, prompt_end=4_000) == 3_950
+def test_short_prompts_leave_no_branch_checkpoint() -> None:
+    retention = policy()
+    for _ in range(100):
+        retention.branches.saw(512)
+    retention.plan("request", keys("a", 2_500), 2_500, 0, 0)
+    assert retention.checkpoints("request").cuts == (2_048,), "1,536 is less than a long prompt"
 
 
-def test_the_users_interval_comes_first() -> None:
-    rules = CheckpointRules(unit=16, spacing=SPACING, stock_block=528, interval=256)
-    assert [Checkpoints().step_end(rules, start, start + 600, 4_000) for start in (0, 512, 700)] == [512, 1_024, 1_280]
-    assert Checkpoints().step_end(rules, 0, 200, 4_000) == 200
+def test_what_is_known_of_a_request_is_forgotten_with_it() -> None:
+    retention = policy()
+    serve(retention, "first", keys("a", 640), 640, state_at=512)
+    assert not retention.requests
+    assert not retention.checkpoints("first").cuts
+    assert retention.release("first") is None
+    assert retention.at_step_end("first", 512, 640) == DROP
+    retention.state_at("first", 512)
+    retention.end("first", keys("a", 640), 640, 640, 512)
+    assert len(retention.reuse.told) == 1, "it has ended once"  # type: ignore[attr-defined]
 
 
-def test_a_state_that_the_last_step_cannot_save_takes_a_cut() -> None:
-    plan = plan_checkpoints(WITHIN, NOTHING, 1_500, 0)
-    assert plan.within == 1_488
-    assert plan.step_end(WITHIN, 0, 1_500, 1_500) == 1_500
-    assert plan.step_end(WITHIN, 1_408, 1_500, 1_500) == 1_488, "it has no column"
-    assert plan.step_end(WITHIN, 1_000, 1_495, 1_500) == 1_488, "it is not the last step"
+def test_the_last_state_counts_and_a_preempted_request_begins_anew() -> None:
+    retention = policy()
+    retention.begin("request", keys("a", 640))
+    assert retention.release("request") is None
+    for tokens in (128, 512, 256):
+        retention.state_at("request", tokens)
+    assert retention.release("request") == 512
+    assert retention.release("request") is None, "its blocks were released already"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "computed", "last", "kept", "why"),
+    [
+        (1_200, 1_200, 1_024, {1_184: True, 1_024: True, 512: False}, "one of the two will do"),
+        (1_200, 1_200, None, {1_184: False, 1_024: False, 512: False}, "nothing was left"),
+        (1_200, 1_200, 512, {1_184: False, 1_024: False, 512: False}, "the state isn't at a checkpoint of its own"),
+        (1_200, 1_100, None, None, "it left nothing and wasn't read"),
+        (1_200, 1_100, 1_024, {1_184: True, 1_024: True, 512: False}, "it left a state before it was aborted"),
+        (10, 10, None, {}, "too short to be continued"),
+    ],
+)
+def test_from_where_a_prompt_may_be_continued(
+    tokens: int, computed: int, last: int | None, kept: dict[int, bool] | None, why: str
+) -> None:
+    retention, prompt = policy(), keys("a", tokens)
+    retention.plan("request", prompt, tokens, 0, 0)
+    retention.end("request", prompt, tokens, computed, last)
+    told: list[Any] = retention.reuse.told  # type: ignore[attr-defined]
+    if kept is None:
+        assert not told, why
+        return
+    ((points, match),) = told
+    assert {point.key: point.kept for point in points} == {f"a {place}": value for place, value in kept.items()}, why
+    assert {point.key: point.distance for point in points} == {
+        f"a {place}": 0 if place > 512 else 512 for place in kept
+    }
+    assert match.turn == TurnClass.FIRST
+
+
+def test_only_prompts_that_were_read_are_expected_to_be_continued() -> None:
+    retention = policy()
+    for name, computed in (("aborted", 600), ("read", 640)):
+        prompt = keys(name, 640)
+        retention.plan(name, prompt, 640, 0, 0)
+        retention.end(name, prompt, 640, computed, 512)
+        assert (retention.prompt_ends.began(prompt[-2]) == Resumed.END) == (name == "read")
+
+
+# What is kept.
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kept", "why"),
+    [
+        (4_608, KEEP, "the last checkpoint"),
+        (3_200, KEEP, "the branch point"),
+        (4_096, DROP, "any other multiple of the spacing"),
+        (1_000, DROP, "not where a hit can end"),
+        (5_000, DROP, "behind the prompt's last token"),
+    ],
+)
+def test_which_states_are_kept_where_steps_end(tokens: int, kept: Retention, why: str) -> None:
+    retention = policy()
+    retention.plan("request", keys("a", 5_000), 5_000, 0, 3_200)
+    assert retention.at_step_end("request", tokens, 5_000) == kept, why
+
+
+def test_a_state_that_saves_little_beside_another_is_kept_at_low_priority() -> None:
+    retention = policy(WITHIN)
+    for number in range(400):
+        serve(retention, str(number), keys(str(number), 1_600), 1_600)
+        branch = keys("b", 1_600, after=str(number), shared=1_600 if number % 2 else 1_536)
+        retention.prompt_ends.began(branch[-2])
+        retention.prompt_ends.began(branch[1_536 // UNIT - 1])
+    retention.plan("request", keys("a", 1_600), 1_600, 0, 0)
+    plan = retention.checkpoints("request")
+    assert plan.low == {1_584}
+    assert [retention.at_step_end("request", tokens, 1_600) for tokens in (1_536, 1_584)] == [KEEP, LOW]
+
+
+def test_the_users_interval() -> None:
+    retention = policy(CheckpointRules(unit=UNIT, spacing=SPACING, interval=64))
+    retention.plan("request", keys("a", 2_000), 2_000, 0, 0)
+    assert [retention.at_step_end("request", tokens, 2_000) for tokens in (64, 80, 640)] == [KEEP, DROP, KEEP]
+
+
+@pytest.mark.parametrize(("taken", "kept"), [(0, LOW), (14, LOW), (15, DROP)])
+def test_far_places_are_kept_while_memory_belongs_to_nobody(taken: int, kept: Retention) -> None:
+    """A sixteenth of the 17 extents, the null extent included, is 1.06: with 15 of 16 taken there is less."""
+    retention = policy()
+    retention.plan("request", keys("a", 40_000), 40_000, 0, 0)
+    retention._arena.allocate(0, 2 * taken)
+    assert retention.at_step_end("request", 8_192, 40_000) == kept
+    assert retention.at_step_end("request", 8_192, 40_000) == kept, "all groups of states get the same answer"
+
+
+@pytest.mark.parametrize("superseded", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("low", [False, True])
+def test_states(superseded: bool, shared: bool, low: bool) -> None:
+    expected = {  # superseded, shared, low
+        (False, False, False): KEEP,
+        (False, False, True): LOW,
+        (False, True, False): KEEP,
+        (False, True, True): LOW,
+        (True, False, False): LOW,
+        (True, False, True): LOW,
+        (True, True, False): KEEP,
+        (True, True, True): KEEP,
+    }
+    retention = policy()
+    assert retention.of_state("a", superseded=superseded, shared=shared, low=low) == expected[superseded, shared, low]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "tokens", "last", "kept"),
+    [
+        (0, 512, 512, KEEP),
+        (0, 528, 512, DROP),
+        (16, 528, 512, KEEP),
+        (16, 544, 512, DROP),
+        (0, 544, None, KEEP),
+    ],
+)
+def test_attention_behind_the_last_state_is_dropped(ahead: int, tokens: int, last: int | None, kept: Retention) -> None:
+    retention = policy(CheckpointRules(unit=UNIT, spacing=SPACING, ahead=ahead))
+    assert retention.of_attention(tokens, last) == kept

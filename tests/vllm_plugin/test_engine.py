@@ -143,19 +143,19 @@ def test_attention_behind_the_last_state_is_dropped(engine: Any, drafter: bool) 
     kept = [end for end in tokens if end <= last + 16 * drafter]
     assert ends(attention) == kept
     assert len(manager.take_events()) == len(tokens) - len(kept) > 0
-    assert not manager.block_pool.last_states
+    assert manager.block_pool.retention.requests["request"].last_checkpoint is None
 
 
 def test_one_question_after_another_about_a_document(engine: Any) -> None:
-    """Each goes on from the state at the document's end and leaves no later one, so that state is no spare, and the
-    question's attention is of no use."""
+    """Each goes on from the state at the document's end and leaves no later one, so that state isn't of low priority,
+    and the question's attention is of no use."""
     manager = make_manager(engine)
     state, attention = manager.coordinator.block_pool.pools
     document = list(range(2048))
     for question in range(4):
         request = make_request(engine, str(question), document + [3000 + question] * 300)
         assert read_prompt(manager, request) == (2048 if question else 0)
-        assert not state.handed_on
+        assert not state.superseded
         finish(manager, request)
         assert ends(state)[-1] == ends(attention)[-1] == 2048
 
@@ -317,11 +317,11 @@ def test_nothing_is_known_of_a_request_that_is_aborted_while_it_waits(engine: An
     manager = make_manager(engine)
     requests = [make_request(engine, str(n), list(range(1500 * n, 1500 * n + 1500))) for n in range(100)]
     refused = next(request for request in requests if ask_for(manager, request, 1500) is None)
-    assert manager._refused[0] is refused
+    assert manager._lookups[refused.request_id].released >= 0
     refused.status = RequestStatus.FINISHED_ABORTED
     assert not (manager.pop_blocks_for_free if deferred else manager.free)(refused)
-    assert manager._refused is None
-    assert refused.request_id not in manager._matches
+    assert refused.request_id not in manager._lookups
+    assert refused.request_id not in manager.block_pool.retention.requests
     assert refused.request_id not in manager.block_pool.arena._prefixes
 
 
@@ -335,12 +335,12 @@ def test_nobody_comes_back_to_a_request_that_left_no_state(engine: Any, deferred
         assert ask_for(manager, request, tokens) is not None
         request.status = RequestStatus.FINISHED_ABORTED
         (manager.pop_blocks_for_free if deferred else manager.free)(request)
-        assert not manager.block_pool.last_states
-        assert bool(manager.block_pool.returns._waits) == (tokens == 1536)
+        assert not manager.block_pool.retention.requests
+        assert bool(manager.block_pool.reuse._waits) == (tokens == 1536)
 
 
-def test_a_state_that_was_gone_on_from_is_forgotten_with_it(engine: Any) -> None:
-    """Else the next request that gets the block would leave a spare there."""
+def test_a_superseded_state_is_forgotten_with_it(engine: Any) -> None:
+    """Else the next request that gets the block would leave a state of low priority there."""
     manager = make_manager(engine)
     state = manager.block_pool.pools[0]
     prompt = list(range(700))
@@ -352,27 +352,26 @@ def test_a_state_that_was_gone_on_from_is_forgotten_with_it(engine: Any) -> None
     assert tokens == 512
     assert manager.allocate_slots(longer, 512, tokens, hit) is not None
     for block_hash in longer.block_hashes:
-        manager.block_pool.remember_junction(block_hash)
-    assert state.handed_on
+        manager.block_pool.retention.remember_branch_point(block_hash)
+    assert state.superseded
     finish(manager, longer)
-    assert not state.handed_on
+    assert not state.superseded
 
 
 def test_where_a_request_leaves_states_is_known_until_it_ends(engine: Any) -> None:
     manager = make_manager(engine)
     pool = manager.block_pool
     for _ in range(200):
-        pool.partings.saw(512)
+        pool.retention.branches.saw(512)
     request = make_request(engine, "request", list(range(4000)))
     read_prompt(manager, request)
-    assert manager.coordinator.books.of["request"].cuts == (3072, 3584)
+    assert pool.retention.checkpoints("request").cuts == (3072, 3584)
     finish(manager, request)
-    assert not manager.coordinator.books.of
-    assert not manager.coordinator.books.far
+    assert not pool.retention.requests
     assert {3072, 3584} <= set(ends(pool.pools[0]))
     parted = make_request(engine, "parted", [*range(3500), *range(5000, 5500)])
     assert read_prompt(manager, parted) == 3072
-    assert manager._matches["parted"].distance == 512
+    assert pool.retention.requests["parted"].match.distance == 512
 
 
 def finish(manager: Any, request: Any) -> None:

@@ -53,7 +53,7 @@ def test_where_memory_is_full_none_is_kept_for_forks() -> None:
     assert states.count(8_192) < states.count(LONG // 512 * 512) / 2, states
 
 
-def test_a_state_that_saves_little_beside_another_is_a_spare_though_it_took_no_cut(
+def test_a_state_that_saves_little_beside_another_has_low_priority_though_it_took_no_cut(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tidepool.cache import PromptEnds
@@ -65,4 +65,4 @@ def test_a_state_that_saves_little_beside_another_is_a_spare_though_it_took_no_c
     ask(engine, "prompt", list(range(1_000, 2_400)))
     assert states_cached(engine) == [1_024, 1_392]
     pool = engine.scheduler.kv_cache_manager.coordinator.single_type_managers[0].block_pool
-    assert [pool.blocks[spare].block_hash_num_tokens for spare in pool.spares] == [1_392]
+    assert [pool.blocks[block].block_hash_num_tokens for block in pool.low] == [1_392]

@@ -62,12 +62,13 @@ def first_tokens(engine: Any, budget: int, decodes: int, prompts: Sequence[int])
         add_request(engine, name, [next(tokens) for _ in range(length)], 10_000)
     steps: dict[str, int] = {}
     kept: dict[str, int] = {}
-    books = getattr(scheduler.kv_cache_manager.coordinator, "books", None)
+    retention = getattr(scheduler.kv_cache_manager.coordinator, "retention", None)
     for step in range(1, PATIENCE):
         emitted = take_step(engine).emitted
         for name in asked:
-            if books and name in books.of:
-                kept[name] = len(books.of[name].cuts) + bool(books.of[name].within)
+            if retention and name in retention.requests:
+                plan = retention.checkpoints(name)
+                kept[name] = len(plan.cuts) + bool(plan.within)
             if name in emitted:
                 steps.setdefault(name, step)
         if len(steps) == len(asked):

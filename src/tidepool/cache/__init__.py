@@ -1,13 +1,23 @@
 """The core: block pools of natural page size over one elastic memory. Integers in, integers out.
 
 Read in this order: `spec` (what layers keep), `geometry` (how memory is divided), `pool` (one group's blocks),
-`arena` (who owns which extent), `eviction` (which cached memory goes first), `reuse` (when prompts
-come back), `branches` (where a prompt leaves a branch checkpoint), `retention` (where it leaves checkpoints),
-`growth` (what running requests will still need).
+`arena` (who owns which extent), `eviction` (which cached memory goes first), `reuse` (when prompts are continued),
+`prompt_ends` and `branches` (from where), `checkpoints` (where a prompt leaves states), `retention` (what requests
+leave, and what of it is kept), `growth` (what running requests will still need).
 """
 
 from tidepool.cache.arena import Arena, OutOfBlocksError, Retention, Usage
 from tidepool.cache.branches import BranchStatistics
+from tidepool.cache.checkpoints import (
+    LARGE_STEP,
+    LONG_PROMPT,
+    NO_CHECKPOINTS,
+    CheckpointRules,
+    Checkpoints,
+    FarPlaces,
+    plan_checkpoints,
+    spacing_within,
+)
 from tidepool.cache.eviction import CachedPrefix, ExpectedReturn, LeastRecentlyUsed, Policy, PriorityClass
 from tidepool.cache.geometry import (
     ExtentLayout,
@@ -19,18 +29,9 @@ from tidepool.cache.geometry import (
     fixed_stage_shares,
     geometry_by_counts,
 )
-from tidepool.cache.growth import AnswerLengths, Growth, Outlook
-from tidepool.cache.retention import (
-    LARGE_STEP,
-    LONG_PROMPT,
-    CheckpointRules,
-    Checkpoints,
-    FarPlaces,
-    PromptEnds,
-    Resumed,
-    plan_checkpoints,
-    spacing_within,
-)
+from tidepool.cache.growth import AnswerLengths, GroupGrowth, Growth, Outlook, headroom
+from tidepool.cache.prompt_ends import PromptEnds, Resumed
+from tidepool.cache.retention import RequestRecord, RetentionPolicy
 from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
 from tidepool.cache.spec import (
     CacheConfigError,
@@ -46,6 +47,7 @@ from tidepool.cache.spec import (
 __all__ = [
     "LARGE_STEP",
     "LONG_PROMPT",
+    "NO_CHECKPOINTS",
     "AnswerLengths",
     "Arena",
     "BranchStatistics",
@@ -60,6 +62,7 @@ __all__ = [
     "FullAttention",
     "Geometry",
     "Group",
+    "GroupGrowth",
     "Growth",
     "LayerCache",
     "LeastRecentlyUsed",
@@ -69,9 +72,11 @@ __all__ = [
     "PrefixMatch",
     "PriorityClass",
     "PromptEnds",
+    "RequestRecord",
     "ResumePoint",
     "Resumed",
     "Retention",
+    "RetentionPolicy",
     "ReuseModel",
     "Share",
     "SlidingWindow",
@@ -85,6 +90,7 @@ __all__ = [
     "fixed_stage_shares",
     "geometry_by_counts",
     "group_layers",
+    "headroom",
     "plan_checkpoints",
     "spacing_within",
 ]

@@ -1,12 +1,12 @@
 """The arena: who owns which extent, and who gives up what.
 
-All groups' blocks live in one arena. In the *elastic* partition it is cut into equal extents; each belongs to one
+All groups' blocks live in one arena. In the *elastic* partition it is divided into equal extents; each belongs to one
 group or to none, and an extent without a block in use can change hands. In the *fixed* partition every group holds
 its share for good.
 
 A request's blocks should lie together, so that they come free together: an extent in which many requests have a block
 is seldom idle, and what can't become idle no other group can have. So an allocation
- - goes on in the extent in which the request has its last block;
+ - begins in the extent in which the request has its last block;
  - takes new extents for as many blocks as fill them;
  - and fills gaps in extents that requests share: those of pinned extents, then of idle ones.
 New extents are unowned ones. Gaps of idle extents are filled before those are taken as long as more extents are idle
@@ -100,7 +100,7 @@ class Arena:
         self._strides = tuple(strides)
         self._block_bytes = tuple(block_bytes)
         self._extent_bytes = extent_bytes
-        self._total_bytes = total_bytes
+        self.total_bytes = total_bytes
         self._null_bytes = null_bytes
         self._on_evict = on_evict or (lambda group, block: None)
         self._on_move = on_move or (lambda extent, old, new: None)
@@ -176,6 +176,11 @@ class Arena:
     def unowned(self) -> int:
         """Extents that no group has."""
         return len(self._unowned)
+
+    @property
+    def unowned_bytes(self) -> int:
+        """Bytes of the extents that no group has."""
+        return len(self._unowned) * self._extent_bytes
 
     @property
     def available(self) -> int:
@@ -261,7 +266,7 @@ class Arena:
         Args:
             group: the group.
             count: blocks.
-            last: the block that the request got last, if any: where it goes on if it can.
+            last: the block that the request got last, if any: its extent is filled first.
             request: the request, if it was started.
 
         Raises:
@@ -289,7 +294,7 @@ class Arena:
         Args:
             group: the group.
             blocks: the blocks.
-            shared: whether a request found them that doesn't go on from an earlier one.
+            shared: whether a request found them that continues no earlier one.
         """
         pool = self.pools[group]
         for block in blocks:
@@ -330,7 +335,7 @@ class Arena:
                 self._come_free(group, extent)
 
     def start(self, request: Hashable, turn: TurnClass) -> None:
-        """A request begins, and may now be named; ``turn`` says whether it goes on from an earlier one."""
+        """A request begins, and may now be named; ``turn`` says which turn of a conversation it is."""
         self._prefixes[request] = _prefix_pair(turn, running=True)
 
     def finish(self, request: Hashable) -> None:
@@ -361,11 +366,11 @@ class Arena:
                 sums[index] += blocks * block_bytes
                 padding += blocks * (stride - block_bytes)
         return Usage(
-            total=self._total_bytes,
+            total=self.total_bytes,
             in_use=sums[0],
             cached=sums[1],
             free=sums[2],
-            unowned=len(self._unowned) * self._extent_bytes,
+            unowned=self.unowned_bytes,
             padding=padding,
             null=self._null_bytes,
         )

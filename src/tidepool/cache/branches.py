@@ -1,8 +1,8 @@
-"""Where a prompt should leave a second state: learned from how far before their ends prompts are parted from.
+"""Where a prompt should leave a branch checkpoint: learned from how far before their ends prompts branch.
 
 A prompt leaves a state at its last checkpoint, for the next turn of a conversation. But one document may come with one
-question after another, and some agents end each prompt with a note that the next one lacks: those part *before* the
-end, the state there is of no use to them, and without another one in reach they hit nothing.
+question after another, and some agents end each prompt with a note that the next one lacks: those branch *before* the
+end. The state there is of no use to them, and without an earlier one they hit nothing.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _HALVE_AFTER = 256
-"""Prompts that went on from earlier ones, after which older counts weigh half."""
+"""Prompts that continued earlier ones, after which older counts weigh half."""
 _PRIOR = 8.0
-"""Prompts that went on from the very end, to begin with."""
+"""Prompts that continued one from its very end, to begin with."""
 
 
 class BranchStatistics:
     """The record of distances.
 
     Args:
-        distances: how far before its end, in tokens, a prompt may leave a second state; the nearest first.
+        distances: how far before its last checkpoint, in tokens, a prompt may leave another; the nearest first.
     """
 
     def __init__(self, distances: Sequence[int]) -> None:
@@ -28,7 +28,7 @@ class BranchStatistics:
         self._since_halved = 0
 
     def saw(self, distance: int) -> None:
-        """A prompt parted from an earlier one so far before its end: 0, or the next of ``distances`` up."""
+        """A prompt branched from an earlier one so far before its end: 0, or the next of ``distances`` up."""
         self._counts[distance] += 1
         self._since_halved += 1
         if self._since_halved >= _HALVE_AFTER:
@@ -36,11 +36,11 @@ class BranchStatistics:
             for each in self._counts:
                 self._counts[each] /= 2
 
-    def second_state(self, end: int, state_tokens: float) -> int:
-        """How far before ``end`` a prompt should leave a second state; 0 for nowhere.
+    def branch_checkpoint(self, end: int, state_tokens: float) -> int:
+        """How far before ``end`` a prompt should leave a branch checkpoint; 0 for none.
 
-        That is where the tokens saved for each byte kept are the most, if later prompts part as earlier ones did. A
-        state at a distance serves those that part nearer to the end, too.
+        That is where the tokens saved for each byte kept are the most, if later prompts branch as earlier ones did.
+        A state at a distance serves those that branch nearer to the end, too.
 
         Args:
             end: tokens up to the first state.
@@ -48,12 +48,12 @@ class BranchStatistics:
         """
         saved = (self._counts[0] + _PRIOR) * end
         best, chosen = saved / (end + state_tokens), 0
-        parted = 0.0
+        branched = 0.0
         for distance in self.distances:
-            parted += self._counts[distance]
+            branched += self._counts[distance]
             if end <= distance:
                 break
-            value = (saved + parted * (end - distance)) / (end + 2 * state_tokens)
+            value = (saved + branched * (end - distance)) / (end + 2 * state_tokens)
             if value > best:
                 best, chosen = value, distance
         return chosen

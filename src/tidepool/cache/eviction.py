@@ -22,11 +22,11 @@ class PriorityClass(IntEnum):
     LOW = 0
     """Of little use: states shortly behind another one of their request, and what is left of broken cached prefixes."""
     FIRST = 1
-    """Of a prompt that went on from no earlier one."""
+    """Of a prompt that continues no earlier one."""
     SECOND = 2
-    """Of a prompt that went on where such a prompt had ended, as the second turn of a conversation does."""
+    """Of a prompt that continues such a one, as the second turn of a conversation does."""
     LATER = 3
-    """Of a prompt that went on from a second turn or a later one."""
+    """Of a prompt that continues a second turn or a later one."""
     SHARED = 4
     """What prompts of different requests begin with, such as a system prompt."""
 

@@ -1,317 +1,258 @@
-"""Where a prompt leaves checkpoints, and where its steps end for them.
+"""What requests leave in the cache, and what of it is kept.
 
-A hit needs a state at its end, and a state can be kept only where a step ends. Some layers save one more inside the
-step that reads a prompt's end. Any other checkpoint takes a *cut*: the prompt's step ends there, and the rest waits for
-the next one. A cut must earn its step. What prompts of a length are gone on from is learned (`PromptEnds`), and a
-prompt is cut where that saves later ones more tokens than a step is worth; where stock vLLM cuts too, it costs nothing.
+The policy follows each request by name: what its prompt shares with earlier ones (`begin`), where it leaves checkpoints
+(`plan`), which states it has found or left (`state_at`), and what became of it (`end`). From that it answers whether a
+state is kept where a step ends (`at_step_end`), and what becomes of a block without references (`of_state`,
+`of_attention`). When memory is short, `tidepool.cache.eviction` chooses among what was kept.
 
-All positions are tokens from the start of the prompt.
+Prompts are named by their keys: ``keys[n]`` stands for the first ``(n + 1) x key_tokens`` tokens, as a hash of them
+does. All places are tokens from the start of the prompt.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Hashable, Iterable
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
-LONG_PROMPT = 2048
-"""Tokens from which on a prompt leaves a state at its last checkpoint alone: not at its very end, which would save less
-than a quarter more, and not behind the answer that it goes on from. Chosen by replay, see docs/prefix-caching.md."""
-LARGE_STEP = 8
-"""Spacings from which on a step is large: what it leaves to the next checkpoint matters little."""
-CUT_TOKENS = 32
-"""Tokens that a cut must save later prompts, on average, to be worth its step. Chosen by replay, likewise."""
-LIKELY = 0.5
-"""How likely a prompt is gone on from where it went on from an earlier one itself, at least: one that goes on from the
-very end of another has the form of a conversation, and so has its next turn."""
-STATE_TOKENS = 16
-"""Tokens that a second state of a prompt must save later ones, on average, to be worth its memory."""
-_CLASSES = 4
-"""Classes of prompts by length, in spacings: under 1, under 2, under 4, and longer ones."""
-_HALVE_AFTER = 256
-"""Prompts of a class after which older counts weigh half."""
-_DOUBT = 2.0
-"""Prompts of each class that nobody has gone on from, to begin with."""
+from tidepool.cache.arena import Arena, Retention
+from tidepool.cache.branches import BranchStatistics
+from tidepool.cache.checkpoints import (
+    LONG_PROMPT,
+    NO_CHECKPOINTS,
+    CheckpointRules,
+    Checkpoints,
+    FarPlaces,
+    plan_checkpoints,
+)
+from tidepool.cache.prompt_ends import PromptEnds, Resumed
+from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
 
-
-@dataclass(frozen=True)
-class CheckpointRules:
-    """What decides where checkpoints can be. Sizes are tokens."""
-
-    unit: int
-    """A hit ends at a multiple of it."""
-    spacing: int
-    """From one checkpoint that different prompts may share to the next; a multiple of ``unit``."""
-    ahead: int = 0
-    """How much more than it gives a lookup has to find: an attention block, with a drafter."""
-    within: int = 0
-    """Layers that can save a state inside a step do so at multiples of it from the step's start; 0 if they can't."""
-    column: int = 1
-    """What one column of the states' block table stands for. A state saved inside a step takes one that the step adds
-    before its last."""
-    stock_block: int = 0
-    """Tokens of stock vLLM's block: its steps inside prompts end at multiples of it, once they reach one; and where
-    layers can't save states inside steps, one cut of longer prompts is free."""
-    interval: int = 0
-    """The user wants states at multiples of it, wherever a step of a prompt ends anyway; 0 for none."""
-
-    def last_places(self, prompt_tokens: int) -> tuple[int, int]:
-        """The last place where a later prompt can go on from this one, and the last checkpoint."""
-        # The last token is always computed anew, so nobody can go on from behind it. With a drafter a lookup finds
-        # whole attention blocks, and gives one less.
-        last = prompt_tokens // self.ahead * self.ahead - self.ahead if self.ahead else prompt_tokens - 1
-        last = max(last, 0)
-        return last // self.unit * self.unit, last // self.spacing * self.spacing
-
-    def whole(self, start: int, end: int, prompt_end: int) -> int:
-        """Where a step that could go from ``start`` to ``end`` inside a prompt ends.
-
-        At a multiple of the user's interval. Else at one of the spacing, where the step is large or stock vLLM's would
-        end early as well and no later; or else where stock's ends. Not where that leaves more than a quarter unused:
-        then where the prompt's last step can start so that a state is saved inside it, or at ``end``. Steps that aren't
-        filled to the last token let answers under way wait less for the next one, see docs/prefix-caching.md.
-        """
-        if self.interval and end // self.interval * self.interval > start:
-            return end // self.interval * self.interval
-        stock = end // self.stock_block * self.stock_block if self.stock_block else start
-        whole = end // self.spacing * self.spacing
-        if end - start < LARGE_STEP * self.spacing:
-            whole = max(whole, stock // self.unit * self.unit) if stock > start else 0
-        if whole > start and (end - whole) * 4 <= end - start:
-            return whole
-        aligned = end // self.unit * self.unit
-        last = self.within and aligned > start and prompt_end - aligned <= end - start
-        return aligned if last else end
-
-    def place_within(self, start: int, end: int) -> int:
-        """Where a state is saved inside the step from ``start`` to ``end``, which reads a prompt's end; 0 for nowhere.
-
-        The last checkpoint of long prompts, the very end of others. Scheduler and workers must agree on it, so it is a
-        function of the step alone.
-        """
-        if not self.within or start % self.unit:
-            return 0
-        place = self.last_places(end)[end >= LONG_PROMPT]
-        fits = -(-end // self.column) - 2 > (start - 1) // self.column
-        return place if fits and place >= start + self.unit and (place - start) % self.within == 0 else 0
+BRANCH_POINTS = 4096
+"""Branch points that are remembered at most."""
+LIFETIME = 16
+"""Times that the memory is allocated, after which a prompt counts as never continued; see `PromptEnds`."""
+BRANCH_DISTANCES = (1, 2, 4, 8)
+"""How far before its last checkpoint a prompt may leave another, in spacings; see `BranchStatistics`."""
+UNOWNED_SHARE = 16
+"""States at far places are left while at least this part of the memory belongs to no group."""
 
 
-class Resumed(IntEnum):
-    """Where a prompt goes on from an earlier one."""
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known of a request under way."""
 
-    NOWHERE = 0
-    CHECKPOINT = 1
-    """From its last checkpoint, having parted from it behind that."""
-    END = 2
-    """From its very end."""
-
-
-class _Prompt:
-    """A prompt that was served."""
-
-    __slots__ = ("keys", "kind", "settled", "since")
-
-    def __init__(self, kind: int, since: int, keys: tuple[Hashable, ...]) -> None:
-        self.kind = kind
-        self.since = since
-        self.keys = keys
-        self.settled = False
-
-
-class PromptEnds:
-    """What share of prompts is gone on from, by their length: from their very end, or from their last checkpoint by
-    prompts that part from them behind it.
-
-    A prompt counts once: when it is gone on from, or when it is so old that nobody is expected any more.
-
-    Args:
-        spacing: tokens between checkpoints.
-        lifetime: bytes handed out, after which nobody is expected to go on from a prompt.
-    """
-
-    def __init__(self, spacing: int, lifetime: int) -> None:
-        self._spacing = spacing
-        self._lifetime = lifetime
-        self._served: deque[_Prompt] = deque()
-        """The oldest first. Those that are settled already are still among them."""
-        self._known: dict[Hashable, _Prompt] = {}
-        """By both of its places, the last prompt that ended there."""
-        self._settled = [0.0] * _CLASSES
-        self._from_end = [0.0] * _CLASSES
-        self._from_checkpoint = [0.0] * _CLASSES
-
-    def ended(self, prompt_tokens: int, end: Hashable, checkpoint: Hashable | None, now: int) -> None:
-        """A prompt was served; keys of its last place and of its last checkpoint, None if it is as good as none."""
-        while self._served and self._served[0].since + self._lifetime < now:
-            self._forget(self._served.popleft())
-        keys = (end,) if checkpoint is None or checkpoint == end else (end, checkpoint)
-        prompt = _Prompt(self._class(prompt_tokens), now, keys)
-        self._served.append(prompt)
-        for key in keys:
-            self._known[key] = prompt
-
-    def began(self, key: Hashable) -> Resumed:
-        """A prompt goes on from the place with this key, the last that it shares with any."""
-        prompt = self._known.get(key)
-        if prompt is None:
-            return Resumed.NOWHERE
-        resumed = Resumed.END if key == prompt.keys[0] else Resumed.CHECKPOINT
-        if not prompt.settled:
-            self._settle(prompt)
-            counts = self._from_end if resumed == Resumed.END else self._from_checkpoint
-            counts[prompt.kind] += 1
-        return resumed
-
-    def from_end(self, prompt_tokens: int) -> float:
-        """The share of prompts as long as this that are gone on from their very end, 0 to 1."""
-        kind = self._class(prompt_tokens)
-        return self._from_end[kind] / (self._settled[kind] + _DOUBT)
-
-    def from_checkpoint(self, prompt_tokens: int) -> float:
-        """The share that is gone on from the last checkpoint and no further, 0 to 1."""
-        kind = self._class(prompt_tokens)
-        return self._from_checkpoint[kind] / (self._settled[kind] + _DOUBT)
-
-    def _class(self, prompt_tokens: int) -> int:
-        return min((prompt_tokens // self._spacing).bit_length(), _CLASSES - 1)
-
-    def _settle(self, prompt: _Prompt) -> None:
-        prompt.settled = True
-        kind = prompt.kind
-        self._settled[kind] += 1
-        if self._settled[kind] >= _HALVE_AFTER:
-            for counts in (self._settled, self._from_end, self._from_checkpoint):
-                counts[kind] /= 2
-
-    def _forget(self, prompt: _Prompt) -> None:
-        if not prompt.settled:
-            self._settle(prompt)
-        for key in prompt.keys:
-            if self._known.get(key) is prompt:
-                del self._known[key]
-
-
-@dataclass(frozen=True)
-class Checkpoints:
-    """Where one prompt leaves states."""
-
-    cuts: tuple[int, ...] = ()
-    """Places where its steps end, in order."""
-    within: int = 0
-    """A place that takes no cut where the step that reads it reads the prompt's end as well; 0 for none."""
-    spares: frozenset[int] = frozenset()
-    """Those that save little beside another one."""
-    found: int = 0
-    """Where the prompt goes on from a cached state; 0 for nowhere."""
-
-    def __contains__(self, place: int) -> bool:
-        """Whether a state is left at ``place``, or was found there."""
-        return place > 0 and (place in (self.within, self.found) or place in self.cuts)
+    match: PrefixMatch
+    """What its prompt shares with earlier ones."""
+    resumed: Resumed
+    """From where it continues one of them."""
+    checkpoints: Checkpoints = NO_CHECKPOINTS
+    """Where it leaves states."""
+    far: FarPlaces | None = None
+    """Which other ends of its steps may keep one."""
+    last_checkpoint: int | None = None
+    """Up to the last state that it has found or left in the cache, if any."""
 
     @property
-    def last(self) -> int:
-        """The last of them that is no spare; 0 for none."""
-        return max((place for place in (*self.cuts, self.within) if place not in self.spares), default=0)
-
-    def step_end(self, rules: CheckpointRules, start: int, end: int, prompt_end: int) -> int:
-        """Where a step ends that starts at ``start`` and for which there are tokens up to ``end``.
-
-        Never at ``start``: a prompt makes progress in every step that has tokens left. A step that doesn't reach the
-        prompt's end ends at a round place, see `CheckpointRules.whole`.
-
-        Args:
-            rules: what decides where checkpoints can be.
-            start: tokens computed so far.
-            end: as far as the step's tokens go.
-            prompt_end: where the prompt has been read.
-        """
-        stops = [place for place in self.cuts if start < place < end]
-        saved = end >= prompt_end and rules.place_within(start, end) == self.within
-        if start < self.within < end and not saved:
-            stops.append(self.within)
-        if end < prompt_end:
-            end = rules.whole(start, end, prompt_end)
-        return min(stops, default=end)
+    def continues(self) -> bool:
+        """Whether it continues an earlier prompt. What another one finds in the cache is a shared prefix."""
+        return self.match.turn != TurnClass.FIRST
 
 
-def plan_checkpoints(
-    rules: CheckpointRules,
-    ends: PromptEnds,
-    prompt_tokens: int,
-    computed: int,
-    branches: Iterable[int] = (),
-    resumed: Resumed = Resumed.NOWHERE,
-) -> Checkpoints:
-    """Where a prompt leaves states, of which ``computed`` tokens are cached.
+class RetentionPolicy:
+    """The records of requests under way, and what was learned from those that ended.
 
     Args:
         rules: what decides where checkpoints can be.
-        ends: what is known of prompts of this length.
-        prompt_tokens: the prompt.
-        computed: tokens that needn't be read.
-        branches: where this prompt parts from others, or is expected to be parted from: these are always cut.
-        resumed: where it goes on from an earlier one.
-    """
-    end, checkpoint = rules.last_places(prompt_tokens)
-    from_end, from_checkpoint = ends.from_end(prompt_tokens), ends.from_checkpoint(prompt_tokens)
-    if resumed == Resumed.END:
-        from_end = max(from_end, LIKELY)
-    elif resumed == Resumed.CHECKPOINT:
-        from_checkpoint = max(from_checkpoint, LIKELY)
-    saved_by_end, saved_by_checkpoint = from_end * end, (from_end + from_checkpoint) * checkpoint
-    long = prompt_tokens >= LONG_PROMPT
-    best = checkpoint if long or saved_by_checkpoint >= saved_by_end else end
-    cuts, spares = set(branches), set()
-    within = rules.place_within(computed, prompt_tokens)
-    if within:
-        best = within
-    else:
-        free = not rules.within and 0 < rules.stock_block < prompt_tokens
-        if free or max(saved_by_end, saved_by_checkpoint) >= CUT_TOKENS:
-            cuts.add(best)
-    if best == end and from_checkpoint * checkpoint >= CUT_TOKENS:
-        cuts.add(checkpoint)
-        if within and from_end * (end - checkpoint) < STATE_TOKENS:
-            within = 0
-    if best == checkpoint and not long and from_end * (end - checkpoint) >= CUT_TOKENS:
-        cuts.add(end)
-    if checkpoint in cuts and 2 * (end - checkpoint) < end:
-        spares.add(end)
-    return Checkpoints(
-        tuple(sorted(place for place in cuts if computed < place < prompt_tokens)), within, frozenset(spares), computed
-    )
-
-
-class FarPlaces:
-    """Which of the ends that the steps of a long prompt happen to have are kept, in case of a fork far back.
-
-    They take no cut, and are left while there is memory that nothing else needs. One is kept for each doubling of the
-    distance from the prompt's last checkpoint, the one farthest from it.
+        reuse: the model of returns, which the eviction policy may share.
+        arena: the memory. Its clock is the policy's, and it learns here which requests are under way.
+        key_tokens: tokens that one more key stands for.
+        state_tokens: tokens whose attention takes as many bytes as a state.
     """
 
-    def __init__(self, checkpoint: int, nearest: int) -> None:
-        self._checkpoint = checkpoint
-        self._nearest = nearest
-        self._octave = 0
+    def __init__(
+        self,
+        rules: CheckpointRules,
+        reuse: ReuseModel,
+        arena: Arena,
+        *,
+        key_tokens: int,
+        state_tokens: float,
+    ) -> None:
+        self.rules = rules
+        self.reuse = reuse
+        self.prompt_ends = PromptEnds(rules.spacing, arena.total_bytes * LIFETIME)
+        self.branches = BranchStatistics([rules.spacing * steps for steps in BRANCH_DISTANCES])
+        self.requests: dict[Hashable, RequestRecord] = {}
+        """By name, those that were offered memory and haven't ended."""
+        self._arena = arena
+        self._key_tokens = key_tokens
+        self._state_tokens = state_tokens
+        self._branch_points: OrderedDict[Hashable, None] = OrderedDict()
+        """Keys of places where prompts branched, the last one last."""
 
-    def keeps(self, place: int) -> bool:
-        """Whether the state at the end of a step is kept; asked for each step of the prompt in order."""
-        octave = (max(self._checkpoint - place, 0) // self._nearest).bit_length()
-        if octave == 0 or octave == self._octave:
-            return False
-        self._octave = octave
-        return True
+    # Requests.
 
+    def begin(self, name: Hashable, keys: Sequence[Hashable]) -> RequestRecord:
+        """The record of a request; its prompt is looked up the first time."""
+        record = self.requests.get(name)
+        if record is None:
+            match = self.reuse.began(keys[::-1], self._arena.bytes_allocated)
+            if match.distance is not None:
+                self.branches.saw(match.distance)
+            resumed = Resumed.NOWHERE if match.place is None else self.prompt_ends.began(match.place)
+            record = self.requests[name] = RequestRecord(match, resumed)
+            self._arena.start(name, match.turn)
+        return record
 
-def spacing_within(interval: int, block: int, wished: int) -> int:
-    """The checkpoint spacing that divides an interval and is nearest to the one wished for, as a ratio.
+    def plan(self, name: Hashable, keys: Sequence[Hashable], prompt_tokens: int, computed: int, branch: int) -> int:
+        """Decide where a request leaves checkpoints; asked for whenever it is looked up in the cache.
 
-    Args:
-        interval: tokens, a multiple of ``block``.
-        block: tokens in an attention block, which the spacing is a multiple of.
-        wished: tokens.
-    """
-    blocks = interval // block
-    spacings = [blocks // parts * block for parts in range(1, blocks + 1) if blocks % parts == 0]
-    return min(spacings, key=lambda spacing: max(spacing / wished, wished / spacing))
+        A branch point gets a checkpoint, but not where a long prompt continues an earlier one: both share the earlier
+        one's answer as well, which looks like a branch point. The answer was given once, and a checkpoint behind it
+        costs each turn a step and a block. A prompt without a branch point gets a branch checkpoint where later ones
+        are expected to branch.
+
+        Args:
+            name: the request.
+            keys: its prompt's.
+            prompt_tokens: the prompt.
+            computed: tokens of it that are cached.
+            branch: up to where its attention, but no state, is cached; 0 if that is nowhere.
+
+        Returns:
+            The branch point that gets a checkpoint; 0 for none.
+        """
+        record = self.begin(name, keys)
+        branch = 0 if branch >= LONG_PROMPT and record.continues else branch // self.rules.unit * self.rules.unit
+        if branch:
+            self.remember_branch_point(self._key(keys, branch))
+        _, checkpoint = self.rules.last_places(prompt_tokens)
+        place = branch or self._branch_checkpoint(checkpoint, computed)
+        record.checkpoints = plan_checkpoints(
+            self.rules, self.prompt_ends, prompt_tokens, computed, (place,) if place else (), record.resumed
+        )
+        record.far = FarPlaces(checkpoint, self.branches.distances[-1])
+        return branch
+
+    def _branch_checkpoint(self, checkpoint: int, computed: int) -> int:
+        """Where a prompt should leave a checkpoint for those expected to branch from it; 0 for nowhere."""
+        distance = self.branches.branch_checkpoint(checkpoint, self._state_tokens)
+        place = checkpoint - distance
+        return place if distance and place > computed and place >= LONG_PROMPT else 0
+
+    def step_end(self, name: Hashable, start: int, end: int, prompt_end: int) -> int:
+        """Where a step of a request's prompt ends; see `Checkpoints.step_end`."""
+        return self.checkpoints(name).step_end(self.rules, start, end, prompt_end)
+
+    def checkpoints(self, name: Hashable) -> Checkpoints:
+        """Where a request leaves states; none if nothing is known of it."""
+        record = self.requests.get(name)
+        return record.checkpoints if record else NO_CHECKPOINTS
+
+    def state_at(self, name: Hashable, tokens: int) -> None:
+        """A request has found a state there, or left one."""
+        record = self.requests.get(name)
+        if record is not None:
+            record.last_checkpoint = max(tokens, record.last_checkpoint or 0)
+
+    def release(self, name: Hashable) -> int | None:
+        """A request gives up its blocks. Returns where its last state in the cache is; None if it has none."""
+        record = self.requests.get(name)
+        if record is None:
+            return None
+        last, record.last_checkpoint = record.last_checkpoint, None
+        return last
+
+    def end(
+        self, name: Hashable, keys: Sequence[Hashable], prompt_tokens: int, computed: int, last_checkpoint: int | None
+    ) -> None:
+        """A request has ended, its blocks having been released.
+
+        Args:
+            name: the request.
+            keys: its prompt's.
+            prompt_tokens: the prompt.
+            computed: tokens that it has computed.
+            last_checkpoint: what `release` said.
+        """
+        record = self.requests.pop(name, None)
+        if record is None:
+            return
+        self._arena.finish(name)
+        read = computed >= prompt_tokens
+        if last_checkpoint is None and not read:
+            return
+        end, checkpoint = self.rules.last_places(prompt_tokens)
+        now = self._arena.bytes_allocated
+
+        def left(place: int) -> bool:
+            return last_checkpoint is not None and place <= last_checkpoint and place in record.checkpoints
+
+        places = {place: self._key(keys, place) for place in (end, checkpoint) if place}
+        # A return to one of the two is taken for one to the other: eviction asks whether a prompt comes back at all.
+        at_either = any(left(place) for place in places)
+        points = [ResumePoint(key, 0, at_either) for key in places.values()]
+        points += [
+            ResumePoint(self._key(keys, place), distance, left(place))
+            for distance in self.branches.distances
+            if (place := checkpoint - distance) > 0
+        ]
+        self.reuse.ended(points, now, record.match)
+        if end and read:
+            self.prompt_ends.ended(prompt_tokens, places[end], places.get(checkpoint), now)
+
+    def _key(self, keys: Sequence[Hashable], place: int) -> Hashable:
+        return keys[place // self._key_tokens - 1]
+
+    # What is kept.
+
+    def at_step_end(self, name: Hashable, tokens: int, prompt_tokens: int) -> Retention:
+        """Whether the state that a step leaves is kept, and how. The step ends inside the prompt, or at its end."""
+        record = self.requests.get(name)
+        if record is None or tokens >= prompt_tokens or tokens % self.rules.unit:
+            return Retention.DROP
+        interval = self.rules.interval
+        if tokens in record.checkpoints or (interval and tokens % interval == 0):
+            return Retention.LOW if tokens in record.checkpoints.low else Retention.KEEP
+        if record.far is not None and self._has_unowned_memory() and record.far.keeps(tokens):
+            return Retention.LOW
+        return Retention.DROP
+
+    def _has_unowned_memory(self) -> bool:
+        """Whether there is memory without use: a state that hardly anybody asks for evicts nothing."""
+        return self._arena.unowned_bytes * UNOWNED_SHARE >= self._arena.total_bytes
+
+    def of_state(self, key: Hashable, *, superseded: bool, shared: bool, low: bool) -> Retention:
+        """What becomes of a cached state without references.
+
+        Args:
+            key: of the place where it is.
+            superseded: whether its last request found it and left a later one. The next turn of a conversation hits
+                that one.
+            shared: whether it is at the end of a shared prefix.
+            low: whether it was left at low priority.
+        """
+        if key in self._branch_points or (superseded and shared):
+            return Retention.KEEP
+        return Retention.LOW if superseded or low else Retention.KEEP
+
+    def of_attention(self, tokens: int, last_checkpoint: int | None) -> Retention:
+        """What becomes of cached attention up to ``tokens`` without references.
+
+        Behind the last state that its request leaves, none can be hit. With a drafter a lookup has to find a block more
+        than it gives.
+
+        Args:
+            tokens: up to the block's end.
+            last_checkpoint: of the request that releases it; None if that isn't known.
+        """
+        usable = last_checkpoint is None or tokens - self.rules.ahead <= last_checkpoint
+        return Retention.KEEP if usable else Retention.DROP
+
+    def remember_branch_point(self, key: Hashable) -> None:
+        """Prompts continue differently from here: the state at this place is kept."""
+        self._branch_points[key] = None
+        self._branch_points.move_to_end(key)
+        if len(self._branch_points) > BRANCH_POINTS:
+            self._branch_points.popitem(last=False)

@@ -1,10 +1,10 @@
-"""When prompts are gone on from: learned from those that were, still cached or not.
+"""When prompts are continued: learned from those that were, still cached or not.
 
-A prompt's end is remembered by a key (a hash of the text up to there) long after its blocks are gone. When a later
-prompt contains that key, somebody has come back after a time that no cache had to last for. That prompt leaves a prefix
-with the same beginning, and the wait for the next one starts again. From these times follows how likely a return is at
-any age, and from that the *reuse index* of keeping a cached prefix: hits gained for the time that its
-memory stays taken,
+A prompt's end is remembered by a key (a hash of the text up to there) long after its blocks are evicted. When a later
+prompt contains that key, that is a *return*, after a time that is known whether or not the cache lasted for it. The
+later prompt leaves a cached prefix with the same beginning, and the wait for the next return starts. From these times
+follows how likely a return is at any age, and from that the *reuse index* of a cached prefix: hits gained for the time
+that its memory stays taken,
 
     reuse_index(age) = max over t of  P(return in [age, age + t])  /  E[time until then, or t if nobody comes]
 
@@ -36,14 +36,14 @@ _SHARED_WEIGHT = 10.0
 """Returns to later turns that the table starts from as if they had been seen: there are few of each at first, and what
 is known of all turns but the first is a fair guess. Chosen by simulation, see docs/prefix-caching.md."""
 _SHARED_USES = 2
-"""Prompts that may go on from one place, until it counts as what many prompts begin with."""
+"""Prompts that may continue from one place, until it counts as a shared prefix."""
 
 
 class TurnClass(IntEnum):
     """Which turn of a conversation a prompt is: the more there were, the likelier is another."""
 
     FIRST = 0
-    """It goes on from no earlier prompt."""
+    """It continues no earlier prompt."""
     SECOND = 1
     LATER = 2
     NONE = 3
@@ -56,8 +56,8 @@ class PrefixMatch:
 
     turn: TurnClass
     distance: int | None = None
-    """How far before the end of an earlier prompt it parts from it, as told to `ReuseModel.ended`: 0 if it goes on from
-    there, None if it goes on from no earlier prompt, or from where many do."""
+    """How far before the end of an earlier prompt it branches from it, as told to `ReuseModel.ended`: 0 if it contains
+    all of it, None if it continues no earlier prompt, or a shared prefix."""
     shared: Hashable | None = None
     """The key of the longest known place that it shares with prompts of other conversations."""
     place: Hashable | None = field(default=None, compare=False)
@@ -65,13 +65,13 @@ class PrefixMatch:
 
 
 class ResumePoint(NamedTuple):
-    """Where a later prompt may go on from one that was served."""
+    """Where a later prompt may continue one that was served."""
 
     key: Hashable
     distance: int
     """How far before the end of the prompt it is, in any unit; 0 for places that are as good as the end."""
     kept: bool
-    """Whether something was left there to come back to. If not, it only tells where prompts part."""
+    """Whether a state was left there. If not, it only tells where prompts branch."""
 
 
 class _Wait:
@@ -105,7 +105,7 @@ class ReuseModel:
     """The record of returns.
 
     Args:
-        unit: the first age bin, in bytes handed out: a small share of the memory, for ages under it aren't told apart.
+        unit: the first age bin, in bytes allocated: a small share of the memory, for ages under it aren't told apart.
     """
 
     def __init__(self, unit: int) -> None:
@@ -130,7 +130,7 @@ class ReuseModel:
         return PrefixMatch(TurnClass.FIRST)
 
     def _returned(self, key: Hashable, known: _Known, now: int) -> PrefixMatch:
-        """A prompt goes on from here."""
+        """A prompt continues from here."""
         known.uses += 1
         wait = known.wait
         if wait is not None and not wait.counted:
@@ -147,7 +147,7 @@ class ReuseModel:
         """A prompt was served.
 
         Args:
-            places: where a later prompt may go on.
+            places: where a later prompt may continue.
             now: the time.
             match: what `began` said of it.
         """
@@ -169,7 +169,7 @@ class ReuseModel:
             self._learn(now)
 
     def _await(self, key: Hashable, distance: int, wait: _Wait, now: int) -> None:
-        """The next return to this place ends this wait: what was left there earlier is part of a new cached prefix."""
+        """The next return to this place ends this wait: what was left there is part of a new cached prefix now."""
         known = self._places.setdefault(key, _Known(distance))
         self._places.move_to_end(key)
         known.distance = distance

@@ -70,15 +70,14 @@ class MeteredKVCacheManager(TidepoolKVCacheManager):
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """As before; remembers who was refused."""
-        waits, before = request.status != RequestStatus.RUNNING, self.coordinator.asked
+        waits, before = request.status != RequestStatus.RUNNING, self.coordinator.need
         slots = super().allocate_slots(request, *args, **kwargs)
         if not waits:
             return slots
-        blocks, last = self.coordinator.asked, self._shortage_of(request)
-        if slots is None and not self.coordinator.postponed:
-            if last and blocks is before:
-                # Refused as the last time: nothing was counted.
-                blocks = last.blocks
+        need, last = self.coordinator.need, self._shortage_of(request)
+        if slots is None and not need.postponed:
+            # Refused as the last time: nothing was counted.
+            blocks = last.blocks if last and need is before else need.blocks
             self._shortage = Shortage(request, blocks, max(0, self._room() + 1 - self._extents_for(blocks)))
         elif last:
             self._shortage = None

@@ -1,36 +1,61 @@
 """vLLM's block pool, one for each group, over the core's arena.
 
-The core knows which blocks are in use, cached or clean; vLLM's `BlockPool` knows what is in them (the prefix hashes)
+The core knows which blocks are in use, cached or free; vLLM's `BlockPool` knows what is in them (the prefix hashes)
 and counts references. `GroupBlockPool` keeps vLLM's half and asks the arena for the other. A block comes to the arena's
 notice only when its count leaves or reaches zero.
+
+vLLM's managers call pools without saying for which request. So whoever calls them says it first, by a `Serving`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock, get_block_hash
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, get_block_hash
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from tidepool.cache import Arena, BranchStatistics, ExpectedReturn, LeastRecentlyUsed, PromptEnds, Retention, ReuseModel
+from tidepool.cache import Arena, ExpectedReturn, LeastRecentlyUsed, Retention, RetentionPolicy, ReuseModel
 from tidepool.vllm_plugin.events import ExactEvents
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
 
 logger = init_logger("vllm.tidepool")
 
-JUNCTIONS = 4096
-"""Places where prompts parted that are remembered at most."""
-RETURN_UNITS = 16
+REUSE_UNITS = 16
 """Ages up to this part of the memory aren't told apart; see `ReuseModel`."""
-LIFETIME = 16
-"""Times that the memory is handed out, after which a prompt counts as never gone on from; see `PromptEnds`."""
-SECOND_STATES = (1, 2, 4, 8)
-"""How far before its last checkpoint a prompt may leave a second state, in checkpoints; see `BranchStatistics`."""
+
+
+class RequestContext(NamedTuple):
+    """The request that the pools serve, and what they need to know of it."""
+
+    name: str
+    finds_shared: bool = False
+    """Whether what it finds in the cache is a shared prefix."""
+    supersedes_before: int = 0
+    """States that it finds before this place, in tokens, are superseded: it will leave a later one."""
+    last_checkpoint: int | None = None
+    """While its blocks are released, tokens up to the last state that it leaves; None if that isn't known."""
+
+
+class Serving:
+    """While it lasts, the pools serve one request. Doesn't nest."""
+
+    __slots__ = ("_context", "_memory")
+
+    def __init__(self, memory: ArenaBlockPool, context: RequestContext) -> None:
+        self._memory = memory
+        self._context = context
+
+    def __enter__(self) -> None:
+        assert self._memory.serving is None, "the pools serve one request at a time"
+        self._memory.serving = self._context
+
+    def __exit__(self, *_: object) -> None:
+        self._memory.serving = None
 
 
 class GroupBlockPool(ExactEvents, BlockPool):
@@ -65,27 +90,36 @@ class GroupBlockPool(ExactEvents, BlockPool):
         # One queue for all groups keeps their events in the order in which they happened.
         self.kv_event_queue = memory.kv_event_queue
         self.metrics_collector = None
-        self.handed_on: set[int] = set()
-        """States in use that a request goes on from, and will leave a later one."""
-        self.spares: set[int] = set()
-        """States that are cached only as long as memory isn't short."""
-        self.request_blocks: Sequence[KVCacheBlock] = ()
-        """Blocks of the request that the next ones are for."""
+        self.superseded: set[int] = set()
+        """States in use that a request has found, and will leave a later one."""
+        self.low: set[int] = set()
+        """States that are to be kept at low priority."""
+        self.blocks_of: Mapping[str, Sequence[KVCacheBlock]] = {}
+        """By request, the blocks that the group's manager has for it."""
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
-        """Blocks with one reference each; evicts what the arena finds coldest."""
-        blocks, before = self.blocks, self.request_blocks
+        """Blocks with one reference each; evicts what the arena's policy says."""
+        blocks, request = self.blocks, self.memory.serving
+        before = self.blocks_of.get(request.name) if request else None
         last = before[-1].block_id if before and not before[-1].is_null else None
-        got = self.arena.allocate(self.group, num_blocks, last=last, request=self.memory.request)
+        got = self.arena.allocate(self.group, num_blocks, last=last, request=self._filed_under)
         new = [blocks[i] for i in got]
         for block in new:
             block.ref_cnt = 1
-        if self.spares:
-            self.spares.difference_update(got)
+        if self.low:
+            self.low.difference_update(got)
         return new
+
+    @property
+    def _filed_under(self) -> str | None:
+        """The request that the arena files cached blocks under; without prefix caching there are none."""
+        request = self.memory.serving
+        return request.name if request and self.enable_caching else None
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Reference blocks that a prefix hit found."""
+        request, retention = self.memory.serving, self.memory.retention
+        shared = request is not None and request.finds_shared
         waking: list[int] = []
         for block in blocks:
             if block.is_null:
@@ -94,18 +128,19 @@ class GroupBlockPool(ExactEvents, BlockPool):
                 waking.append(block.block_id)
             block.ref_cnt += 1
             if self.checkpoint_tokens:
-                self.spares.discard(block.block_id)
+                self.low.discard(block.block_id)
                 tokens = block.block_hash_num_tokens or 0
-                self.memory.leaves_state_at(tokens)
-                if tokens < self.memory.state_to_come and not self.memory.finds_trunk:
-                    self.handed_on.add(block.block_id)
+                if request and retention:
+                    retention.state_at(request.name, tokens)
+                    if tokens < request.supersedes_before and not shared:
+                        self.superseded.add(block.block_id)
         if waking:
-            self.arena.touch(self.group, waking, shared=self.memory.finds_trunk)
+            self.arena.touch(self.group, waking, shared=shared)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """Drop a reference to each block, the first to be evicted first. Blocks of other pools go to theirs."""
         idle: list[int] = []
-        keep: list[Retention] = []
+        kept: list[Retention] = []
         elsewhere: dict[BlockPool, list[KVCacheBlock]] = {}
         for block in ordered_blocks:
             if block.pool is not self:
@@ -114,55 +149,52 @@ class GroupBlockPool(ExactEvents, BlockPool):
                 block.ref_cnt -= 1
                 if block.ref_cnt == 0:
                     idle.append(block.block_id)
-                    keep.append(self._worth(block))
+                    kept.append(self._retention(block))
         if idle:
-            self.arena.release(self.group, idle, keep, request=self.memory.request)
+            self.arena.release(self.group, idle, kept, request=self._filed_under)
             if self.memory.poison:
                 self.memory.operations += [
                     encode_poison(self.group, index, self.memory.groups)
-                    for index, kept in zip(idle, keep, strict=True)
-                    if not kept
+                    for index, each in zip(idle, kept, strict=True)
+                    if not each
                 ]
         for pool, blocks in elsewhere.items():
             pool.free_blocks(blocks)
 
-    def _worth(self, block: KVCacheBlock) -> Retention:
-        """What becomes of a block without references.
-
-        Attention behind the last state that its request leaves is of no use to anybody. A state that saves little
-        beside another one is kept only while there is memory to spare. So is the state that a conversation has gone on
-        from, once it has a later one.
-        """
-        handed_on = block.block_id in self.handed_on
-        self.handed_on.discard(block.block_id)
-        if block.block_hash is None:
+    def _retention(self, block: KVCacheBlock) -> Retention:
+        """What becomes of a block without references."""
+        superseded = block.block_id in self.superseded
+        self.superseded.discard(block.block_id)
+        policy, request = self.memory.retention, self.memory.serving
+        if block.block_hash is None or policy is None:
             return Retention.DROP
-        tokens = block.block_hash_num_tokens or 0
-        if not self.checkpoint_tokens:
-            if self.memory.reach is None or tokens - self.memory.ahead_tokens <= self.memory.reach:
-                return Retention.KEEP
+        if self.checkpoint_tokens:
+            return policy.of_state(
+                get_block_hash(block.block_hash),
+                superseded=superseded,
+                shared=bool(self.arena.pools[self.group].shared[block.block_id]),
+                low=block.block_id in self.low,
+            )
+        kept = policy.of_attention(block.block_hash_num_tokens or 0, request.last_checkpoint if request else None)
+        if kept == Retention.DROP:
             self._maybe_evict_cached_block(block)
-            return Retention.DROP
-        if not tokens or get_block_hash(block.block_hash) in self.memory.junctions:
-            return Retention.KEEP
-        if handed_on:
-            return Retention.KEEP if self.arena.pools[self.group].shared[block.block_id] else Retention.LOW
-        return Retention.LOW if block.block_id in self.spares else Retention.KEEP
+        return kept
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
         """As vLLM's: a state's place in the cache passes to the block that it is copied to."""
         super().move_block_hashes(src_block, dst_block)
-        if src_block.block_id in self.spares:
-            self.spares.discard(src_block.block_id)
-            self.spares.add(dst_block.block_id)
+        if src_block.block_id in self.low:
+            self.low.discard(src_block.block_id)
+            self.low.add(dst_block.block_id)
 
     def _insert_block_hash(
         self, block_hash_with_group_id: BlockHashWithGroupId, block: KVCacheBlock, num_tokens: int | None
     ) -> None:
-        """Put contents into the prefix cache; of states it is remembered how far the last one of a request reaches."""
+        """Put contents into the prefix cache; the policy is told of states."""
         super()._insert_block_hash(block_hash_with_group_id, block, num_tokens)
-        if self.checkpoint_tokens:
-            self.memory.leaves_state_at(num_tokens or 0)
+        request, retention = self.memory.serving, self.memory.retention
+        if self.checkpoint_tokens and request and retention:
+            retention.state_at(request.name, num_tokens or 0)
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Drop blocks of this group from the prefix cache; those in use stay in use."""
@@ -219,24 +251,16 @@ class ArenaBlockPool:
         self.kv_event_queue: list[KVCacheEvent] = []
         self.num_gpu_blocks = config.num_blocks
         specs = [group.kv_cache_spec for group in config.kv_cache_groups]
-        self.returns = ReuseModel(config.arena_bytes // RETURN_UNITS)
+        self.reuse = ReuseModel(config.arena_bytes // REUSE_UNITS)
         self.arena = config.make_arena(
-            policy=ExpectedReturn(self.returns) if config.eviction == "returns" else LeastRecentlyUsed(),
+            policy=ExpectedReturn(self.reuse) if config.eviction == "returns" else LeastRecentlyUsed(),
             on_evict=self._on_evict,
             on_move=self._on_move,
         )
-        self.request: str | None = None
-        """The request that the coordinator is at work for; None without prefix caching, where nobody needs to know."""
-        self.reach: int | None = None
-        """Tokens up to the last state of the request whose blocks are being released; None if that isn't known."""
-        self.last_states: dict[str, int] = {}
-        """Tokens up to the last state that a request under way has found or left in the cache, if any."""
-        self.state_to_come = 0
-        """Tokens up to the last state that this request is to leave and that is no spare."""
-        self.junctions: OrderedDict[BlockHash, None] = OrderedDict()
-        """Hashes of the places where prompts parted."""
-        self.finds_trunk = False
-        """Whether what this request finds in the cache is a trunk."""
+        self.retention: RetentionPolicy | None = None
+        """With prefix caching, what is kept."""
+        self.serving: RequestContext | None = None
+        """The request that the pools serve now; see `Serving`."""
         self.pools = tuple(
             GroupBlockPool(
                 group,
@@ -255,8 +279,6 @@ class ArenaBlockPool:
         """The core's pools of groups whose need grows with the text."""
         self.checkpoint_tokens = config.checkpoint_tokens
         """Tokens from one checkpoint to the next."""
-        self.prompt_ends = PromptEnds(self.checkpoint_tokens, config.arena_bytes * LIFETIME)
-        self.partings = BranchStatistics([self.checkpoint_tokens * steps for steps in SECOND_STATES])
         state_bytes = sum(
             stride for stride, pool in zip(config.strides, self.pools, strict=True) if pool.checkpoint_tokens
         )
@@ -267,21 +289,7 @@ class ArenaBlockPool:
         )
         self.state_tokens = state_bytes / token_bytes
         """Tokens whose attention takes as many bytes as a state."""
-        self.ahead_tokens = 0
-        """How much more than it gives a lookup has to find: a block of attention, with a drafter."""
         self.null_block = self.pools[0].null_block
-
-    def leaves_state_at(self, tokens: int) -> None:
-        """This request has found or left a state there."""
-        if self.request is not None:
-            self.last_states[self.request] = max(tokens, self.last_states.get(self.request, 0))
-
-    def remember_junction(self, key: BlockHash) -> None:
-        """Other prompts went on differently from here: the state at this place is no spare."""
-        self.junctions[key] = None
-        self.junctions.move_to_end(key)
-        if len(self.junctions) > JUNCTIONS:
-            self.junctions.popitem(last=False)
 
     def _on_evict(self, group: int, block: int) -> None:
         self.pools[group].drop_contents(block)

@@ -1,4 +1,4 @@
-"""The scheduler's books of states: which are kept for later prompts, and when a running one needs a new block.
+"""The scheduler's manager of states: which are kept for later prompts, and when a running one needs a new block.
 
 vLLM keeps a state at multiples of the block size, so it ends steps there, and takes a new block at each. Here the place
 of each checkpoint is decided for each prompt (`tidepool.cache.retention`), steps may end anywhere, and a running state
@@ -14,44 +14,17 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request
 
-from tidepool.cache import CheckpointRules, Checkpoints, FarPlaces
+from tidepool.cache import Retention, RetentionPolicy
 from tidepool.vllm_plugin.planning import STATES_ROLE
-
-UNUSED_SHARE = 16
-"""States at far places are left while at least this part of the memory belongs to nobody."""
-
-
-class CheckpointBooks:
-    """What all groups of states of an engine have in common: where requests under way leave checkpoints."""
-
-    def __init__(self, rules: CheckpointRules) -> None:
-        self.rules = rules
-        self.of: dict[str, Checkpoints] = {}
-        """By request."""
-        self.far: dict[str, FarPlaces] = {}
-        """By request whose prompt takes several steps."""
-        self._far_place: tuple[str, int, bool] = ("", 0, False)
-
-    def forget(self, request_id: str) -> Checkpoints:
-        """A request has ended. Returns where it was to leave checkpoints."""
-        self.far.pop(request_id, None)
-        return self.of.pop(request_id, Checkpoints())
-
-    def keeps_far(self, request_id: str, place: int) -> bool:
-        """Whether the state at a step's end is kept in case of a fork; all groups of states get the same answer."""
-        if self._far_place[:2] != (request_id, place):
-            far = self.far.get(request_id)
-            self._far_place = request_id, place, far is not None and far.keeps(place)
-        return self._far_place[2]
 
 
 class StateManager(MambaManager):
-    """vLLM's manager of states with prefix caching, by the books of `CheckpointBooks`."""
+    """vLLM's manager of states with prefix caching, by tidepool's policy of retention."""
 
-    books: CheckpointBooks
+    retention: RetentionPolicy
 
     def _stays_in_block(self, request_id: str, tokens: int) -> bool:
-        """Whether the running state goes on in its block, under another column.
+        """Whether the running state stays in its block, under another column.
 
         Workers copy a state from its column to the next, which here is the same block; what they hold of the old
         column stays as it was, and nobody asks for it again.
@@ -69,7 +42,7 @@ class StateManager(MambaManager):
         """Whether a step to ``tokens`` writes its state elsewhere than to this column.
 
         A cached state at a place inside its column is copied before the request that left or found it writes there. One
-        that goes on in a later column only reads it.
+        that continues in a later column only reads it.
         """
         return bool(cdiv(tokens, self.block_size) - 1 > column)
 
@@ -99,7 +72,7 @@ class StateManager(MambaManager):
             return need
         saved = self._checkpoints.get(request_id)
         if saved is not None and not apply_admission_cap:
-            place = self.books.rules.place_within(total_computed_tokens, num_tokens_main_model)
+            place = self.retention.rules.place_within(total_computed_tokens, num_tokens_main_model)
             self._checkpoints[request_id] = place, saved[1]
         column = None
         if request_id in self._partial_hit_reqs:
@@ -115,9 +88,8 @@ class StateManager(MambaManager):
     def _needs_internal_checkpoint(
         self, request_id: str, query_start: int, query_end: int, checkpoint_position: int, prefill_end: int
     ) -> bool:
-        place = self.books.rules.place_within(query_start, query_end)
-        plan = self.books.of.get(request_id, Checkpoints())
-        return 0 < place == plan.within and bool(
+        place = self.retention.rules.place_within(query_start, query_end)
+        return 0 < place == self.retention.checkpoints(request_id).within and bool(
             super()._needs_internal_checkpoint(request_id, query_start, query_end, place, prefill_end)
         )
 
@@ -156,28 +128,19 @@ class StateManager(MambaManager):
         name = request.request_id
         # vLLM tells by this entry that a request is under way.
         self.num_cached_block[name] = num_tokens // self.block_size
-        places = self.books.of.get(name)
         saved = self._checkpoints.get(name)
         if saved is not None:
-            self._keep(request, *saved, spare=places is not None and saved[0] in places.spares)
-        if places is None or num_tokens >= request.num_prompt_tokens or num_tokens % self.books.rules.unit:
+            self._keep(request, *saved, low=saved[0] in self.retention.checkpoints(name).low)
+        kept = self.retention.at_step_end(name, num_tokens, request.num_prompt_tokens)
+        if kept == Retention.DROP:
             return
         column = cdiv(num_tokens, self.block_size) - 1
-        if num_tokens in places or (self.books.rules.interval and num_tokens % self.books.rules.interval == 0):
-            self._keep(request, num_tokens, column, spare=num_tokens in places.spares)
-        elif self._has_room_for_far() and self.books.keeps_far(name, num_tokens):
-            self._keep(request, num_tokens, column, spare=True)
-        else:
-            return
+        self._keep(request, num_tokens, column, low=kept == Retention.LOW)
         if num_tokens % self.block_size:
-            # The request goes on in this block: before the next step its contents are copied to one of the cache's own.
+            # The request continues in this block: before the next step its contents are copied to one of the cache's.
             self._partial_hit_reqs[name] = column, self.req_to_blocks[name][column]
 
-    def _has_room_for_far(self) -> bool:
-        """Whether there is memory without use: a state that hardly anybody asks for evicts nothing."""
-        return bool(self.block_pool.arena.unowned * UNUSED_SHARE >= self.block_pool.memory.num_gpu_blocks)
-
-    def _keep(self, request: Request, place: int, column: int, *, spare: bool = False) -> None:
+    def _keep(self, request: Request, place: int, column: int, *, low: bool) -> None:
         """Put the state at a place, which is in this column, into the prefix cache."""
         block = self.req_to_blocks[request.request_id][column]
         if block.is_null or block.block_hash_num_tokens == place:
@@ -193,8 +156,8 @@ class StateManager(MambaManager):
         if key is not None:
             # Nobody may read it before it has been computed.
             self.cached_blocks_this_step.add(key)
-            if spare:
-                self.block_pool.spares.add(block.block_id)
+            if low:
+                self.block_pool.low.add(block.block_id)
 
 
 def register() -> None:
