@@ -70,10 +70,10 @@ class MeteredKVCacheManager(TidepoolKVCacheManager):
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """As before; remembers who was refused."""
-        waits, before = request.status != RequestStatus.RUNNING, self.coordinator.need
+        if request.status == RequestStatus.RUNNING:
+            return super().allocate_slots(request, *args, **kwargs)
+        before = self.coordinator.need
         slots = super().allocate_slots(request, *args, **kwargs)
-        if not waits:
-            return slots
         need, last = self.coordinator.need, self._shortage_of(request)
         if slots is None and not need.postponed:
             # Refused as the last time: nothing was counted.

@@ -68,7 +68,8 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
                 for manager in self.single_type_managers
             ]
         )
-        self.need = Need("", [0] * len(self.single_type_managers))
+        self._nothing = Need("", [0] * len(self.single_type_managers))
+        self.need = self._nothing
         """What was counted last."""
 
     def states_to_come(self, request_id: str, tokens: int) -> int:
@@ -93,7 +94,8 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         needs: list[int] = []
         touched: list[Sequence[int]] = []
         asked = [0] * len(self.single_type_managers)
-        self.need = Need(request_id, asked)
+        self.need = self._nothing
+        anything = False
         for manager, computed in zip(self.single_type_managers, new_computed_blocks, strict=True):
             need = manager.get_num_blocks_to_allocate(
                 request_id,
@@ -106,6 +108,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
                 prefill_end=prefill_end,
             )
             asked[manager.kv_cache_group_id] = need
+            anything |= need > 0
             if need > manager.block_pool.num_gpu_blocks:
                 # More than the pool has: a manager's way to say "not in this step".
                 self.need = Need(request_id, asked, postponed=need == manager.block_pool.num_gpu_blocks + 1)
@@ -118,7 +121,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
                 idle = [block.block_id for block in computed[skipped:] if block.ref_cnt == 0 and not block.is_null]
             needs.append(need - len(idle))
             touched.append(idle)
-        if not any(need > 0 for need in asked):
+        if not anything:
             return 0
         arena = self.block_pool.arena
         charges, pinned = arena.extents_needed(needs, touched)
