@@ -195,7 +195,7 @@ def test_a_failed_worker_names_its_log(
 @pytest.mark.heavy
 def test_compare_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    from tidepool.tiny import make_checkpoint
+    from tidepool.testing.tiny import make_checkpoint
 
     model = make_checkpoint("qwen3.5", tmp_path / "tiny")
     arguments = ["compare", "--quick", "--model", str(model), "--kv-memory", "65MB"]
@@ -215,7 +215,7 @@ def test_compare_end_to_end(tmp_path: Path) -> None:
 @pytest.mark.vllm
 def test_stock_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm")
-    from tidepool.tiny import make_checkpoint
+    from tidepool.testing.tiny import make_checkpoint
 
     python = tmp_path / "python"
     python.write_text(f"""#!{sys.executable}

@@ -12,7 +12,7 @@ import pytest
 from answers import gaps, tokens
 from engines import run_child
 from tidepool.compare.agreement import BFLOAT16_GAP
-from tidepool.tiny import make_checkpoint
+from tidepool.testing.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
 RANK = 8

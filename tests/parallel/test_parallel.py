@@ -19,7 +19,7 @@ from tidepool.cache import group_layers
 from tidepool.models import CacheOptions, model_from_config
 from tidepool.plan.memory import Memory
 from tidepool.plan.predict import predict_stages
-from tidepool.tiny import make_checkpoint
+from tidepool.testing.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
 

@@ -116,10 +116,10 @@ def _subjects(models: Sequence[Path] | None, kv_memory: str | None, quick: bool,
 
 def _tiny_checkpoint(family: str, workdir: Path) -> Path:
     """The tiny checkpoint of a family, made if it isn't there; a new recipe gets a new directory."""
-    recipe = sha256(files("tidepool").joinpath("tiny.py").read_bytes()).hexdigest()[:12]
+    recipe = sha256(files("tidepool.testing").joinpath("tiny.py").read_bytes()).hexdigest()[:12]
     path = workdir.resolve() / f"tiny-{recipe}" / family
     if not path.exists():
-        from tidepool.tiny import make_checkpoint
+        from tidepool.testing.tiny import make_checkpoint
 
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
