@@ -15,7 +15,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from tidepool.cli import app
-from tidepool.installed import NO_VLLM
+from tidepool.command_line import NO_VLLM
 from tidepool.verify import command, drive, report
 from tidepool.verify.messages import Counts, Machine, Outcome
 from tidepool.verify.scenarios import ABORTS, MOVES, PARTS, PREEMPTED, QUICK_PARTS, SCENARIOS, SHARED, Part, Scenario
@@ -132,7 +132,7 @@ def test_an_opened_gate_is_told() -> None:
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: drive.Results) -> Result:
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: object())
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: object())
     monkeypatch.setattr(drive, "run", lambda parts, directory, progress: results)
     return CliRunner().invoke(app, ["verify", "--json", str(tmp_path / "out.json")])
 
@@ -160,7 +160,7 @@ def test_a_side_that_ended_early_fails(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: None)
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["verify"])
     assert result.exit_code == 1
     assert " ".join(result.output.split()) == NO_VLLM
@@ -169,7 +169,7 @@ def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_place_for_the_numbers_that_is_not_there_is_told_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: object())
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: object())
     monkeypatch.setattr(drive, "run", lambda *arguments: pytest.fail("it ran"))
     result = CliRunner().invoke(app, ["verify", "--json", str(tmp_path / "nowhere" / "out.json")])
     assert result.exit_code == 2

@@ -7,18 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tidepool import sides
 from tidepool.vllm_plugin.settings import Eviction
 
 Mode = Literal["stock", "fixed", "elastic", "bound"]
 """``bound`` is stock vLLM with a model of the same attention and no states."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-TITLES: dict[Mode, str] = {
-    "stock": "stock vLLM",
-    "fixed": "tidepool fixed",
-    "elastic": "tidepool elastic",
-    "bound": "attention only",
-}
+TITLES: dict[Mode, str] = {mode: "attention only" if mode == "bound" else sides.TITLES[mode] for mode in MODES}
 """How modes are called in tables."""
 
 

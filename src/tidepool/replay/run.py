@@ -10,8 +10,9 @@ from typing import Any
 
 from vllm.v1.engine.core import EngineCore
 
+from tidepool.gpus import find_gpu
 from tidepool.replay.bound import attention_only
-from tidepool.replay.clock import CostModel, Work, cost_model, find_roofline
+from tidepool.replay.clock import CostModel, Work, cost_model
 from tidepool.replay.engine import EngineShape, add_request, make_checked_engine, typed_layers
 from tidepool.replay.job import Job, Result, Sample
 from tidepool.replay.memory_use import MemoryMeter
@@ -136,7 +137,7 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
     )
     engine = make_checked_engine(shape)
     # The clock is the hybrid model's in every mode, so that times differ by what the memory policy does alone.
-    costs = cost_model(job.config, find_roofline(job.gpu)[1], job.layer_kv_dtypes)
+    costs = cost_model(job.config, find_gpu(job.gpu)[1], job.layer_kv_dtypes)
     replay = Replay(engine, costs, requests, job.rate)
     meter = MemoryMeter(engine.scheduler, job.kv_bytes, engine.model_executor.specs)
 

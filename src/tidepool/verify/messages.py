@@ -16,7 +16,7 @@ class Machine:
     torch: str
     device: str
     gated: bool
-    """Whether tidepool steps aside on this device unless a user opens the gate, as the worker does."""
+    """Whether tidepool falls back to vLLM on this device unless a user opens the gate, as the worker does."""
 
 
 @dataclass(frozen=True)
