@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from tidepool.cli import app
 from tidepool.command_line import NO_VLLM
+from tidepool.running import process
 from tidepool.verify import command, drive, report
 from tidepool.verify.messages import Counts, Machine, Outcome
 from tidepool.verify.scenarios import ABORTS, MOVES, PARTS, PREEMPTED, QUICK_PARTS, SCENARIOS, SHARED, Part, Scenario
@@ -205,7 +206,7 @@ def test_a_failed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker_of(monkeypatch, tmp_path, "import time; time.sleep(60)")
-    monkeypatch.setattr(drive, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(process, "ANSWER_SECONDS", 0.5)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors[0].startswith("elastic: no answer in 0 s; its log is ")
 
@@ -229,7 +230,7 @@ for _ in range(6):
     time.sleep(0.5)
 print('{"error": "out of luck"}', flush=True); raise SystemExit(1)"""
     worker_of(monkeypatch, tmp_path, code)
-    monkeypatch.setattr(drive, "ANSWER_SECONDS", 2.5)
+    monkeypatch.setattr(process, "ANSWER_SECONDS", 2.5)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors == [f"elastic: out of luck; its log is {tmp_path / 'elastic.log'}."]
 
@@ -323,15 +324,3 @@ GroupBlockPool.free_blocks = lose_one"""
     result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
     assert result.exit_code == 1
     assert "of the memory is in use after the last request" in result.output
-
-
-@pytest.mark.vllm
-def test_stock_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = """
-import vllm
-from tidepool.vllm_plugin import gates
-gates.GATES += (gates.Gate("test", "this is a test", lambda config: True),)"""
-    worker_of(monkeypatch, tmp_path, code)
-    result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
-    assert result.exit_code == 1
-    assert "elastic: tidepool steps aside, vLLM's own KV cache is used. test: this is a test; its log" in result.output

@@ -15,7 +15,7 @@ from cases import CASES, Case, checkpoint_of
 
 from answers import gaps, tokens
 from engines import run_child
-from tidepool.compare.agreement import BFLOAT16_GAP
+from tidepool.running.agreement import BFLOAT16_GAP
 
 pytestmark = [pytest.mark.vllm, pytest.mark.heavy]
 FLOAT32_GAP = 0.01

@@ -17,7 +17,7 @@ from answers import assert_same_answers, gaps, tokens
 from asking import make_prompts
 from tidepool.cache import FullAttention, Group, SlidingWindow, State
 from tidepool.capacity.predict import predict
-from tidepool.compare.agreement import BFLOAT16_GAP
+from tidepool.running.agreement import BFLOAT16_GAP
 
 pytestmark = pytest.mark.vllm
 MIXED: dict[str, Any] = {

@@ -18,9 +18,9 @@ import pytest
 
 import engines
 from answers import gaps
-from tidepool.compare.agreement import BFLOAT16_GAP
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
+from tidepool.running.agreement import BFLOAT16_GAP
 from tidepool.testing.tiny import Family, make_checkpoint
 from tidepool.verify.task import ANSWER_TOKENS, MODEL, make_prompts
 

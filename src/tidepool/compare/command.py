@@ -12,7 +12,7 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,8 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidepool.command_line import NO_VLLM, UsageError, cannot_write, fail, has_vllm
 from tidepool.compare import drive, report
-from tidepool.compare.messages import SIDES, Side
 from tidepool.compare.workloads import CHAT, LONG, SHORT, WORKLOADS, Workload, halved
+from tidepool.sides import SIDES, Side
 from tidepool.sizes import parse_size
 
 WIDTH = 100
@@ -80,7 +80,7 @@ def parse_sides(text: str) -> list[Side]:
     for name in names:
         if name not in SIDES:
             raise UsageError(f"There is no side {name!r}: choose from {', '.join(SIDES)}.")
-    chosen = [side for side in get_args(Side) if side in names]
+    chosen = [side for side in SIDES if side in names]
     if chosen[:1] != ["stock"] or len(chosen) < 2:
         raise UsageError("--sides needs stock and at least one of elastic and fixed.")
     return chosen

@@ -128,7 +128,7 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
     shape = EngineShape(
         hf_config=attention_only(job.config) if job.mode == "bound" else job.config,
         kv_bytes=job.kv_bytes,
-        side="stock" if job.mode == "bound" else job.mode,
+        side=job.side,
         max_num_seqs=job.max_num_seqs,
         max_model_len=longest + 1,
         max_num_batched_tokens=job.max_num_batched_tokens,

@@ -1,11 +1,8 @@
-"""What a worker process tells the command: one JSON object a line."""
+"""What a worker process tells the command: the content of `tidepool.running`'s lines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-ALIVE = {"alive": True}
-"""Written after each step, so that a slow machine isn't taken for one that hangs."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidepool import __version__
-from tidepool.compare.messages import SIDES
+from tidepool.sides import SIDES
 from tidepool.verify.drive import Results
 from tidepool.verify.messages import Machine, Outcome
 from tidepool.verify.scenarios import Count, Part
