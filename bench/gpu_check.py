@@ -4,9 +4,9 @@
 
 Needs a GPU and ``pip install tidepool vllm``; no downloads. Every engine is a process of its own.
 
-answers  Tiny checkpoints with random weights (`tidepool.tiny`). "roomy": memory for all requests, so that both sides
-         run the same batches. "tight": so little that requests are preempted. "shared": prefix caching, with prefixes
-         that several requests share and more of them than memory holds. "again": prompts that come again.
+answers  Tiny checkpoints with random weights (`tidepool.testing.tiny`). "roomy": memory for all requests, so that both
+         sides run the same batches. "tight": so little that requests are preempted. "shared": prefix caching, with
+         prefixes that several requests share and more of them than memory holds. "again": prompts that come again.
 start    The same engines as a user starts them: memory from ``gpu_memory_utilization``, CUDA graphs, the engine core in
          another process.
 speed    The shape of a real model with dummy weights. All sides are started side by side and take turns.
@@ -516,7 +516,7 @@ def main() -> None:
 
     import torch
 
-    from tidepool.tiny import make_checkpoint
+    from tidepool.testing.tiny import make_checkpoint
 
     with TemporaryDirectory() as temporary, ThreadPoolExecutor(args.jobs) as pool:
         directory = Path(temporary)

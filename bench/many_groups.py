@@ -117,7 +117,7 @@ def run(model: str, side: str, arguments: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    from tidepool.plan import parse_size
+    from tidepool.sizes import parse_size
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--memory", default="24GB")

@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--profile", help="a directory for cProfile's figures; times are worth nothing then")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    from tidepool.plan import parse_size
+    from tidepool.sizes import parse_size
 
     if args.child:
         model, side, caching = args.child

@@ -1,6 +1,7 @@
 """Small hybrid models by their configurations alone, for engines without a model: nothing has weights here.
 
-Like `tidepool.tiny`'s, their states are as large as some hundred tokens of attention, and layers don't divide evenly.
+Like `tidepool.testing.tiny`'s, their states are as large as some hundred tokens of attention, and layers don't divide
+evenly.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tidepool.compare.agreement import BFLOAT16_GAP, first_gap
+from tidepool.running.agreement import BFLOAT16_GAP, first_gap
 
 
 def tokens(result: dict[str, Any]) -> list[list[int]]:

@@ -14,12 +14,14 @@ from typing import Any
 
 import quick_kernels
 from asking import ask
+from tidepool.running.engine import core_of
+from tidepool.sides import switch
 
 
 def main() -> None:
     job: dict[str, Any] = json.load(sys.stdin)
     os.environ |= {
-        "TIDEPOOL": {"stock": "off"}.get(job["side"], job["side"]),
+        **switch(job["side"]),
         "TIDEPOOL_POISON": "1" if job["poison"] else "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -41,7 +43,7 @@ def main() -> None:
         disable_log_stats=False,
         **{"max_model_len": 2048} | job["engine"],
     )
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler = core_of(llm.llm_engine).scheduler
     held = watch(scheduler) if job["watch"] else {}
     drafts = [spec_counts(llm)]
     result: dict[str, Any] = {"answers": [], "cached": []}

@@ -23,7 +23,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append([os.environ.get("TIDEPOOL", "unset"), *arguments])
 
     monkeypatch.setattr(cli, "run_vllm", run_vllm)
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: object())
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: object())
     monkeypatch.delenv("TIDEPOOL", raising=False)
     # Restored after the test, whatever serve does to it.
     monkeypatch.setattr(os, "environ", dict(os.environ))
@@ -116,7 +116,7 @@ def test_a_server_whose_engine_died_fails(monkeypatch: pytest.MonkeyPatch, died:
         engine.shutdown()
 
     front_end = stand_in_for_vllm(monkeypatch, main)
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: object())
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: object())
     monkeypatch.setattr(os, "environ", dict(os.environ))
     result = runner.invoke(cli.app, ["serve", "some/model"])
     assert result.exit_code == died
@@ -177,7 +177,7 @@ def test_who_decides(environ: dict[str, str], partition: str | None, arguments: 
 def test_wrong_usage_is_one_sentence_and_exit_code_2(
     executed: list[list[str]], monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: object())
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: object())
     result = runner.invoke(cli.app, arguments)
     assert result.exit_code == 2
     assert message in result.output
@@ -189,7 +189,7 @@ def test_commands_that_need_vllm_say_so(monkeypatch: pytest.MonkeyPatch) -> None
     def nothing(name: str) -> Any:
         return None
 
-    monkeypatch.setattr("tidepool.installed.find_spec", nothing)
+    monkeypatch.setattr("tidepool.command_line.find_spec", nothing)
     for arguments in (["serve", "some/model"], ["compare"]):
         result = runner.invoke(cli.app, arguments)
         assert result.exit_code == 1

@@ -1,6 +1,5 @@
 import io
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,9 +13,11 @@ from typer.testing import CliRunner
 
 from tidepool.cli import app
 from tidepool.compare import drive, report
-from tidepool.compare.agreement import first_gap
-from tidepool.compare.messages import Facts, Job, Run, Side
+from tidepool.compare.messages import Facts, Job, Run
 from tidepool.compare.workloads import CHAT, LONG, MAX_MODEL_LEN, WORKLOADS, Workload, halved, make_conversations
+from tidepool.running.agreement import first_gap
+from tidepool.running.environment import environment_of
+from tidepool.sides import Side
 
 # Workloads.
 
@@ -158,7 +159,7 @@ def test_fixed_limit_follows_from_the_memory() -> None:
 
 
 def test_user_settings_win_in_workers() -> None:
-    environ = drive.worker_environment({"OMP_NUM_THREADS": "4"})
+    environ = environment_of("stock", {"OMP_NUM_THREADS": "4"})
     assert environ["OMP_NUM_THREADS"] == "4"
     assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert "VLLM_PLUGINS" not in environ
@@ -166,7 +167,7 @@ def test_user_settings_win_in_workers() -> None:
 
 @pytest.mark.parametrize("plugins", ["", "other"])
 def test_workers_have_the_plugin_even_if_the_user_chose_others(plugins: str) -> None:
-    chosen = drive.worker_environment({"VLLM_PLUGINS": plugins})["VLLM_PLUGINS"].split(",")
+    chosen = environment_of("stock", {"VLLM_PLUGINS": plugins})["VLLM_PLUGINS"].split(",")
     assert chosen == [*filter(None, [plugins]), "tidepool", "tidepool_early"]
 
 
@@ -185,7 +186,7 @@ def test_a_failed_worker_names_its_log(
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     with (
-        drive.Worker(Job("models/tiny", 1), "stock", tmp_path, {}) as worker,
+        drive.Worker(Job("stock", "models/tiny", 1), tmp_path) as worker,
         pytest.raises(drive.CompareError, match=rf"\(tiny, stock\): {message}; its log is .*stock\.log"),
     ):
         worker.start(caching=False, max_num_seqs=1)
@@ -195,7 +196,7 @@ def test_a_failed_worker_names_its_log(
 @pytest.mark.heavy
 def test_compare_end_to_end(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
-    from tidepool.tiny import make_checkpoint
+    from tidepool.testing.tiny import make_checkpoint
 
     model = make_checkpoint("qwen3.5", tmp_path / "tiny")
     arguments = ["compare", "--quick", "--model", str(model), "--kv-memory", "65MB"]
@@ -210,27 +211,3 @@ def test_compare_end_to_end(tmp_path: Path) -> None:
     short = content["models"][0]["workloads"][0]["sides"]["elastic"]
     assert short["peak_ratio"] >= 1.15
     assert LONG.title in result.output
-
-
-@pytest.mark.vllm
-def test_stock_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("vllm")
-    from tidepool.tiny import make_checkpoint
-
-    python = tmp_path / "python"
-    python.write_text(f"""#!{sys.executable}
-import runpy, sys
-sys.argv[:] = sys.argv[2:]
-import vllm
-from tidepool.vllm_plugin import gates
-gates.GATES += (gates.Gate("test", "this is a test", lambda config: True),)
-runpy.run_module("tidepool.compare.worker", run_name="__main__")
-""")
-    python.chmod(0o755)
-    job = Job(str(make_checkpoint("qwen3.5", tmp_path / "tiny")), 65_000_000)
-    monkeypatch.setattr(sys, "executable", str(python))
-    with (
-        drive.Worker(job, "elastic", tmp_path, drive.worker_environment(os.environ)) as worker,
-        pytest.raises(drive.CompareError, match=r"\(tiny, elastic\): tidepool steps aside, .* this is a test; its log"),
-    ):
-        worker.start(caching=False, max_num_seqs=8)

@@ -244,7 +244,7 @@ def compat_only(tmp_path: Path) -> dict[str, str]:
 @pytest.mark.parametrize("family", ["qwen3.5", "nemotron-h"])
 def test_a_prefix_hit_continues_like_the_first_run(family: str, tmp_path: Path, compat_only: dict[str, str]) -> None:
     pytest.importorskip("vllm.version", exc_type=ImportError)
-    checkpoint = pytest.importorskip("tidepool.tiny").make_checkpoint(family, tmp_path / "model")
+    checkpoint = pytest.importorskip("tidepool.testing.tiny").make_checkpoint(family, tmp_path / "model")
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(checkpoint)],
         env=compat_only,

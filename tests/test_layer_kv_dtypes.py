@@ -12,8 +12,10 @@ import pytest
 from rich.console import Console
 
 from tidepool.cache import FullAttention, SlidingWindow
+from tidepool.capacity.memory import ElasticMemory, StockMemory
+from tidepool.command_line import UsageError
 from tidepool.models import CacheOptions, ModelConfigError, entry, find_model
-from tidepool.plan import ElasticMemory, PlanError, PlanOptions, StockMemory, make_plan, parse_layer_dtypes
+from tidepool.plan import PlanOptions, make_plan, parse_layer_dtypes
 from tidepool.plan.planner import divide
 from tidepool.replay.job import Job, Mode
 
@@ -36,7 +38,7 @@ def test_layers_are_named_by_number_range_or_window() -> None:
         ("sliding_window", "auto"),
     )
     for text in ("3", "3=", "=fp8", "a=fp8", "-3=fp8", "3=fp8,", "windows=auto"):
-        with pytest.raises(PlanError, match="types no layers"):
+        with pytest.raises(UsageError, match="types no layers"):
             parse_layer_dtypes(text)
 
 

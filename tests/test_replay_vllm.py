@@ -90,22 +90,3 @@ def test_too_little_memory_is_said() -> None:
     made, failures = run_jobs([replace(job("stock"), kv_bytes=50 << 20)], REQUESTS, QUIET)
     assert not made
     assert "memory" in failures["stock"]
-
-
-@pytest.mark.parametrize(
-    ("model", "plugins", "reason"),
-    [
-        ("Llama-3.1-8B", None, "layers: the model doesn't keep states beside attention."),
-        ("Qwen3.5-0.8B", "tidepool_early", "VLLM_PLUGINS=tidepool_early doesn't name tidepool."),
-    ],
-)
-def test_nothing_that_stock_vllm_served_is_called_tidepool(
-    monkeypatch: pytest.MonkeyPatch, model: str, plugins: str | None, reason: str
-) -> None:
-    if plugins is not None:
-        monkeypatch.setenv("VLLM_PLUGINS", plugins)
-    asked = replace(job("elastic"), config=entry(model).config, requests=3, kv_bytes=4 << 30, gpu="H100")
-    made, failures = run_jobs([asked], 3, QUIET)
-    assert not made
-    assert failures["elastic"].startswith("tidepool steps aside, vLLM's own KV cache is used. ")
-    assert failures["elastic"].endswith(reason)

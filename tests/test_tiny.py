@@ -11,7 +11,7 @@ pytest.importorskip("tokenizers")
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from tidepool.tiny import MAX_POSITIONS, VOCAB_SIZE, Family, make_checkpoint
+from tidepool.testing.tiny import MAX_POSITIONS, VOCAB_SIZE, Family, make_checkpoint
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
 SHAPED: tuple[Family, ...] = ("qwen3.5", "nemotron-h")

@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from tidepool.cli import app
-from tidepool.installed import NO_VLLM
+from tidepool.command_line import NO_VLLM
+from tidepool.running import process
 from tidepool.verify import command, drive, report
 from tidepool.verify.messages import Counts, Machine, Outcome
 from tidepool.verify.scenarios import ABORTS, MOVES, PARTS, PREEMPTED, QUICK_PARTS, SCENARIOS, SHARED, Part, Scenario
@@ -132,7 +133,7 @@ def test_an_opened_gate_is_told() -> None:
 
 
 def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: drive.Results) -> Result:
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: object())
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: object())
     monkeypatch.setattr(drive, "run", lambda parts, directory, progress: results)
     return CliRunner().invoke(app, ["verify", "--json", str(tmp_path / "out.json")])
 
@@ -160,7 +161,7 @@ def test_a_side_that_ended_early_fails(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: None)
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["verify"])
     assert result.exit_code == 1
     assert " ".join(result.output.split()) == NO_VLLM
@@ -169,7 +170,7 @@ def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_place_for_the_numbers_that_is_not_there_is_told_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("tidepool.installed.find_spec", lambda name: object())
+    monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: object())
     monkeypatch.setattr(drive, "run", lambda *arguments: pytest.fail("it ran"))
     result = CliRunner().invoke(app, ["verify", "--json", str(tmp_path / "nowhere" / "out.json")])
     assert result.exit_code == 2
@@ -205,7 +206,7 @@ def test_a_failed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker_of(monkeypatch, tmp_path, "import time; time.sleep(60)")
-    monkeypatch.setattr(drive, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(process, "ANSWER_SECONDS", 0.5)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors[0].startswith("elastic: no answer in 0 s; its log is ")
 
@@ -229,7 +230,7 @@ for _ in range(6):
     time.sleep(0.5)
 print('{"error": "out of luck"}', flush=True); raise SystemExit(1)"""
     worker_of(monkeypatch, tmp_path, code)
-    monkeypatch.setattr(drive, "ANSWER_SECONDS", 2.5)
+    monkeypatch.setattr(process, "ANSWER_SECONDS", 2.5)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors == [f"elastic: out of luck; its log is {tmp_path / 'elastic.log'}."]
 
@@ -323,15 +324,3 @@ GroupBlockPool.free_blocks = lose_one"""
     result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
     assert result.exit_code == 1
     assert "of the memory is in use after the last request" in result.output
-
-
-@pytest.mark.vllm
-def test_stock_is_not_compared_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = """
-import vllm
-from tidepool.vllm_plugin import gates
-gates.GATES += (gates.Gate("test", "this is a test", lambda config: True),)"""
-    worker_of(monkeypatch, tmp_path, code)
-    result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
-    assert result.exit_code == 1
-    assert "elastic: tidepool steps aside, vLLM's own KV cache is used. test: this is a test; its log" in result.output

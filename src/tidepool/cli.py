@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from tidepool import __version__
+from tidepool.command_line import NO_VLLM, fail, has_vllm
 from tidepool.compare.command import compare
-from tidepool.installed import NO_VLLM, has_vllm
 from tidepool.plan.command import plan
 from tidepool.replay.command import replay
 from tidepool.verify.command import verify
@@ -43,11 +43,11 @@ def serve(
 ) -> None:
     """Serve a model: vllm serve with tidepool on. All other options go to vllm serve."""
     if not arguments:
-        _fail("Name a model: tidepool serve MODEL, followed by options of vllm serve.", 2)
+        fail("Name a model: tidepool serve MODEL, followed by options of vllm serve.", 2)
     if partition not in (None, "elastic", "fixed"):
-        _fail(f"There is no partition {partition!r}: choose elastic or fixed.", 2)
+        fail(f"There is no partition {partition!r}: choose elastic or fixed.", 2)
     if not has_vllm():
-        _fail(NO_VLLM, 1)
+        fail(NO_VLLM, 1)
     switch_on(os.environ, partition, arguments or ())
     run_vllm(["serve", *(arguments or ())])
 
@@ -89,9 +89,9 @@ def run_vllm(arguments: Sequence[str]) -> None:
     try:
         main()
     except SettingsError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     if died():
-        _fail("The engine died, so the server has ended; the log above says what happened.", 1)
+        fail("The engine died, so the server has ended; the log above says what happened.", 1)
 
 
 def watch_engine() -> Callable[[], bool]:
@@ -133,8 +133,3 @@ def _installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _fail(message: str, code: int) -> None:
-    typer.echo(message, err=True)
-    raise typer.Exit(code)

@@ -16,6 +16,7 @@ from typing import Any
 
 import quick_kernels
 from asking import ask
+from tidepool.running.engine import core_of
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "TIDEPOOL_POISON": "1"}
 
@@ -45,7 +46,7 @@ def serve(job: dict[str, Any], side: str, caching: bool) -> list[dict[str, Any]]
         max_loras=2,
         max_lora_rank=8,
     )
-    core = llm.llm_engine.engine_core.engine_core
+    core = core_of(llm.llm_engine)
     assert (getattr(core.scheduler.kv_cache_manager.block_pool, "arena", None) is not None) == (side != "off")
     served = Path(job["served"])
     results = []

@@ -11,8 +11,8 @@ import pytest
 
 from answers import gaps, tokens
 from engines import run_child
-from tidepool.compare.agreement import BFLOAT16_GAP
-from tidepool.tiny import make_checkpoint
+from tidepool.running.agreement import BFLOAT16_GAP
+from tidepool.testing.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
 RANK = 8

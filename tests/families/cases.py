@@ -1,4 +1,4 @@
-"""What is asked of each family of `tidepool.tiny`, through stock vLLM and through tidepool."""
+"""What is asked of each family of `tidepool.testing.tiny`, through stock vLLM and through tidepool."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tidepool.tiny import Family, make_checkpoint
+from tidepool.testing.tiny import Family, make_checkpoint
 
 IMAGE_TOKEN = 5
 """Stands for an image in the prompts of ``qwen3.5-vl``; vLLM puts as many there as the image takes."""

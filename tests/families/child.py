@@ -14,6 +14,7 @@ import traceback
 from typing import Any
 
 import quick_kernels
+from tidepool.running.engine import core_of
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
 
@@ -53,7 +54,7 @@ def serve(case: dict[str, Any], side: str) -> dict[str, Any]:
         max_num_batched_tokens=8192,
         **case["engine"],
     )
-    core = llm.llm_engine.engine_core.engine_core
+    core = core_of(llm.llm_engine)
     result = ask(llm, case)
     metrics = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     arena = getattr(core.scheduler.kv_cache_manager.block_pool, "arena", None)

@@ -1,4 +1,4 @@
-"""Every family of `tidepool.tiny` through real vLLM: what is cached, evicted, poisoned and found gives stock's answers.
+"""Every family of `tidepool.testing.tiny` through real vLLM: what is cached, evicted and found gives stock's answers.
 
 The reference is stock vLLM with memory for all and prefix caching off. In float32 answers may part only where both
 tokens are as good as equal; in bfloat16, which Gated DeltaNet's kernels ask for, see `BFLOAT16_GAP`.
@@ -15,7 +15,7 @@ from cases import CASES, Case, checkpoint_of
 
 from answers import gaps, tokens
 from engines import run_child
-from tidepool.compare.agreement import BFLOAT16_GAP
+from tidepool.running.agreement import BFLOAT16_GAP
 
 pytestmark = [pytest.mark.vllm, pytest.mark.heavy]
 FLOAT32_GAP = 0.01

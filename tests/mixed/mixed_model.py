@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tidepool import tiny
+from tidepool.testing import tiny
 
 PATTERN = "M-M*-MM-M*-M*M-"
 FULL, WINDOWED, NARROW = (index for index, kind in enumerate(PATTERN) if kind == "*")

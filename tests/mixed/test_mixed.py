@@ -16,8 +16,8 @@ import engines
 from answers import assert_same_answers, gaps, tokens
 from asking import make_prompts
 from tidepool.cache import FullAttention, Group, SlidingWindow, State
-from tidepool.compare.agreement import BFLOAT16_GAP
-from tidepool.plan.predict import predict
+from tidepool.capacity.predict import predict
+from tidepool.running.agreement import BFLOAT16_GAP
 
 pytestmark = pytest.mark.vllm
 MIXED: dict[str, Any] = {

@@ -13,6 +13,7 @@ from typing import Any
 
 import quick_kernels
 from asking import ask
+from tidepool.running.engine import core_of
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         seed=0,
         disable_log_stats=False,
     )
-    core = llm.llm_engine.engine_core.engine_core
+    core = core_of(llm.llm_engine)
     result: dict[str, Any] = {"in_flight": core.batch_queue_size}
     for workload in shape["workloads"]:
         result[workload] = ask(llm, **job["workloads"][workload])

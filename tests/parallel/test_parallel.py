@@ -16,10 +16,10 @@ from answers import assert_same_answers, tokens
 from asking import make_prompts
 from engines import run_child
 from tidepool.cache import group_layers
+from tidepool.capacity.memory import Memory
+from tidepool.capacity.predict import predict_stages
 from tidepool.models import CacheOptions, model_from_config
-from tidepool.plan.memory import Memory
-from tidepool.plan.predict import predict_stages
-from tidepool.tiny import make_checkpoint
+from tidepool.testing.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
 

@@ -12,7 +12,7 @@ import pytest
 
 from tidepool.cache import CacheConfigError, FullAttention, State
 from tidepool.models import CacheOptions, entry
-from tidepool.tiny import Family, make_checkpoint
+from tidepool.testing.tiny import Family, make_checkpoint
 
 pytestmark = pytest.mark.vllm
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tidepool.tiny import Family, make_checkpoint
+from tidepool.testing.tiny import Family, make_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engines import run_child
-from tidepool.tiny import make_checkpoint
+from tidepool.testing.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
 BLOCK = 32

@@ -16,8 +16,8 @@ import pytest
 import engines
 from answers import gaps, tokens
 from asking import make_prompts
-from tidepool.compare.agreement import BFLOAT16_GAP
-from tidepool.tiny import Family
+from tidepool.running.agreement import BFLOAT16_GAP
+from tidepool.testing.tiny import Family
 
 pytestmark = pytest.mark.vllm
 FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")

@@ -14,7 +14,7 @@ import pytest
 import engines
 from answers import assert_same_answers, tokens
 from asking import make_prompts
-from tidepool.tiny import Family
+from tidepool.testing.tiny import Family
 
 pytestmark = pytest.mark.vllm
 FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")

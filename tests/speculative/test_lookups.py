@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tidepool.tiny import make_checkpoint
+from tidepool.testing.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
 UNIT = 16

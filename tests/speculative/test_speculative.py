@@ -18,10 +18,10 @@ import pytest
 
 import engines
 from answers import gaps
-from tidepool.compare.agreement import BFLOAT16_GAP
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
-from tidepool.tiny import Family, make_checkpoint
+from tidepool.running.agreement import BFLOAT16_GAP
+from tidepool.testing.tiny import Family, make_checkpoint
 from tidepool.verify.task import ANSWER_TOKENS, MODEL, make_prompts
 
 pytestmark = pytest.mark.vllm
@@ -37,8 +37,8 @@ SHARED_KV_BYTES = {"qwen3.5": 60_000_000, "nemotron-h": 80_000_000}
 def make_habit(model: Path) -> Callable[[int], list[int]]:
     """Makes so many tokens that follow the model's own habit.
 
-    By itself the model follows a cycle of tokens (`tidepool.tiny`), and so do prompts, with jumps: so what it answers
-    has mostly stood in the prompt, and goes on otherwise where its layers have it so.
+    By itself the model follows a cycle of tokens (`tidepool.testing.tiny`), and so do prompts, with jumps: so what it
+    answers has mostly stood in the prompt, and goes on otherwise where its layers have it so.
     """
     from safetensors.torch import load_file
 

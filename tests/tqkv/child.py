@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import quick_kernels
+from tidepool.running.engine import core_of
 
 STOCK_BLOCK_TOKENS = 128
 """vLLM's own on the CPU; it inflates the block in steps of so many tokens."""
@@ -50,7 +51,7 @@ def run(job: dict[str, Any], engines: list[Any]) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0, max_tokens=job["output_tokens"], ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     outputs = llm.generate(prompts, sampling, use_tqdm=False)
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    scheduler = core_of(llm.llm_engine).scheduler
     config, block_pool = scheduler.kv_cache_config, scheduler.kv_cache_manager.block_pool
     arena = getattr(block_pool, "arena", None)
     page_bytes = [group.kv_cache_spec.page_size_bytes for group in config.kv_cache_groups]

@@ -14,7 +14,7 @@ import pytest
 from engines import run_child
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
-from tidepool.tiny import make_checkpoint
+from tidepool.testing.tiny import make_checkpoint
 from tidepool.tqkv.formats import FORMATS
 from tidepool.verify.task import ANSWER_TOKENS, MODEL, Prompt, make_prompts
 

@@ -14,7 +14,7 @@ import pytest
 from engines import run_child
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
-from tidepool.tiny import Family, make_checkpoint
+from tidepool.testing.tiny import Family, make_checkpoint
 
 pytestmark = pytest.mark.vllm
 FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")

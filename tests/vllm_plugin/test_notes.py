@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tidepool.tiny import make_checkpoint
+from tidepool.testing.tiny import make_checkpoint
 
 pytestmark = pytest.mark.vllm
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engines import run_child
-from tidepool.tiny import make_checkpoint
+from tidepool.testing.tiny import make_checkpoint
 from tidepool.vllm_plugin.asked import WITHOUT_EFFECT
 from tidepool.vllm_plugin.gates import GATES
 

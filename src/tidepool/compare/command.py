@@ -12,17 +12,17 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tidepool.command_line import NO_VLLM, UsageError, cannot_write, fail, has_vllm
 from tidepool.compare import drive, report
-from tidepool.compare.messages import SIDES, Side
 from tidepool.compare.workloads import CHAT, LONG, SHORT, WORKLOADS, Workload, halved
-from tidepool.installed import NO_VLLM, has_vllm
-from tidepool.plan.inputs import PlanError, parse_size
+from tidepool.sides import SIDES, Side
+from tidepool.sizes import parse_size
 
 WIDTH = 100
 REPEATS = 3
@@ -31,10 +31,6 @@ BUILT_IN: dict[str, tuple[int, tuple[Workload, ...]]] = {
     "nemotron-h": (100_000_000, (replace(SHORT, conversations=64), replace(LONG, conversations=32), CHAT)),
 }
 """Families of the tiny checkpoints: KV bytes, about 40 extents, and more requests than fit in them at once."""
-
-
-class UsageError(ValueError):
-    """A wrong option; the message is one sentence."""
 
 
 def compare(
@@ -62,12 +58,12 @@ def compare(
         results = _measure(subjects, chosen, 1 if quick else repeats, workdir)
         if json_file is not None:
             json_file.write_text(json.dumps(report.to_json(results), indent=2) + "\n", encoding="utf-8")
-    except (UsageError, PlanError) as error:
-        _fail(str(error), 2)
+    except UsageError as error:
+        fail(str(error), 2)
     except drive.CompareError as error:
-        _fail(str(error), 1)
+        fail(str(error), 1)
     except OSError as error:
-        _fail(f"Can't write {error.filename}: {error.strerror}.", 1)
+        fail(cannot_write(error), 1)
     console = Console(width=None if os.isatty(1) else WIDTH, highlight=False)
     _print(results, console)
     if report.failures(results):
@@ -84,7 +80,7 @@ def parse_sides(text: str) -> list[Side]:
     for name in names:
         if name not in SIDES:
             raise UsageError(f"There is no side {name!r}: choose from {', '.join(SIDES)}.")
-    chosen = [side for side in get_args(Side) if side in names]
+    chosen = [side for side in SIDES if side in names]
     if chosen[:1] != ["stock"] or len(chosen) < 2:
         raise UsageError("--sides needs stock and at least one of elastic and fixed.")
     return chosen
@@ -116,10 +112,10 @@ def _subjects(models: Sequence[Path] | None, kv_memory: str | None, quick: bool,
 
 def _tiny_checkpoint(family: str, workdir: Path) -> Path:
     """The tiny checkpoint of a family, made if it isn't there; a new recipe gets a new directory."""
-    recipe = sha256(files("tidepool").joinpath("tiny.py").read_bytes()).hexdigest()[:12]
+    recipe = sha256(files("tidepool.testing").joinpath("tiny.py").read_bytes()).hexdigest()[:12]
     path = workdir.resolve() / f"tiny-{recipe}" / family
     if not path.exists():
-        from tidepool.tiny import make_checkpoint
+        from tidepool.testing.tiny import make_checkpoint
 
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
@@ -164,8 +160,3 @@ def _print(results: Sequence[report.ModelResult], console: Console) -> None:
         console.print(f"FAILED: {problem}", style="red")
     if not problems:
         console.print("Holds: the same outputs, and never fewer requests at once than stock.")
-
-
-def _fail(message: str, code: int) -> None:
-    typer.echo(message, err=True)
-    raise typer.Exit(code)

@@ -7,28 +7,24 @@ each other if there are cores for it; a worker computes on one.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Timer
-from typing import IO, Any, Self
+from typing import Any
 
-from tidepool.compare.messages import Facts, Job, Run, Side
+from tidepool.compare.messages import Facts, Job, Run
 from tidepool.compare.workloads import Workload
+from tidepool.running.environment import environment_of
+from tidepool.running.process import Child, ChildError
+from tidepool.sides import Side
 
 MAX_NUM_SEQS = 256
 """Requests that may run at once, more than fit in memory."""
 FIXED_STATE_SHARE = 0.6
 """Share of the memory whose worth of states the fixed partition sets aside; its max_num_seqs follows from that."""
-ANSWER_SECONDS = 600.0
-"""A worker that doesn't answer for so long is ended."""
-
 Progress = Callable[[str, str], None]
 """Told (model, what runs now) before each step."""
 
@@ -63,37 +59,16 @@ class Measured:
     """By workload."""
 
 
-class Worker:
+class Worker(Child):
     """A running worker process."""
 
-    def __init__(self, job: Job, side: Side, directory: Path, environ: dict[str, str]) -> None:
-        """Start the process; its log and its job file go to ``directory``."""
-        self.side = side
-        self.name = f"{Path(job.model).name}, {side}"
-        directory.mkdir(parents=True, exist_ok=True)
-        self.log = directory / f"{side}.log"
-        job_file = directory / f"{side}.json"
-        job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        with self.log.open("w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tidepool.compare.worker", str(job_file), side],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environ | {"TIDEPOOL": "off" if side == "stock" else side},
-                text=True,
-            )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.kill()
-        self._process.communicate()
-
-    def kill(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.kill()
+    def __init__(self, job: Job, directory: Path) -> None:
+        """Start the process; its log goes to ``directory``."""
+        self.side = job.side
+        self.name = f"{Path(job.model).name}, {job.side}"
+        environ = environment_of(job.side, os.environ)
+        super().__init__("tidepool.compare.worker", directory / f"{job.side}.log", environ)
+        self.send(asdict(job))
 
     def start(self, caching: bool, max_num_seqs: int) -> Facts:
         """Start an engine in place of the one before."""
@@ -104,21 +79,11 @@ class Worker:
         return Run(**self._ask({"do": "run", "workload": asdict(workload)}))
 
     def _ask(self, command: dict[str, Any]) -> dict[str, Any]:
-        commands, answers = _pipe(self._process.stdin), _pipe(self._process.stdout)
-        alarm = Timer(ANSWER_SECONDS, self.kill)
-        alarm.start()
+        self.send(command)
         try:
-            commands.write(json.dumps(command) + "\n")
-            commands.flush()
-            line = answers.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            alarm.cancel()
-        answer: dict[str, Any] = json.loads(line) if line.endswith("\n") else {"error": "the process ended"}
-        if "error" in answer:
-            raise CompareError(f"vLLM failed ({self.name}): {answer['error'].rstrip('.')}; its log is {self.log}.")
-        return answer
+            return self.receive()
+        except ChildError as error:
+            raise CompareError(f"vLLM failed ({self.name}): {error}") from error
 
 
 def measure(
@@ -141,11 +106,10 @@ def measure(
     Raises:
         CompareError: a worker failed; all others have been ended.
     """
-    environ = worker_environment(os.environ)
     with ExitStack() as stack, ThreadPoolExecutor(min(len(subjects), os.cpu_count() or 1)) as pool:
         workers = [
             [
-                stack.enter_context(Worker(Job(str(each.path), each.kv_bytes), side, directory / each.name, environ))
+                stack.enter_context(Worker(Job(side, str(each.path), each.kv_bytes), directory / each.name))
                 for side in sides
             ]
             for each in subjects
@@ -164,23 +128,6 @@ def measure(
                 worker.kill()
             raise
         return [lane.result() for lane in lanes]
-
-
-def worker_environment(environ: dict[str, str] | os._Environ[str]) -> dict[str, str]:
-    """The workers' environment: one core each, unless the user has said otherwise."""
-    defaults = {
-        "OMP_NUM_THREADS": "1",
-        # Long prompts make large tensors. By default glibc gives each back to the system, up to a third of the time.
-        "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
-        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    plugins = environ.get("VLLM_PLUGINS")
-    # Without the plugin there is nothing to compare, and vllm-cpu may not even import.
-    named = {} if plugins is None else {"VLLM_PLUGINS": ",".join(filter(None, (plugins, "tidepool", "tidepool_early")))}
-    return defaults | dict(environ) | named
 
 
 def _measure_one(subject: Subject, workers: Sequence[Worker], repeats: int, progress: Progress) -> Measured:
@@ -213,8 +160,3 @@ def fixed_max_num_seqs(kv_bytes: int, state_bytes: int) -> int:
         state_bytes: states of one request; 0 for a model without.
     """
     return max(1, min(MAX_NUM_SEQS, int(kv_bytes * FIXED_STATE_SHARE) // max(state_bytes, 1)))
-
-
-def _pipe(stream: IO[str] | None) -> IO[str]:
-    assert stream is not None
-    return stream

@@ -1,18 +1,17 @@
-"""What the command and its workers tell each other: one JSON object a line, over pipes of their own."""
+"""What the command and its workers tell each other: the content of `tidepool.running`'s lines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Side = Literal["stock", "elastic", "fixed"]
-SIDES: tuple[Side, ...] = ("stock", "elastic", "fixed")
+from tidepool.sides import Side
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker process is started with, in a file."""
+    """A worker's first message."""
 
+    side: Side
     model: str
     """A model directory."""
     kv_bytes: int
@@ -53,4 +52,4 @@ class Run:
     outputs: dict[str, list[int]]
     """Token ids, by request."""
     logprobs: dict[str, list[dict[str, float]]]
-    """`tidepool.compare.agreement.Logprobs` of each request."""
+    """`tidepool.running.agreement.Logprobs` of each request."""

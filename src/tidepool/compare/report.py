@@ -10,10 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tidepool.compare.agreement import BFLOAT16_GAP, first_gap
 from tidepool.compare.drive import Measured
-from tidepool.compare.messages import Facts, Run, Side
+from tidepool.compare.messages import Facts, Run
 from tidepool.compare.workloads import Workload, describe
+from tidepool.running.agreement import BFLOAT16_GAP, first_gap
+from tidepool.sides import Side
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Agreement:
     requests: int
     identical: int
     rounded: int
-    """Requests whose answers part where stock found both tokens as good as equal; see `tidepool.compare.agreement`."""
+    """Requests whose answers part where stock found both tokens as good as equal; see `tidepool.running.agreement`."""
 
     @property
     def wrong(self) -> int:

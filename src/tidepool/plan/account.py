@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from tidepool.cache import SlidingWindow, State
-from tidepool.plan.memory import Memory, PlannedGroup
+from tidepool.capacity.memory import Memory, PlannedGroup
 
 
 @dataclass(frozen=True)

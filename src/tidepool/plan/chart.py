@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil, log2, log10
 
-from tidepool.plan.memory import Kind
+from tidepool.sides import Side
 
 _WIDTH, _HEIGHT = 480, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 22, 14, 48
 
 
-def curve_chart(curves: Mapping[Kind, list[tuple[int, int]]]) -> str:
+def curve_chart(curves: Mapping[Side, list[tuple[int, int]]]) -> str:
     """Lines through pairs (running requests, tokens); requests on a scale of powers of two."""
     last = max(count for curve in curves.values() for count, _ in curve)
     top = max(tokens for curve in curves.values() for _, tokens in curve) or 1

@@ -11,19 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from tidepool.cache import CacheConfigError
+from tidepool.command_line import UsageError, cannot_write, fail
+from tidepool.gpus import GPUS, find_gpu
 from tidepool.models import KV_DTYPES, STATE_DTYPES, Model, ModelConfigError, find_model, names
-from tidepool.plan.formatting import size
-from tidepool.plan.inputs import (
-    GPU_MIB,
-    Card,
-    PlanError,
-    find_card,
-    parse_layer_dtypes,
-    parse_lengths,
-    parse_mix,
-    parse_size,
-)
+from tidepool.plan.inputs import Card, parse_layer_dtypes, parse_lengths, parse_mix
 from tidepool.plan.planner import CapacityPlan, PlanOptions, make_plan
+from tidepool.sizes import parse_size, size
 
 
 def plan(
@@ -34,7 +27,7 @@ def plan(
         bool, typer.Option("--list", help="List the models of the catalogue, and nothing else.")
     ] = False,
     memory: Annotated[str | None, typer.Option(help="KV memory of one device, like 18GiB.")] = None,
-    gpu: Annotated[str | None, typer.Option(help=f"In place of --memory, a GPU: {', '.join(GPU_MIB)}.")] = None,
+    gpu: Annotated[str | None, typer.Option(help=f"In place of --memory, a GPU: {', '.join(GPUS)}.")] = None,
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="With --gpu: the share of its memory that vLLM may use.")
     ] = 0.92,
@@ -79,7 +72,7 @@ def plan(
             typer.echo("\n".join(names()))
             return
         if model is None:
-            raise PlanError("Name a model, or list the catalogue with --list.")
+            raise UsageError("Name a model, or list the catalogue with --list.")
         name, source, shapes = find_model(model)
         card = _card(shapes, gpu, gpu_memory_utilization, reserve, weights, tp, pp)
         options = PlanOptions(
@@ -103,10 +96,10 @@ def plan(
             from tidepool.plan.page import render_page
 
             html.write_text(render_page(made), encoding="utf-8")
-    except (PlanError, ModelConfigError, CacheConfigError) as error:
-        _fail(str(error))
+    except (UsageError, ModelConfigError, CacheConfigError) as error:
+        fail(str(error), 2)
     except OSError as error:
-        _fail(f"Can't write {html}: {error.strerror}.")
+        fail(cannot_write(error), 2)
     if as_json:
         typer.echo(json.dumps(plan_to_dict(made), indent=2))
         return
@@ -135,27 +128,23 @@ def _card(
     if gpu is None:
         return None
     if not 0 < utilization <= 1:
-        raise PlanError(f"gpu-memory-utilization must be above 0 and at most 1, not {utilization:g}.")
+        raise UsageError(f"gpu-memory-utilization must be above 0 and at most 1, not {utilization:g}.")
     if tp <= 0 or pp <= 0:
-        raise PlanError("tp and pp must be positive.")
+        raise UsageError("tp and pp must be positive.")
     weight_bytes = model.weight_bytes(tp, pp) if weights is None else parse_size(weights)
-    return Card(gpu, find_card(gpu), utilization, weight_bytes, parse_size(reserve))
+    total_bytes = find_gpu(gpu, ", or give --memory")[1].total_bytes
+    return Card(gpu, total_bytes, utilization, weight_bytes, parse_size(reserve))
 
 
 def _kv_bytes(memory: str | None, card: Card | None) -> int:
     if (memory is None) == (card is None):
-        raise PlanError("Give the KV memory of one device with --memory, or a card with --gpu, and not both.")
+        raise UsageError("Give the KV memory of one device with --memory, or a card with --gpu, and not both.")
     if card is None:
         return parse_size(memory or "")
     if card.kv_bytes <= 0:
-        raise PlanError(
+        raise UsageError(
             f"{size(card.weight_bytes)} of weights and {size(card.reserve_bytes)} of reserve leave nothing "
             f"for the KV cache on {size(card.total_bytes)} x {card.utilization:g}: use more devices (--tp, "
             "--pp) or a larger card."
         )
     return card.kv_bytes
-
-
-def _fail(message: str) -> None:
-    typer.echo(message, err=True)
-    raise typer.Exit(2)

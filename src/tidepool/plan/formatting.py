@@ -1,12 +1,9 @@
-"""How a plan speaks: numbers with units, and one name and one sentence for everything it reports."""
+"""How a plan speaks: one name and one sentence for everything it reports."""
 
 from __future__ import annotations
 
-from tidepool.plan.memory import Kind
 from tidepool.plan.planner import CapacityPlan
-
-TITLES: dict[Kind, str] = {"stock": "stock vLLM", "fixed": "tidepool fixed", "elastic": "tidepool elastic"}
-"""Ways of dividing the memory."""
+from tidepool.sizes import size
 
 PARTS = {
     "states": ("states", "what state layers keep for the running requests"),
@@ -23,23 +20,6 @@ PARTS = {
     "free": ("free", "ready for more requests or for the prefix cache"),
 }
 """Parts of an account: a name, and what it means."""
-
-
-def size(count: int) -> str:
-    """Bytes with a binary unit and three or four digits."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if value < 1000:
-            return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:,.2f} GiB"
-
-
-def percent(share: float) -> str:
-    """A share of 1 in percent."""
-    if 0 < share < 0.0001:
-        return "<0.01%"
-    return f"{share:.2%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
 def requests(count: int) -> str:
@@ -93,7 +73,7 @@ LATENT = (
 )
 """Said of models with latent attention beside states."""
 
-STEPS_ASIDE = (
+NO_STATES = (
     "No state lies beside attention in this model, so the plugin leaves it to vLLM; tidepool's columns say "
     "what its partitions would make of it."
 )

@@ -1,39 +1,36 @@
-"""The plan as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
+"""The plan as one HTML page."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from html import escape
-from pathlib import Path
 
+from tidepool.page import cells, document, facts, keys
 from tidepool.plan import formatting
 from tidepool.plan.chart import curve_chart
-from tidepool.plan.memory import Kind
 from tidepool.plan.planner import SHORT_REQUEST, CapacityPlan, Column
 from tidepool.plan.rows import sections
+from tidepool.sides import TITLES
+from tidepool.sizes import percent, size
 
 
 def render_page(plan: CapacityPlan) -> str:
     """The whole page."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     name = escape(plan.model_name)
-    notes = [f"{formatting.TITLES[kind]}: {reason}" for kind, reason in plan.missing.items()]
+    notes = [f"{TITLES[kind]}: {reason}" for kind, reason in plan.missing.items()]
     if not plan.hybrid:
-        notes.insert(0, formatting.STEPS_ASIDE)
+        notes.insert(0, formatting.NO_STATES)
     elif plan.latent:
         notes.insert(0, formatting.LATENT)
-    return "\n".join(
+    return document(
+        f"{name}: what fits",
         [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{name}: what fits</title><style>{style}</style></head><body><main>",
             f"<header><h1>{name}: what fits</h1>",
             f"<p>{escape(plan.family)}, {plan.parameters / 1e9:.2f} B weights.",
             f"{escape(formatting.budget(plan))}.</p>",
             f'<p class="quiet">{escape(formatting.setting(plan))}.</p></header>',
             *(f"<p>{escape(note)}</p>" for note in notes),
-            '<div class="facts">',
-            *(_fact(kind, column) for kind, column in plan.columns.items()),
-            "</div>",
+            facts((kind, TITLES[kind], _figures(column)) for kind, column in plan.columns.items()),
             _map(plan),
             '<div class="two">',
             _curve(plan),
@@ -41,22 +38,18 @@ def render_page(plan: CapacityPlan) -> str:
             "</div>",
             _table(plan),
             f'<p class="quiet">Shapes: {escape(plan.source)}. Made by tidepool plan.</p>',
-            "</main></body></html>\n",
-        ]
+        ],
     )
 
 
-def _fact(kind: Kind, column: Column) -> str:
+def _figures(column: Column) -> Iterator[tuple[str, str]]:
     beside = next((count for count in column.tokens if count >= 8), next(iter(column.tokens)))
-    short = min(column.concurrency, default=None)
-    facts = [(f"tokens beside {formatting.requests(beside)}", formatting.tokens(column.tokens[beside]))]
-    if short is not None:
-        facts.append((f"requests of {short:,} tokens at once", f"{column.concurrency[short]:,}"))
-    facts.append((f"bytes that {SHORT_REQUEST} tokens pin", formatting.size(column.pinned_by_short)))
-    facts.append(("wasted in the mix below", formatting.percent(column.account.waste / column.account.total)))
-    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in facts)
-    title = formatting.TITLES[kind]
-    return f'<div class="fact" style="border-top-color:var(--{kind})"><b>{title}</b><dl>{rows}</dl></div>'
+    yield f"tokens beside {formatting.requests(beside)}", formatting.tokens(column.tokens[beside])
+    if column.concurrency:
+        short = min(column.concurrency)
+        yield f"requests of {short:,} tokens at once", f"{column.concurrency[short]:,}"
+    yield f"bytes that {SHORT_REQUEST} tokens pin", size(column.pinned_by_short)
+    yield "wasted in the mix below", percent(column.account.waste / column.account.total)
 
 
 def _map(plan: CapacityPlan) -> str:
@@ -71,26 +64,26 @@ def _map(plan: CapacityPlan) -> str:
         running = sum(item.count for item in column.admitted)
         pieces = "".join(
             f'<i style="flex:{count / total:.6f} 0 0;background:var(--{name})" '
-            f'title="{escape(title)}: {formatting.size(count)}, {formatting.percent(count / total)}"></i>'
+            f'title="{escape(title)}: {size(count)}, {percent(count / total)}"></i>'
             for name, title, count in parts
             if count > 0
         )
-        waste = f"{formatting.size(column.account.waste)} wasted"
+        waste = f"{size(column.account.waste)} wasted"
         bars.append(
-            f"<h3>{formatting.TITLES[kind]}<span>{running:,} of {sum(m.count for m in plan.options.mix):,} run, "
+            f"<h3>{TITLES[kind]}<span>{running:,} of {sum(m.count for m in plan.options.mix):,} run, "
             f'{waste}</span></h3><div class="bar">{pieces}</div>'
         )
     legend = [(name, title, meaning) for name, title, meaning, _ in around]
     legend += [(name, *formatting.PARTS[name]) for name in formatting.PARTS if name in shown]
-    keys = "".join(
+    legends = "".join(
         f'<li><i style="background:var(--{name})"></i><b>{escape(title)}</b>: {escape(meaning)}</li>'
         for name, title, meaning in legend
     )
     what = "card" if plan.card else "KV memory"
     return (
         f"<section><h2>What each byte of the {what} holds</h2>"
-        f'<p class="quiet">While these run: {escape(formatting.mix(plan))}. A bar is {formatting.size(total)} wide.</p>'
-        f'<div class="map">{"".join(bars)}</div><ul class="legend">{keys}</ul></section>'
+        f'<p class="quiet">While these run: {escape(formatting.mix(plan))}. A bar is {size(total)} wide.</p>'
+        f'<div class="map">{"".join(bars)}</div><ul class="legend">{legends}</ul></section>'
     )
 
 
@@ -108,10 +101,7 @@ def _around(plan: CapacityPlan) -> list[tuple[str, str, str, int]]:
 
 
 def _keys(plan: CapacityPlan) -> str:
-    keys = "".join(
-        f'<span><i style="background:var(--{kind})"></i>{formatting.TITLES[kind]}</span>' for kind in plan.columns
-    )
-    return f'<div class="keys">{keys}</div>'
+    return keys({kind: TITLES[kind] for kind in plan.columns})
 
 
 def _curve(plan: CapacityPlan) -> str:
@@ -151,14 +141,12 @@ def _dtypes(plan: CapacityPlan) -> str:
 
 
 def _table(plan: CapacityPlan) -> str:
-    head = "".join(f"<th>{title}</th>" for title in formatting.TITLES.values())
+    head = "".join(f"<th>{title}</th>" for title in TITLES.values())
     body = []
     for section in sections(plan):
         body.append(f'<tr><th colspan="4">{escape(section.title)}</th></tr>')
-        for label, cells in section.rows:
-            values = "".join(f"<td>{escape(cell)}</td>" for cell in cells.values())
-            inner = ' class="inner"' if label.startswith(" ") else ""
-            body.append(f"<tr><td{inner}>{escape(label)}</td>{values}</tr>")
+        for label, answers in section.rows:
+            body.append(cells(label, answers.values()))
     return (
         '<section><h2>All figures</h2><div class="scroll"><table>'
         f"<thead><tr><th></th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div></section>"

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, block_align, group_layers
+from tidepool.capacity.memory import Memory
+from tidepool.capacity.predict import predict_stages
+from tidepool.command_line import UsageError
 from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfigError
 from tidepool.plan.account import Account, Requests, account, admit
-from tidepool.plan.inputs import Card, PlanError
-from tidepool.plan.memory import Kind, Memory
-from tidepool.plan.predict import predict_stages
+from tidepool.plan.inputs import Card
 from tidepool.plan.stock import stock_memory
+from tidepool.sides import TITLES, Side
 
 SHORT_REQUEST = 12
 """Tokens of the request whose cost a plan names."""
@@ -19,7 +21,6 @@ REQUEST_COUNTS = (1, 8, 64)
 """Running requests beside which a plan counts tokens, besides the most that may run."""
 DTYPE_REQUESTS = 8
 """Running requests beside which KV cache types are compared."""
-KINDS: tuple[Kind, ...] = ("stock", "fixed", "elastic")
 CURVE_POINTS = 24
 """Points of capacity against number of requests."""
 
@@ -49,13 +50,13 @@ class PlanOptions:
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs"):
             if getattr(self, name) <= 0:
-                raise PlanError(f"{name.replace('_', '-')} must be positive, not {getattr(self, name):,}.")
+                raise UsageError(f"{name.replace('_', '-')} must be positive, not {getattr(self, name):,}.")
         if self.max_model_len is not None and self.max_model_len <= 0:
-            raise PlanError(f"max-model-len must be positive, not {self.max_model_len:,}.")
+            raise UsageError(f"max-model-len must be positive, not {self.max_model_len:,}.")
         if self.speculative_tokens < 0:
-            raise PlanError(f"The number of speculative tokens can't be negative ({self.speculative_tokens}).")
+            raise UsageError(f"The number of speculative tokens can't be negative ({self.speculative_tokens}).")
         if self.mtp and not self.speculative_tokens:
-            raise PlanError("Say with --speculative-tokens how many tokens --mtp drafts in a step.")
+            raise UsageError("Say with --speculative-tokens how many tokens --mtp drafts in a step.")
 
     def cache_options(self, kv_dtype: str | None = None) -> CacheOptions:
         """What the layers need to know; states: one, one more with prefix caching, one per draft token."""
@@ -102,7 +103,7 @@ class DtypeRow:
     """Types of the same size."""
     token_bytes: int
     """Bytes of one token in all attention layers."""
-    tokens: dict[Kind, int]
+    tokens: dict[Side, int]
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ class CapacityPlan:
     card: Card | None
     latent: bool = False
     """Whether attention is latent (MLA); the plugin leaves such models to vLLM."""
-    columns: dict[Kind, Column] = field(default_factory=dict)
-    missing: dict[Kind, str] = field(default_factory=dict)
+    columns: dict[Side, Column] = field(default_factory=dict)
+    missing: dict[Side, str] = field(default_factory=dict)
     """Why a way of dividing the memory has no column."""
     dtypes: list[DtypeRow] = field(default_factory=list)
     dtype_requests: int = DTYPE_REQUESTS
@@ -138,21 +139,21 @@ def make_plan(
     """Answer everything about one model.
 
     Raises:
-        PlanError: not one request fits the memory.
+        UsageError: not one request fits the memory.
         ModelConfigError: the model can't be cut or its cache not be typed as asked.
         CacheConfigError: the cache can't be laid out.
     """
     max_model_len = options.max_model_len or model.max_tokens
     beside = min(DTYPE_REQUESTS, options.max_num_seqs)
     stages = model.stages(options.pp, options.cache_options())
-    columns: dict[Kind, Column] = {}
-    missing: dict[Kind, str] = {}
-    for kind in KINDS:
+    columns: dict[Side, Column] = {}
+    missing: dict[Side, str] = {}
+    for kind in TITLES:
         try:
             memory = divide(kind, model, stages, options, max_model_len)
         except CacheConfigError as error:
             if kind == "elastic":
-                raise PlanError(str(error)) from error
+                raise UsageError(str(error)) from error
             missing[kind] = str(error)
             continue
         columns[kind] = _column(memory, options)
@@ -173,7 +174,7 @@ def make_plan(
 
 
 def divide(
-    kind: Kind,
+    kind: Side,
     model: Model,
     stages: Sequence[Mapping[str, LayerCache]],
     options: PlanOptions,
@@ -248,8 +249,8 @@ def _dtypes(model: Model, options: PlanOptions, max_model_len: int, requests: in
             stages = model.stages(options.pp, options.cache_options(kv_dtype))
         except ModelConfigError:
             continue
-        memories: dict[Kind, Memory] = {}
-        for kind in KINDS:
+        memories: dict[Side, Memory] = {}
+        for kind in TITLES:
             try:
                 memories[kind] = divide(kind, model, stages, options, max_model_len)
             except CacheConfigError:

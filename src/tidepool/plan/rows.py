@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tidepool.plan import formatting
-from tidepool.plan.memory import Kind
 from tidepool.plan.planner import SHORT_REQUEST, CapacityPlan, Column
+from tidepool.sides import TITLES, Side
+from tidepool.sizes import percent, size
 
 NONE = "-"
 """A cell without an answer."""
-_CUT: dict[Kind, str] = {"stock": "equal blocks", "fixed": "one share a group", "elastic": "extents"}
+_CUT: dict[Side, str] = {"stock": "equal blocks", "fixed": "one share a group", "elastic": "extents"}
 _BLOCKS = {"attention": "an attention block", "window": "a window block", "state": "a state block"}
 
 
@@ -21,13 +22,11 @@ class Section:
     """Rows under one title."""
 
     title: str
-    rows: list[tuple[str, dict[Kind, str]]] = field(default_factory=list)
+    rows: list[tuple[str, dict[Side, str]]] = field(default_factory=list)
 
     def add(self, plan: CapacityPlan, name: str, answer: Callable[..., str], *about: Any) -> None:
         """Add a row of ``answer(column, *about)``, unless there is no answer in any column."""
-        cells = {
-            kind: answer(plan.columns[kind], *about) if kind in plan.columns else NONE for kind in formatting.TITLES
-        }
+        cells = {kind: answer(plan.columns[kind], *about) if kind in plan.columns else NONE for kind in TITLES}
         if set(cells.values()) - {NONE}:
             self.rows.append((name, cells))
 
@@ -54,7 +53,7 @@ def sections(plan: CapacityPlan) -> list[Section]:
     for length in first.concurrency:
         running.add(plan, f"of {length:,} tokens", _concurrency, length)
     running.add(plan, "longest request, tokens", lambda column: f"{column.longest:,}")
-    running.add(plan, f"bytes that {SHORT_REQUEST} tokens pin", lambda column: formatting.size(column.pinned_by_short))
+    running.add(plan, f"bytes that {SHORT_REQUEST} tokens pin", lambda column: size(column.pinned_by_short))
 
     bytes_ = Section(f"Where the bytes go while {formatting.mix(plan)} run")
     bytes_.add(plan, "requests of these that fit", _admitted)
@@ -64,7 +63,7 @@ def sections(plan: CapacityPlan) -> list[Section]:
 
 
 def _unit_size(column: Column) -> str:
-    return formatting.size(column.memory.unit_bytes) if column.memory.unit_bytes else NONE
+    return size(column.memory.unit_bytes) if column.memory.unit_bytes else NONE
 
 
 def _units(column: Column) -> str:
@@ -78,12 +77,12 @@ def _block_tokens(column: Column) -> str:
 
 def _block_size(column: Column, label: str) -> str:
     largest = max((group.stride for group in column.memory.groups if group.label == label), default=0)
-    return formatting.size(largest) if largest else NONE
+    return size(largest) if largest else NONE
 
 
 def _block_padding(column: Column, label: str) -> str:
     groups = [group for group in column.memory.groups if group.label == label]
-    return formatting.percent(max(groups, key=lambda g: g.padding).padding) if groups else NONE
+    return percent(max(groups, key=lambda g: g.padding).padding) if groups else NONE
 
 
 def _tokens(column: Column, count: int) -> str:
@@ -104,4 +103,4 @@ def _admitted(column: Column) -> str:
 
 def _part(column: Column, part: str) -> str:
     count = column.account.parts()[part]
-    return f"{formatting.size(count)} {formatting.percent(count / column.account.total):>6}" if count else NONE
+    return f"{size(count)} {percent(count / column.account.total):>6}" if count else NONE

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from tidepool.cache import FullAttention, LayerCache, SlidingWindow, State
-from tidepool.plan.memory import PlannedGroup, StockMemory
-from tidepool.plan.predict import label
+from tidepool.capacity.memory import PlannedGroup, StockMemory
+from tidepool.capacity.predict import label
 
 LATENT_STEP = 128
 """Tokens in steps of which vLLM inflates the block of latent attention."""

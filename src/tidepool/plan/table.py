@@ -10,6 +10,7 @@ from rich.text import Text
 from tidepool.plan import formatting
 from tidepool.plan.planner import CapacityPlan
 from tidepool.plan.rows import NONE, sections
+from tidepool.sides import TITLES
 
 WIDTH = 100
 _LABEL, _CELL = 31, 21
@@ -23,7 +24,7 @@ def print_plan(plan: CapacityPlan, console: Console) -> None:
     console.print(Text(formatting.setting(plan)), Text(f"\nShapes: {plan.source}.", style="dim"), sep="")
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", width=_LABEL)
-    for title in formatting.TITLES.values():
+    for title in TITLES.values():
         table.add_column(title, width=_CELL, justify="right")
     console.print()
     console.print(table)
@@ -31,7 +32,7 @@ def print_plan(plan: CapacityPlan, console: Console) -> None:
         console.print(Text(section.title, style="bold"))
         table = Table(box=None, show_header=False, show_edge=False, pad_edge=False)
         table.add_column(width=_LABEL)
-        for _ in formatting.TITLES:
+        for _ in TITLES:
             table.add_column(width=_CELL, justify="right")
         for label, cells in section.rows:
             table.add_row(f"  {label}", *cells.values())
@@ -44,11 +45,11 @@ def print_plan(plan: CapacityPlan, console: Console) -> None:
         )
         console.print(_dtypes(plan))
     if not plan.hybrid:
-        console.print(Text(f"\n{formatting.STEPS_ASIDE}", style="yellow"))
+        console.print(Text(f"\n{formatting.NO_STATES}", style="yellow"))
     elif plan.latent:
         console.print(Text(f"\n{formatting.LATENT}", style="yellow"))
     for kind, reason in plan.missing.items():
-        console.print(Text(f"\n{formatting.TITLES[kind]}: {reason}", style="yellow"))
+        console.print(Text(f"\n{TITLES[kind]}: {reason}", style="yellow"))
 
 
 def _legend(plan: CapacityPlan) -> Table:
@@ -65,10 +66,10 @@ def _legend(plan: CapacityPlan) -> Table:
 def _dtypes(plan: CapacityPlan) -> Table:
     table = Table(box=None, show_header=False, show_edge=False, pad_edge=False)
     table.add_column(width=_LABEL)
-    for _ in formatting.TITLES:
+    for _ in TITLES:
         table.add_column(width=_CELL, justify="right")
     for row in plan.dtypes:
-        cells = [formatting.tokens(row.tokens[kind]) if kind in row.tokens else NONE for kind in formatting.TITLES]
+        cells = [formatting.tokens(row.tokens[kind]) if kind in row.tokens else NONE for kind in TITLES]
         style = "bold" if plan.options.kv_dtype in (row.kv_dtype, *row.also) else None
         table.add_row(f"  {row.kv_dtype}, {row.token_bytes:,} B", *cells, style=style)
     return table

@@ -1,35 +1,36 @@
-"""A replay's child process: ``python -m tidepool.replay.child JOB RESULT``.
+"""A replay's child process, which runs one mode: an engine can't be taken down, and the plugin is set once a process.
 
-It runs one mode, since an engine can't be taken down and the plugin is set once a process. Progress goes to stdout, a
-line ``progress N`` at a time; a result, or the sentence that says why there is none, goes to the file RESULT.
+It is told a `Job`, and answers with the number of requests that have ended, now and then, and at last with the result
+or with the sentence that says why there is none.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 from tidepool.replay.job import Job
 from tidepool.replay.workload import load_workload
+from tidepool.running.child import Answer, run
+from tidepool.vllm_plugin.served import NotServedError
 
 
-def main(job_file: str, result_file: str) -> int:
-    """Run the job. Returns the exit code."""
-    job = Job.read(Path(job_file))
+def main() -> None:
+    """Run the mode that the command names."""
+    run(_replay)
+
+
+def _replay(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
+    job = Job.from_dict(next(messages))
     requests = load_workload(job)
     from tidepool.replay.run import ReplayError, run_job
-    from tidepool.vllm_plugin.served import NotServedError
 
     try:
-        result = run_job(job, requests, lambda done: print(f"progress {done}", flush=True))
-        content = result.to_dict()
+        answer(run_job(job, requests, lambda done: answer({"progress": done})).to_dict())
     except (ValueError, ReplayError, NotServedError) as error:
         # vLLM says with a ValueError that the memory doesn't hold the longest request, and so does tidepool.
-        content = {"error": str(error)}
-    Path(result_file).write_text(json.dumps(content), encoding="utf-8")
-    return 1 if "error" in content else 0
+        answer({"refused": str(error)})
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2]))
+    main()

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from tidepool.cache import FullAttention, SlidingWindow, State
+from tidepool.gpus import Gpu
 from tidepool.models import CacheOptions, Model, model_from_config
 from tidepool.models.config import Config
 from tidepool.models.mixers import Attention, LatentAttention
-from tidepool.plan import GPU_MIB, PlanError
 
 COMPUTE_SHARE = 0.5
 """Of the peak that large matrix products of a real model reach."""
@@ -25,27 +25,6 @@ BANDWIDTH_SHARE = 0.75
 """Of the peak that reading weights and caches reaches."""
 STEP_OVERHEAD = 0.003
 """Seconds of a step that are neither: launches, sampling, the scheduler."""
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """A card's published peaks: dense bfloat16 operations and bytes, a second."""
-
-    flops: float
-    bytes: float
-
-
-ROOFLINES = {
-    "4090": Roofline(165.2e12, 1_008e9),
-    "5090": Roofline(209.5e12, 1_792e9),
-    "L40S": Roofline(362.1e12, 864e9),
-    "A100-80": Roofline(312e12, 2_039e9),
-    "H100": Roofline(989.4e12, 3_350e9),
-    "H200": Roofline(989.4e12, 4_800e9),
-    "B200": Roofline(2_250e12, 7_700e9),
-}
-"""One for every card of `tidepool.plan`."""
-assert ROOFLINES.keys() == GPU_MIB.keys()
 
 
 @dataclass(frozen=True)
@@ -65,7 +44,7 @@ class Work:
 class CostModel:
     """Seconds of a step on one card."""
 
-    roofline: Roofline
+    gpu: Gpu
     plain_weights: int
     """Parameters that every token passes, without embeddings and routed experts."""
     expert_weights: int
@@ -96,25 +75,13 @@ class CostModel:
             + self.token_bytes * work.context_tokens
             + 2 * self.state_bytes * work.requests
         )
-        compute = flops / (self.roofline.flops * COMPUTE_SHARE)
-        memory = traffic / (self.roofline.bytes * BANDWIDTH_SHARE)
+        compute = flops / (self.gpu.flops * COMPUTE_SHARE)
+        memory = traffic / (self.gpu.bandwidth * BANDWIDTH_SHARE)
         return max(compute, memory) + STEP_OVERHEAD
 
 
-def find_roofline(gpu: str) -> tuple[str, Roofline]:
-    """A card by name, in any case.
-
-    Raises:
-        PlanError: there is no such card.
-    """
-    for name, roofline in ROOFLINES.items():
-        if name.lower() == gpu.lower():
-            return name, roofline
-    raise PlanError(f"There is no GPU {gpu!r} in the list: choose from {', '.join(ROOFLINES)}.")
-
-
 def cost_model(
-    config: Mapping[str, Any], roofline: Roofline, layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
+    config: Mapping[str, Any], gpu: Gpu, layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
 ) -> CostModel:
     """The costs of a model with this HF-style configuration, some layers of which may keep tokens in other formats.
 
@@ -127,7 +94,7 @@ def cost_model(
     keys = Config(config)
     expert_bytes = experts * model.expert_bytes_each
     return CostModel(
-        roofline=roofline,
+        gpu=gpu,
         plain_weights=model.parameters - model.embedding - experts,
         expert_weights=experts,
         expert_share=_expert_share(keys) if experts else 0.0,

@@ -10,17 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
+from tidepool.command_line import UsageError, cannot_write, fail
+from tidepool.gpus import GPUS, find_gpu
 from tidepool.models import CacheOptions, ModelConfigError, find_model, model_from_config, read_config
 from tidepool.models.catalogue import entry
-from tidepool.plan import Card, PlanError, find_card, parse_layer_dtypes, parse_size
+from tidepool.plan import Card, parse_layer_dtypes
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.bound import attention_only
-from tidepool.replay.clock import ROOFLINES, find_roofline
 from tidepool.replay.generate import WORKLOADS
 from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.report import Report, Setting
 from tidepool.replay.trace import TraceError
 from tidepool.replay.workload import load_workload
+from tidepool.sizes import parse_size
 from tidepool.vllm_plugin.settings import EVICTIONS, Eviction
 
 UTILIZATION, RESERVE = 0.92, 2 << 30
@@ -36,7 +38,7 @@ def replay(
     modes: Annotated[
         str, typer.Option(help="Whose memory to run, of these four; bound is attention without states.")
     ] = ",".join(MODES),
-    gpu: Annotated[str, typer.Option(help=f"The GPU whose speed the clock has: {', '.join(ROOFLINES)}.")] = "H100",
+    gpu: Annotated[str, typer.Option(help=f"The GPU whose speed the clock has: {', '.join(GPUS)}.")] = "H100",
     memory: Annotated[str | None, typer.Option(help="KV memory, like 60GiB; by default what the GPU leaves.")] = None,
     requests: Annotated[int | None, typer.Option(help="How many of the requests to replay; by default all.")] = None,
     rate: Annotated[float, typer.Option(help="How many times as fast requests arrive.")] = 1.0,
@@ -68,14 +70,14 @@ def replay(
             _require_folder(file)
         chosen = parse_modes(modes)
         found = _find(model)
-        card = find_roofline(gpu)[0]
+        card = find_gpu(gpu)[0]
         kv_bytes = parse_size(memory) if memory else _kv_bytes(found, card)
         layer_kv_dtypes = parse_layer_dtypes(layer_kv_dtype)
         model_from_config(found.config).layer_caches(CacheOptions(layer_kv_dtypes=layer_kv_dtypes))
         if "bound" in chosen:
             attention_only(found.config)
             if layer_kv_dtypes:
-                raise PlanError("The bound keeps all layers alike: leave it out of --modes, or --layer-kv-dtype away.")
+                raise UsageError("The bound keeps all layers alike: leave it out of --modes, or --layer-kv-dtype away.")
         jobs = [
             Job(
                 mode=mode,
@@ -96,8 +98,8 @@ def replay(
         ]
         workload = load_workload(jobs[0])
         results, failures = run_jobs(jobs, len(workload), Console(stderr=True))
-    except (PlanError, ModelConfigError, TraceError) as error:
-        _fail(str(error))
+    except (UsageError, ModelConfigError, TraceError) as error:
+        fail(str(error), 2)
     if not results:
         for mode, reason in failures.items():
             typer.echo(f"{mode}: {reason}", err=True)
@@ -122,19 +124,19 @@ def replay(
 
             html.write_text(render_page(report), encoding="utf-8")
     except OSError as error:
-        _fail(f"Can't write {error.filename}: {error.strerror}.")
+        fail(cannot_write(error), 2)
 
 
 def parse_modes(text: str) -> list[Mode]:
     """Modes of ``stock,elastic``, in the order given.
 
     Raises:
-        PlanError: one of them is unknown or comes twice.
+        UsageError: one of them is unknown or comes twice.
     """
     words = [part.strip() for part in text.split(",")]
     chosen = [mode for word in words for mode in MODES if mode == word]
     if len(chosen) < len(words) or len(set(chosen)) < len(chosen):
-        raise PlanError(f"--modes takes some of {', '.join(MODES)}, each once, not {text!r}.")
+        raise UsageError(f"--modes takes some of {', '.join(MODES)}, each once, not {text!r}.")
     return chosen
 
 
@@ -142,7 +144,7 @@ def _parse_eviction(text: str) -> Eviction:
     for policy in EVICTIONS:
         if policy == text:
             return policy
-    raise PlanError(f"--eviction takes {' or '.join(EVICTIONS)}, not {text!r}.")
+    raise UsageError(f"--eviction takes {' or '.join(EVICTIONS)}, not {text!r}.")
 
 
 @dataclass(frozen=True)
@@ -165,23 +167,18 @@ def _find(model: str) -> _Found:
 
 
 def _kv_bytes(found: _Found, gpu: str) -> int:
-    left = Card(gpu, find_card(gpu), UTILIZATION, found.weight_bytes, RESERVE).kv_bytes
+    left = Card(gpu, find_gpu(gpu)[1].total_bytes, UTILIZATION, found.weight_bytes, RESERVE).kv_bytes
     if left <= 0:
-        raise PlanError(f"The weights of {found.name} leave nothing for the KV cache on {gpu}: give --memory.")
+        raise UsageError(f"The weights of {found.name} leave nothing for the KV cache on {gpu}: give --memory.")
     return left
 
 
 def _require_positive(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not value > 0:
-            raise PlanError(f"--{name.replace('_', '-')} must be above zero, not {value:g}.")
+            raise UsageError(f"--{name.replace('_', '-')} must be above zero, not {value:g}.")
 
 
 def _require_folder(file: Path | None) -> None:
     if file is not None and not file.parent.is_dir():
-        raise PlanError(f"Can't write {file}: there is no such directory.")
-
-
-def _fail(message: str) -> None:
-    typer.echo(message, err=True)
-    raise typer.Exit(2)
+        raise UsageError(f"Can't write {file}: there is no such directory.")

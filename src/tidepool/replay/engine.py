@@ -34,8 +34,9 @@ from tidepool.models import WINDOWS
 from tidepool.models.dtypes import head_bytes
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.trace import GENERATED_TOKEN
+from tidepool.running.engine import require_side
+from tidepool.sides import Side, switch
 from tidepool.vllm_plugin.planning import layer_specs_of
-from tidepool.vllm_plugin.served import require_served
 from tidepool.vllm_plugin.settings import Eviction
 
 GPU_KERNEL_BLOCK = 16
@@ -49,8 +50,7 @@ class EngineShape:
     hf_config: dict[str, Any]
     """An HF-style model configuration."""
     kv_bytes: int
-    side: str
-    """``stock``, ``elastic`` or ``fixed``."""
+    side: Side
     max_num_seqs: int = 256
     max_model_len: int = 131_072
     max_num_batched_tokens: int = 8_192
@@ -154,11 +154,10 @@ class _Done:
 def make_engine(shape: EngineShape) -> EngineCore:
     """An engine core of this shape, in this process.
 
-    The side is chosen by the environment variable ``TIDEPOOL``, which this sets. Where tidepool steps aside, it is
-    stock vLLM's all the same: `make_checked_engine` is for what compares.
+    The side is chosen by the environment variable ``TIDEPOOL``, which this sets. Where tidepool falls back to vLLM,
+    it is stock vLLM's all the same: `make_checked_engine` is for what compares.
     """
-    os.environ["TIDEPOOL"] = {"stock": "off"}.get(shape.side, shape.side)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ |= switch(shape.side) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with tempfile.TemporaryDirectory(prefix="tidepool-") as folder:
         named = shape.hf_config.get("architectures") or [ARCHITECTURES[shape.hf_config["model_type"]]]
         hf_config = {"architectures": named, "dtype": "bfloat16"}
@@ -188,10 +187,10 @@ def make_checked_engine(shape: EngineShape) -> EngineCore:
     """An engine core of this shape whose memory is the side's.
 
     Raises:
-        NotServedError: it is another, as where tidepool steps aside.
+        NotServedError: it is another, as where tidepool falls back to vLLM.
     """
     engine = make_engine(shape)
-    require_served(shape.side, engine.vllm_config, engine.scheduler.kv_cache_config)
+    require_side(shape.side, engine)
     return engine
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tidepool import sides
+from tidepool.sides import Side
 from tidepool.vllm_plugin.settings import Eviction
 
 Mode = Literal["stock", "fixed", "elastic", "bound"]
 """``bound`` is stock vLLM with a model of the same attention and no states."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-TITLES: dict[Mode, str] = {
-    "stock": "stock vLLM",
-    "fixed": "tidepool fixed",
-    "elastic": "tidepool elastic",
-    "bound": "attention only",
-}
+TITLES: dict[Mode, str] = {mode: "attention only" if mode == "bound" else sides.TITLES[mode] for mode in MODES}
 """How modes are called in tables."""
 
 
@@ -48,14 +43,14 @@ class Job:
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """How single attention layers keep their tokens, see `tidepool.models.CacheOptions`."""
 
-    def write(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+    @property
+    def side(self) -> Side:
+        """Whose memory it runs on."""
+        return "stock" if self.mode == "bound" else self.mode
 
     @classmethod
-    def read(cls, path: Path) -> Job:
-        """Read what `write` wrote."""
-        content = json.loads(path.read_text(encoding="utf-8"))
+    def from_dict(cls, content: dict[str, Any]) -> Job:
+        """What JSON made of its fields."""
         return cls(**content | {"layer_kv_dtypes": tuple(map(tuple, content["layer_kv_dtypes"]))})
 
 

@@ -1,16 +1,15 @@
-"""A replay as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
+"""A replay as one HTML page."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
 
-import tidepool.plan
-from tidepool.plan.formatting import size
+from tidepool.page import cells, document, facts, keys
 from tidepool.replay.job import USES, Result, Sample
 from tidepool.replay.plot import area_plot, line_plot
 from tidepool.replay.report import ROWS, USE_TITLES, Report, describe, layout, mean_uses, missing, title
+from tidepool.sizes import size
 
 _COLOURS = """
 :root {
@@ -26,27 +25,22 @@ _COLOURS = """
 .rows td:first-child.inner { padding-left: 1.2em; }
 .groups { margin: 8px 0 0; padding: 0; list-style: none; font-size: .9rem; }
 """
-"""Beside the style sheet of the plan's page: modes and uses that only a replay has."""
+"""Beside the style sheet of all pages: modes and uses that only a replay has."""
 _GIB = 1 << 30
 
 
 def render_page(report: Report) -> str:
     """The whole page."""
-    style = Path(tidepool.plan.__file__).with_name("page.css").read_text(encoding="utf-8") + _COLOURS
     name = escape(report.setting.model)
     first = report.results[0]
-    return "\n".join(
+    return document(
+        f"{name}: replay",
         [
-            '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{name}: replay</title><style>{style}</style></head><body><main>",
             f"<header><h1>{name}: {first.requests:,} requests replayed</h1>",
             f"<p>{first.prompt_tokens:,} prompt tokens, {first.output_tokens:,} to generate.</p>",
             f'<p class="quiet">{escape(describe(report.setting))}.</p></header>',
             *(f"<p>{escape(line)}</p>" for line in missing(report)),
-            '<div class="facts">',
-            *(_fact(result) for result in report.results),
-            "</div>",
+            facts((result.mode, title(result), _figures(result)) for result in report.results),
             '<div class="two">',
             _lines(
                 report,
@@ -63,23 +57,18 @@ def render_page(report: Report) -> str:
             _table(report),
             '<p class="quiet">Real scheduler and memory management of vLLM; the model is a clock. Made by tidepool '
             "replay.</p>",
-            "</main></body></html>\n",
-        ]
+        ],
+        _COLOURS,
     )
 
 
-def _fact(result: Result) -> str:
+def _figures(result: Result) -> list[tuple[str, str]]:
     shown = ("token hit rate", "TTFT mean", "output tokens/s", "preemptions")
-    cells = [(row.label, row.of(result)) for row in ROWS if row.label in shown]
-    rows = "".join(f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>" for label, value in cells)
-    return (
-        f'<div class="fact" style="border-top-color:var(--{result.mode})"><b>{title(result)}</b><dl>{rows}</dl></div>'
-    )
+    return [(row.label, row.of(result)) for row in ROWS if row.label in shown]
 
 
 def _keys(report: Report) -> str:
-    keys = "".join(f'<span><i style="background:var(--{r.mode})"></i>{title(r)}</span>' for r in report.results)
-    return f'<div class="keys">{keys}</div>'
+    return keys({result.mode: title(result) for result in report.results})
 
 
 def _lines(report: Report, heading: str, meaning: str, unit: str, of: Callable[[Sample], float]) -> str:
@@ -112,23 +101,19 @@ def _memory(result: Result) -> str:
     areas = [(use, [sample.uses[index] / _GIB for sample in result.samples]) for index, use in enumerate(USES)]
     heading = f"Memory, {title(result)}"
     means = mean_uses(result)
-    keys = "".join(
+    legends = "".join(
         f'<li><i style="background:var(--{use})"></i><b>{USE_TITLES[use][0]}</b> {size(mean)}</li>'
         for use, mean in zip(USES, means, strict=True)
     )
     return (
         f'<section><h2>{heading}</h2><p class="quiet">GiB by use over time, and their means.</p>'
-        f'{area_plot(heading, "", seconds, areas)}<ul class="legend">{keys}</ul></section>'
+        f'{area_plot(heading, "", seconds, areas)}<ul class="legend">{legends}</ul></section>'
     )
 
 
 def _table(report: Report) -> str:
     head = "".join(f"<th>{title(result)}</th>" for result in report.results)
-    body = []
-    for row in ROWS:
-        inner = ' class="inner"' if row.label.startswith(" ") else ""
-        cells = "".join(f"<td>{escape(row.of(result))}</td>" for result in report.results)
-        body.append(f"<tr><td{inner}>{escape(row.label.strip())}</td>{cells}</tr>")
+    body = [cells(row.label, (row.of(result) for result in report.results)) for row in ROWS]
     groups = "".join(f"<li><b>{title(r)}</b>: {escape(layout(r))}</li>" for r in report.results)
     uses = "; ".join(f"{name}: {meaning}" for name, meaning in USE_TITLES.values())
     return (

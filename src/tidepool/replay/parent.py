@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tidepool.replay.job import TITLES, Job, Mode, Result
+from tidepool.running.environment import environment_of
+from tidepool.running.process import Child, ChildError
 
-_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "HF_HUB_OFFLINE": "1",
-}
-"""For the children, where the user hasn't set them: no threads for a model that isn't there, and a quiet log."""
 _LOG_LINES = 15
 
 
@@ -67,25 +60,19 @@ def _show(progress: Progress, task: TaskID, done: int) -> None:
 
 
 def _run_job(job: Job, on_progress: Callable[[int], None]) -> Result:
+    # A quiet log, where the user hasn't asked for another: only its end is ever shown.
+    environ = {"VLLM_LOGGING_LEVEL": "WARNING"} | environment_of(job.side, os.environ)
     with tempfile.TemporaryDirectory(prefix="tidepool-replay-") as folder:
-        job_file, result_file, log_file = (Path(folder, name) for name in ("job.json", "result.json", "log.txt"))
-        job.write(job_file)
-        command = [sys.executable, "-m", "tidepool.replay.child", str(job_file), str(result_file)]
-        with (
-            log_file.open("w", encoding="utf-8") as log,
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=log, text=True, env=_ENVIRONMENT | os.environ
-            ) as process,
-        ):
-            assert process.stdout is not None
-            for line in process.stdout:
-                word, _, number = line.partition(" ")
-                if word == "progress":
-                    on_progress(int(number))
-        if not result_file.exists():
-            tail = log_file.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-            raise ModeError("It failed. The end of its log:\n" + "\n".join(tail))
-        content = json.loads(result_file.read_text(encoding="utf-8"))
-        if "error" in content:
-            raise ModeError(content["error"])
-        return Result.from_dict(content)
+        log = Path(folder, "log.txt")
+        with Child("tidepool.replay.child", log, environ) as child:
+            child.send(asdict(job))
+            try:
+                while "progress" in (answer := child.receive()):
+                    on_progress(answer["progress"])
+            except ChildError as error:
+                tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+                reason = str(error).partition("; its log is ")[0]
+                raise ModeError(f"It failed: {reason}. The end of its log:\n" + "\n".join(tail)) from error
+    if "refused" in answer:
+        raise ModeError(answer["refused"])
+    return Result.from_dict(answer)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from tidepool.plan.formatting import size
 from tidepool.replay.job import TITLES, USES, GroupLayout, Mode, Result
+from tidepool.sizes import size
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 from vllm.v1.engine.core import EngineCore
 
+from tidepool.gpus import find_gpu
 from tidepool.replay.bound import attention_only
-from tidepool.replay.clock import CostModel, Work, cost_model, find_roofline
+from tidepool.replay.clock import CostModel, Work, cost_model
 from tidepool.replay.engine import EngineShape, add_request, make_checked_engine, typed_layers
 from tidepool.replay.job import Job, Result, Sample
 from tidepool.replay.memory_use import MemoryMeter
@@ -127,7 +128,7 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
     shape = EngineShape(
         hf_config=attention_only(job.config) if job.mode == "bound" else job.config,
         kv_bytes=job.kv_bytes,
-        side="stock" if job.mode == "bound" else job.mode,
+        side=job.side,
         max_num_seqs=job.max_num_seqs,
         max_model_len=longest + 1,
         max_num_batched_tokens=job.max_num_batched_tokens,
@@ -136,7 +137,7 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
     )
     engine = make_checked_engine(shape)
     # The clock is the hybrid model's in every mode, so that times differ by what the memory policy does alone.
-    costs = cost_model(job.config, find_roofline(job.gpu)[1], job.layer_kv_dtypes)
+    costs = cost_model(job.config, find_gpu(job.gpu)[1], job.layer_kv_dtypes)
     replay = Replay(engine, costs, requests, job.rate)
     meter = MemoryMeter(engine.scheduler, job.kv_bytes, engine.model_executor.specs)
 

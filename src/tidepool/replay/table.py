@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tidepool.plan.formatting import size
 from tidepool.replay.job import USES
 from tidepool.replay.report import ROWS, USE_TITLES, Report, describe, layout, mean_uses, missing, title
+from tidepool.sizes import size
 
 WIDTH = 120
 

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tidepool.installed import NO_VLLM, has_vllm
+from tidepool.command_line import NO_VLLM, cannot_write, fail, has_vllm
 from tidepool.verify import drive, report
 from tidepool.verify.scenarios import PARTS, QUICK_PARTS
 
@@ -25,9 +25,9 @@ def verify(
 ) -> None:
     """Check the memory on this machine: a trained model must answer right, and as on stock vLLM."""
     if not has_vllm():
-        _fail(NO_VLLM)
+        fail(NO_VLLM, 1)
     if json_file is not None and not json_file.parent.is_dir():
-        _fail(f"There is no directory {json_file.parent} to write {json_file.name} to.", 2)
+        fail(f"There is no directory {json_file.parent} to write {json_file.name} to.", 2)
     parts = QUICK_PARTS if quick else PARTS
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
@@ -38,12 +38,7 @@ def verify(
         if json_file is not None:
             json_file.write_text(json.dumps(report.to_json(results, rows), indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        _fail(f"Can't write {error.filename}: {error.strerror}.")
+        fail(cannot_write(error), 1)
     report.print_report(results, rows, Console(width=None if os.isatty(1) else WIDTH, highlight=False))
     if report.failures(results, rows):
         raise typer.Exit(1)
-
-
-def _fail(message: str, code: int = 1) -> None:
-    typer.echo(message, err=True)
-    raise typer.Exit(code)

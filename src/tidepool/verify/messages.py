@@ -1,11 +1,8 @@
-"""What a worker process tells the command: one JSON object a line."""
+"""What a worker process tells the command: the content of `tidepool.running`'s lines."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-ALIVE = {"alive": True}
-"""Written after each step, so that a slow machine isn't taken for one that hangs."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +13,7 @@ class Machine:
     torch: str
     device: str
     gated: bool
-    """Whether tidepool steps aside on this device unless a user opens the gate, as the worker does."""
+    """Whether tidepool falls back to vLLM on this device unless a user opens the gate, as the worker does."""
 
 
 @dataclass(frozen=True)

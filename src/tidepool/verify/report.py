@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidepool import __version__
-from tidepool.compare.messages import SIDES
+from tidepool.sides import SIDES
 from tidepool.verify.drive import Results
 from tidepool.verify.messages import Machine, Outcome
 from tidepool.verify.scenarios import Count, Part
@@ -107,7 +107,7 @@ def print_report(results: Results, rows: Sequence[Row], console: Console) -> Non
     """Print versions, the table and the verdict."""
     console.print(", ".join(f"{name} {version}" for name, version in versions(results.machine).items()), soft_wrap=True)
     if results.machine is not None and results.machine.gated:
-        console.print('Elsewhere tidepool steps aside on this device unless "allow": ["device"] is set.')
+        console.print('Elsewhere tidepool falls back to vLLM on this device unless "allow": ["device"] is set.')
     console.print("A trained model answers questions about texts: the same for each kind of memory, on the same bytes.")
     console.print()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from tidepool.compare.messages import Side
+from tidepool.sides import Side
 from tidepool.verify.task import Prompt, make_prompts
 
 Count = Literal["cut", "preemptions", "moves", "hit_tokens", "evictions", "aborted"]

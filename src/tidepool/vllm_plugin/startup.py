@@ -10,9 +10,9 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from tidepool.cache import Group, SlidingWindow
-from tidepool.plan.formatting import size
-from tidepool.plan.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup, StockMemory
-from tidepool.plan.predict import label, planned_group
+from tidepool.capacity.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup, StockMemory
+from tidepool.capacity.predict import label, planned_group
+from tidepool.sizes import size
 from tidepool.vllm_plugin import planning
 from tidepool.vllm_plugin.asked import WITHOUT_EFFECT, asked_of
 

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from math import inf
 
 BFLOAT16_GAP = 1.0
-"""Log-probabilities that rounding accounts for, with the models of `tidepool.tiny`: their logits reach 64, where
-neighbouring bfloat16 numbers lie 0.25 apart, and this is four such steps."""
+"""Log-probabilities that rounding accounts for, with the models of `tidepool.testing.tiny`: their logits reach 64,
+where neighbouring bfloat16 numbers lie 0.25 apart, and this is four such steps."""
 ALTERNATIVES = 20
 """Log-probabilities of so many tokens are kept for each one generated; one that isn't among them is far off."""
 

@@ -1,4 +1,4 @@
-"""KV memory as a plan sees it: how many blocks of which group fit, whoever divides it.
+"""KV memory, divided: how many blocks of which group fit, whoever divides it.
 
 `Memory` answers every question about capacity from one test, "do these blocks fit?", which each way of
 dividing the memory answers exactly as its allocator would: whole extents (elastic), a share for each group
@@ -10,11 +10,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from tidepool.cache import FullAttention, LayerCache, State
-
-Kind = Literal["stock", "fixed", "elastic"]
+from tidepool.sides import Side
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Memory(ABC):
 
     @property
     @abstractmethod
-    def kind(self) -> Kind:
+    def kind(self) -> Side:
         """Who divides it."""
 
     @property
@@ -141,7 +139,7 @@ class ElasticMemory(Memory):
     """Blocks of each group in an extent."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Side:
         """Who divides it."""
         return "elastic"
 
@@ -187,7 +185,7 @@ class FixedMemory(Memory):
     """Where the null blocks of all groups lie, at the start."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Side:
         """Who divides it."""
         return "fixed"
 
@@ -228,7 +226,7 @@ class StockMemory(Memory):
     """The null block included."""
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> Side:
         """Who divides it."""
         return "stock"
 

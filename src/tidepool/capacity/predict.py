@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from tidepool.cache import (
     CacheConfigError,
@@ -16,9 +15,8 @@ from tidepool.cache import (
     choose_stage_geometries,
     fixed_stage_shares,
 )
-from tidepool.plan.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup
-
-Partition = Literal["elastic", "fixed"]
+from tidepool.capacity.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup
+from tidepool.sides import Partition
 
 
 def predict(

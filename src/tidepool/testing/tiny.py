@@ -2,7 +2,7 @@
 
 They are small copies in shape of real models: one state is as large as several hundred tokens of attention
 cache, and the layer counts do not divide evenly. Torch, tokenizers and safetensors, which come with vLLM, are
-needed here and in `tidepool.tiny_library`, which also takes transformers.
+needed here and in `tidepool.testing.tiny_library`, which also takes transformers.
 """
 
 import json
@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tidepool.tiny_library import library_weights
+from tidepool.testing.tiny_library import library_weights
 
 Family = Literal[
     "qwen3.5",
@@ -87,7 +87,7 @@ def make_checkpoint(family: Family, path: Path, *, seed: int = 0, mtp: bool = Fa
     Args:
         family: whose architecture to copy; ``qwen3.5`` has 6 Gated DeltaNet and 2 attention layers,
             ``nemotron-h`` has 7 Mamba2, 2 attention and 6 MLP layers. The others are smaller, and made by transformers
-            (`tidepool.tiny_library`); ``qwen3.5-vl`` sees images.
+            (`tidepool.testing.tiny_library`); ``qwen3.5-vl`` sees images.
         path: directory to write, made if it is not there.
         seed: of the random weights.
         mtp: whether ``qwen3.5`` gets a head that drafts a token, mostly the right one. The rest is as without.

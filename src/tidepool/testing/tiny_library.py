@@ -1,4 +1,4 @@
-"""Weights for `tidepool.tiny` of families that transformers can build.
+"""Weights for `tidepool.testing.tiny` of families that transformers can build.
 
 transformers gives the names, the shapes and the norms' own neutral values; what carries meaning is drawn here. So a
 further family is a configuration and nothing else.
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tidepool.tiny import Init
+    from tidepool.testing.tiny import Init
 
 LOUDNESS = 1.9
-"""Standard deviation of embeddings, as of Nemotron-H's; see `tidepool.tiny`."""
+"""Standard deviation of embeddings, as of Nemotron-H's; see `tidepool.testing.tiny`."""
 TIED_LOUDNESS = 0.3
 """The same where the head is the embedding too: each token would be followed by itself if it were louder."""
 GAINS = {"q_proj": 2.0, "k_proj": 2.0, "o_proj": 2.0, "out_proj": 2.0}

@@ -1,0 +1,4 @@
+"""What a divided KV memory holds: capacity in tokens and requests, before and after a model is loaded.
+
+Works on the groups of `tidepool.cache` alone: the planner asks it about models, the plugin about running engines.
+"""

@@ -1,0 +1,1 @@
+"""What tests and trials need of a package: tiny checkpoints to serve."""
