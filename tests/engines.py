@@ -23,7 +23,7 @@ JOB: dict[str, Any] = {
 """What a job says unless told otherwise. It also needs ``model``, ``side`` (stock, elastic or fixed), ``kv_bytes``,
 ``max_num_seqs``, ``prompts`` and ``output_tokens``. ``engine`` are further arguments of vLLM's."""
 ENVIRON = {
-    "PYTHONPATH": str(CHILD.parent),
+    "PYTHONPATH": os.pathsep.join([str(CHILD.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "HF_HUB_OFFLINE": "1",
     # One thread: rounding must not depend on how many cores a machine has.
     "OMP_NUM_THREADS": "1",
