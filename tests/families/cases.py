@@ -13,6 +13,8 @@ from tidepool.testing.tiny import Family, make_checkpoint
 IMAGE_TOKEN = 5
 """Stands for an image in the prompts of ``qwen3.5-vl``; vLLM puts as many there as the image takes."""
 VISION_START, VISION_END = 3, 4
+ROUNDS = ("prompts", "prompts", "prompts", "others", "prompts")
+"""What is asked at once, one after the other: by the third time all is cached, and the others take memory from it."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Case:
 
     family: Family
     kv_bytes: int
+    """Room for all that the prompts leave, and not for the others beside it."""
     engine: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -30,7 +33,6 @@ class Case:
     """Whether some prompts come with an image."""
     max_num_seqs: int = 4
     output_tokens: int = 12
-    rounds: int = 2
 
     @property
     def name(self) -> str:
@@ -39,20 +41,23 @@ class Case:
         return ", ".join([self.family, *also])
 
     def job(self) -> dict[str, Any]:
-        """The case as JSON knows it, with its prompts."""
-        return asdict(self) | {"prompts": make_prompts(images=self.images)}
+        """The case as JSON knows it, with its prompts and when they are asked."""
+        return asdict(self) | {"rounds": ROUNDS, "prompts": make_prompts(images=self.images), "others": make_others()}
 
 
 EXACT = {"dtype": "float32"}
 """Where vLLM's kernels take it: faster on most processors, and outputs part at next to nothing."""
 CASES = (
-    Case("qwen3.5-vl", 60_000_000, images=True),
-    Case("qwen3.5-moe", 60_000_000),
-    Case("qwen3-next", 60_000_000),
+    Case("qwen3.5-vl", 42_000_000, images=True),
+    Case("qwen3.5-moe", 29_000_000),
+    Case("qwen3-next", 25_000_000),
     Case("falcon-h1", 60_000_000, EXACT),
-    Case("granite-4-h", 60_000_000, EXACT),
-    Case("granite-4-h-moe", 60_000_000, EXACT),
-    Case("nemotron-h", 30_000_000, EXACT, {"sliding_window": 128}),
+    Case("granite-4-h", 28_000_000, EXACT),
+    Case("granite-4-h-moe", 28_000_000, EXACT),
+    Case("nemotron-h", 45_000_000, EXACT, {"sliding_window": 128}),
+    Case("zamba2", 60_000_000, EXACT),
+    Case("zamba2", 60_000_000, EXACT, caching=False),
+    Case("lfm2", 4_200_000, EXACT),
 )
 
 
@@ -82,5 +87,11 @@ def make_prompts(*, images: bool) -> list[dict[str, Any]]:
         ends = [some(40), some(40)]
         for seed in (1, 2):
             prompts += [{"tokens": [*shared[0], *picture, *end], "images": [seed]} for end in ends]
-        prompts.append({"tokens": [*picture, *shared[0], *picture, *ends[0]], "images": [1, 2]})
+        prompts.append({"tokens": [*picture, *shared[0], *picture, *some(40)], "images": [1, 2]})
     return prompts
+
+
+def make_others() -> list[dict[str, Any]]:
+    """Long prompts that share nothing, to take memory from what is cached."""
+    rng = random.Random(12)
+    return [{"tokens": [rng.randrange(7, 500) for _ in range(1_000)], "images": []} for _ in range(4)]
