@@ -231,6 +231,6 @@ runpy.run_module("tidepool.compare.worker", run_name="__main__")
     monkeypatch.setattr(sys, "executable", str(python))
     with (
         drive.Worker(job, "elastic", tmp_path, drive.worker_environment(os.environ)) as worker,
-        pytest.raises(drive.CompareError, match=r"\(tiny, elastic\): tidepool steps aside, .* this is a test; its log"),
+        pytest.raises(drive.CompareError, match=r"\(tiny, elastic\): tidepool falls back .* this is a test; its log"),
     ):
         worker.start(caching=False, max_num_seqs=8)

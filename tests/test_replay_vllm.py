@@ -107,5 +107,5 @@ def test_nothing_that_stock_vllm_served_is_called_tidepool(
     asked = replace(job("elastic"), config=entry(model).config, requests=3, kv_bytes=4 << 30, gpu="H100")
     made, failures = run_jobs([asked], 3, QUIET)
     assert not made
-    assert failures["elastic"].startswith("tidepool steps aside, vLLM's own KV cache is used. ")
+    assert failures["elastic"].startswith("tidepool falls back to vLLM's own KV cache. ")
     assert failures["elastic"].endswith(reason)

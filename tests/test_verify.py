@@ -334,4 +334,4 @@ gates.GATES += (gates.Gate("test", "this is a test", lambda config: True),)"""
     worker_of(monkeypatch, tmp_path, code)
     result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
     assert result.exit_code == 1
-    assert "elastic: tidepool steps aside, vLLM's own KV cache is used. test: this is a test; its log" in result.output
+    assert "elastic: tidepool falls back to vLLM's own KV cache. test: this is a test; its log" in result.output

@@ -34,7 +34,7 @@ from tidepool.models import WINDOWS
 from tidepool.models.dtypes import head_bytes
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.trace import GENERATED_TOKEN
-from tidepool.vllm_plugin.planning import layer_specs_of
+from tidepool.vllm_plugin.deciding import layer_specs_of
 from tidepool.vllm_plugin.served import require_served
 from tidepool.vllm_plugin.settings import Eviction
 
