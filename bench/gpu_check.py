@@ -244,7 +244,7 @@ def run_job(job: Job, logs: Path) -> dict[str, Any]:
     if served != (job.side != "stock"):
         lines = process.stdout.splitlines()
         aside = next(
-            (line[line.index("tidepool steps aside") :] for line in lines if "tidepool steps aside" in line), None
+            (line[line.index("tidepool falls back") :] for line in lines if "tidepool falls back" in line), None
         )
         return {"log": name, "failed": aside or "tidepool's plugin isn't loaded"}
     made: dict[str, Any] = json.loads(line.removeprefix(MARK))

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -15,13 +16,29 @@ compat = pytest.importorskip("tidepool.vllm_plugin.compat")
 # Which vLLM and platform ------------------------------------------------------------------------------------
 
 
-def pretend_vllm(monkeypatch: pytest.MonkeyPatch, version: tuple[int | str, ...], *, cpu: bool) -> None:
+def pretend_vllm(monkeypatch: pytest.MonkeyPatch, version: str, *, cpu: bool) -> None:
     version_module = types.ModuleType("vllm.version")
-    version_module.__version_tuple__ = version  # type: ignore[attr-defined]
+    version_module.__version__ = version  # type: ignore[attr-defined]
     platforms = types.ModuleType("vllm.platforms")
     platforms.current_platform = types.SimpleNamespace(is_cpu=lambda: cpu)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.version", version_module)
     monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+
+
+def vllms_scan(
+    x: Any, dt: Any, A: Any, B: Any, C: Any, chunk_size: Any, out: Any, D: Any = None, z: Any = None,
+    dt_bias: Any = None, initial_states: Any = None, return_intermediate_states: Any = False, seq_idx: Any = None,
+    cu_seqlens: Any = None, cu_chunk_seqlens: Any = None, last_chunk_indices: Any = None, dt_softplus: Any = False,
+    dt_limit: Any = None, state_dtype: Any = None, **kwargs: Any,
+) -> str:  # fmt: skip
+    return "vLLM's own"
+
+
+def vllms_store(
+    checkpoint: Any, chunk_idx: Any, x: Any, conv_state: Any, chunk_states: Any, ssm_state: Any, query_start_loc: Any,
+    *, state_len: int,
+) -> str:  # fmt: skip
+    return "vLLM's own"
 
 
 @pytest.fixture
@@ -29,8 +46,8 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> tuple[types.ModuleType, types.Module
     """Stand-ins for the two vLLM modules that are patched."""
     package = "vllm.model_executor.layers.mamba.ops"
     parent, combined, checkpoint = (types.ModuleType(package + end) for end in ("", ".ssd_combined", ".ssd_checkpoint"))
-    combined._mamba_chunk_scan_combined_fwd = plain_scan  # type: ignore[attr-defined]
-    checkpoint.store_prefill_checkpoint = lambda: None  # type: ignore[attr-defined]
+    combined._mamba_chunk_scan_combined_fwd = vllms_scan  # type: ignore[attr-defined]
+    checkpoint.store_prefill_checkpoint = vllms_store  # type: ignore[attr-defined]
     parent.ssd_combined, parent.ssd_checkpoint = combined, checkpoint  # type: ignore[attr-defined]
     for module in (parent, combined, checkpoint):
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -38,34 +55,29 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> tuple[types.ModuleType, types.Module
     return combined, checkpoint
 
 
-@pytest.mark.parametrize(
-    ("version", "cpu"), [((0, 31, 1), True), ((0, 33, 0), True), ((1, 32, 0), True), ((0, 32, 0), False)]
-)
+@pytest.mark.parametrize(("version", "cpu"), [("0.31.1", True), ("0.33.0", True), ("1.32.0", True), ("0.32.0", False)])
 def test_other_versions_and_platforms_are_left_alone(
-    version: tuple[int, ...], cpu: bool, ops: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    version: str, cpu: bool, ops: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_vllm(monkeypatch, version, cpu=cpu)
     assert not compat.patch_mamba2_cpu_checkpoints()
-    assert ops[0]._mamba_chunk_scan_combined_fwd is plain_scan
+    assert ops[0]._mamba_chunk_scan_combined_fwd is vllms_scan
 
 
 def test_mamba2_patch_is_applied_once(ops: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_vllm(monkeypatch, (0, 32, 0), cpu=True)
+    pretend_vllm(monkeypatch, "0.32.0", cpu=True)
     mixer = types.ModuleType("vllm.model_executor.layers.mamba.mamba_mixer2")
     monkeypatch.setitem(sys.modules, mixer.__name__, mixer)
     assert compat.patch_mamba2_cpu_checkpoints()
     combined, checkpoint = ops
-    scan = combined._mamba_chunk_scan_combined_fwd
-    assert scan is not plain_scan
-    assert checkpoint.store_prefill_checkpoint is compat.store_prefill_checkpoint
-    assert mixer.store_prefill_checkpoint is compat.store_prefill_checkpoint
+    scan, store = combined._mamba_chunk_scan_combined_fwd, checkpoint.store_prefill_checkpoint
+    assert scan.__wrapped__ is vllms_scan
+    assert scan(*[None] * 7, cu_chunk_seqlens=None) == "vLLM's own", "nobody has asked for states"
+    assert store.__wrapped__ is vllms_store
+    assert mixer.store_prefill_checkpoint is store
     assert compat.patch_mamba2_cpu_checkpoints()
     assert combined._mamba_chunk_scan_combined_fwd is scan
-
-
-def test_nothing_happens_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm.version", None)
-    assert not compat.patch_mamba2_cpu_checkpoints()
+    assert checkpoint.store_prefill_checkpoint is store
 
 
 # Wheels that do not fit -------------------------------------------------------------------------------------
@@ -164,7 +176,7 @@ def test_chunk_states_are_the_states_of_shorter_sequences(with_initial_states: b
         "seq_idx": torch.tensor([0, 0, 1, 2, 2]),
         "initial_states": initial,
     }
-    scan = compat.scan_with_chunk_states(plain_scan)
+    scan = functools.partial(compat.scan_with_chunk_states, plain_scan)
 
     expected_out, out = torch.empty_like(x), torch.empty_like(x)
     final = plain_scan(x, dt, A, B, C, 8, expected_out, **options)
@@ -185,6 +197,7 @@ def test_checkpoint_goes_to_its_block_and_nowhere_else() -> None:
     chunk_states = torch.arange(3 * 4.0).reshape(3, 1, 2, 2)
     checkpoint = types.SimpleNamespace(checkpoint_offsets=torch.tensor([0, 4]), state_indices=torch.tensor([1, 3]))
     compat.store_prefill_checkpoint(
+        vllms_store,
         checkpoint,
         torch.tensor([0, 2]),
         x,

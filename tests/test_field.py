@@ -37,12 +37,12 @@ def test_a_row_holds_or_not(field: ModuleType) -> None:
     checks = (field.Check("ttft", "TTFT", field.not_above), field.Check("hits", "hits", field.not_below))
     cases = [field.Case("worse", dict, checks), field.Case("broken", dict, checks)]
     figures = {("worse", "stock"): {"ttft": 10, "hits": 5}, ("worse", "elastic"): {"ttft": 11, "hits": 5}}
-    rows = field.rows_of(cases, figures, {"broken": "elastic: NotServedError: tidepool steps aside."})
+    rows = field.rows_of(cases, figures, {"broken": "elastic: NotServedError: tidepool falls back."})
     assert [(row["case"], row["holds"]) for row in rows] == [("worse", False), ("worse", True), ("broken", False)]
     text = io.StringIO()
     field.print_rows(rows, Console(file=text, width=120))
     assert "1 of 3 rows hold." in text.getvalue()
-    assert "steps aside" in text.getvalue()
+    assert "falls back" in text.getvalue()
 
 
 @pytest.mark.parametrize(

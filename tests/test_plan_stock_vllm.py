@@ -79,7 +79,7 @@ def align(layers: dict[str, LayerCache], latent: bool, block_tokens: int, monkey
     monkeypatch.setattr("vllm.config.vllm.set_current_vllm_config", lambda config: _nothing())
     monkeypatch.setattr(Platform, "_find_non_ssm_backends", classmethod(lambda cls, config: [Backend]))
     # The plugin may be on in this process, and this is about what vLLM does without it.
-    monkeypatch.setattr("tidepool.vllm_plugin.planning.keep_pages_natural", lambda *args: False)
+    monkeypatch.setattr("tidepool.vllm_plugin.wrappers.keep_pages_natural", lambda *args: False)
     config = SimpleNamespace(
         cache_config=SimpleNamespace(
             cache_dtype="auto",

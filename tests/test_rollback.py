@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_states_are_left_after_every_token() -> None:
             state[block] += x[row]
             given["out"][row] = state[block]
 
-    update = rollback.make_state_update(kernel)
+    update = functools.partial(rollback.state_update, kernel)
     state = torch.tensor([0.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0])
     blocks = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32)
     x = torch.tensor([1.0, 2.0, 3.0, 7.0])

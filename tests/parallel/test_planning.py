@@ -123,15 +123,15 @@ class TestAgreement:
         }
 
     def test_ranks_that_differ_are_refused(self) -> None:
-        from tidepool.vllm_plugin.notes import write_note
-        from tidepool.vllm_plugin.planning import ServingPlan, StockBlocks, agree, plan_of, send_plan
+        from tidepool.vllm_plugin.ranks import agree
+        from tidepool.vllm_plugin.serving_plan import ServingPlan, StockBlocks, attach_plan, note_plan, plan_of
 
         def rank(plan: ServingPlan | None) -> dict[str, Any]:
             specs = self.specs()
             config = SimpleNamespace(additional_config={})
             if plan is not None:
-                write_note(config, "plan", plan)
-            send_plan(config, specs)
+                note_plan(config, plan)
+            attach_plan(config, specs)
             return specs
 
         elastic, fixed = (
@@ -145,22 +145,22 @@ class TestAgreement:
         assert plan_of(core) is None
 
     def decide(self, monkeypatch: pytest.MonkeyPatch, others: list[Any], **environment: str) -> bool:
-        from tidepool.vllm_plugin import planning
-        from tidepool.vllm_plugin.planning import RankView
+        from tidepool.vllm_plugin import deciding
+        from tidepool.vllm_plugin.deciding import RankView
         from tidepool.vllm_plugin.settings import read_settings
 
         views = [RankView(read_settings({}, environment), specs, 16) for specs, environment in others]
-        monkeypatch.setattr(planning, "views_of_ranks", lambda config, mine: [mine, *views])
-        monkeypatch.setattr(planning, "layer_specs_of", lambda config: {"s": self.specs()["s"]})
-        monkeypatch.setattr(planning, "_attention_backends", lambda platform, config: [])
-        monkeypatch.setattr(planning, "_smallest_kernel_block", lambda config, backends: 1)
-        monkeypatch.setattr(planning, "closed_gates", lambda config, allow: iter(()))
+        monkeypatch.setattr(deciding, "views_of_ranks", lambda config, mine: [mine, *views])
+        monkeypatch.setattr(deciding, "layer_specs_of", lambda config: {"s": self.specs()["s"]})
+        monkeypatch.setattr(deciding, "_attention_backends", lambda platform, config: [])
+        monkeypatch.setattr(deciding, "_smallest_kernel_block", lambda config, backends: 1)
+        monkeypatch.setattr(deciding, "unsupported_features", lambda config, allow: iter(()))
         monkeypatch.delenv("TIDEPOOL", raising=False)
         cache_config = SimpleNamespace(mamba_cache_mode="none", block_size=128, user_specified_block_size=False)
         config = SimpleNamespace(additional_config={}, cache_config=cache_config)
-        served = planning.keep_pages_natural(None, config, None)
+        served = deciding.keep_pages_natural(None, config, None)
         assert cache_config.block_size == (16 if served else 128)
-        assert (planning.plan_of(config) is not None) == served
+        assert (deciding.plan_of(config) is not None) == served
         return served
 
     def test_a_stage_of_states_alone_is_served_where_another_has_the_attention(
@@ -168,7 +168,7 @@ class TestAgreement:
     ) -> None:
         assert self.decide(monkeypatch, [({"a": self.specs()["a"]}, {})])
 
-    def test_a_layer_that_is_not_served_on_one_stage_lets_all_step_aside(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_layer_that_is_not_served_on_one_stage_lets_all_fall_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         windowed = self.specs(attention_chunk_size=64)["a"]
         assert not self.decide(monkeypatch, [({"a": windowed}, {})])
 

@@ -1,6 +1,6 @@
 """Starts engines without a model with options of vLLM's, one after the other; run by test_options.py.
 
-For each option it writes what became of an engine: the error, or why tidepool stepped aside, or the lines of the log
+For each option it writes what became of an engine: the error, or why tidepool fell back, or the lines of the log
 that name the option and whatever a probe finds.
 """
 

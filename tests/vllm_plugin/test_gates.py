@@ -5,11 +5,17 @@ from typing import Any
 
 import pytest
 
-from tidepool.vllm_plugin.gates import GATES, closed_gates, unservable_backends, unservable_specs, version_gate
+from tidepool.vllm_plugin.gates import (
+    GATES,
+    unsupported_backends,
+    unsupported_features,
+    unsupported_layers,
+    unsupported_version,
+)
 
 
 def config() -> SimpleNamespace:
-    """The parts of a VllmConfig that gates look at, with every gate open."""
+    """The parts of a VllmConfig that gates look at, with nothing unsupported in use."""
     return SimpleNamespace(
         additional_config={},
         kv_transfer_config=None,
@@ -40,7 +46,7 @@ def config() -> SimpleNamespace:
     )
 
 
-CLOSING: dict[str, tuple[str, Any]] = {
+IN_USE: dict[str, tuple[str, Any]] = {
     "additional-config": ("additional_config", SimpleNamespace(compute_hash=lambda: "")),
     "kv-connector": ("kv_transfer_config", object()),
     "ec-connector": ("ec_transfer_config", object()),
@@ -67,13 +73,13 @@ CLOSING: dict[str, tuple[str, Any]] = {
 }
 
 
-def test_nothing_is_closed_on_a_plain_engine() -> None:
-    assert list(closed_gates(config())) == []
+def test_nothing_is_unsupported_on_a_plain_engine() -> None:
+    assert list(unsupported_features(config())) == []
 
 
 @pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.name)
-def test_each_gate_closes_on_its_feature_alone(gate: Any) -> None:
-    path, value = CLOSING[gate.name]
+def test_each_gate_finds_its_feature_alone(gate: Any) -> None:
+    path, value = IN_USE[gate.name]
     engine = config()
     if gate.name == "speculative-decoding":
         engine.parallel_config.tensor_parallel_size = engine.parallel_config.pipeline_parallel_size = 1
@@ -82,51 +88,51 @@ def test_each_gate_closes_on_its_feature_alone(gate: Any) -> None:
     for name in owners:
         owner = getattr(owner, name)
     setattr(owner, field, value)
-    assert list(closed_gates(engine)) == [f"{gate.name}: {gate.reason}"]
+    assert list(unsupported_features(engine)) == [f"{gate.name}: {gate.reason}"]
 
 
 def test_drafters_that_were_run_are_served() -> None:
     engine = config()
     engine.parallel_config.tensor_parallel_size = engine.parallel_config.pipeline_parallel_size = 1
 
-    def closed(method: str, model_type: str = "") -> list[str]:
+    def found(method: str, model_type: str = "") -> list[str]:
         draft_model = SimpleNamespace(hf_config=SimpleNamespace(model_type=model_type))
         engine.speculative_config = SimpleNamespace(method=method, draft_model_config=draft_model)
-        return [reason.partition(":")[0] for reason in closed_gates(engine)]
+        return [reason.partition(":")[0] for reason in unsupported_features(engine)]
 
-    assert closed("ngram") == []
-    assert closed("mtp", "qwen3_5_mtp") == []
+    assert found("ngram") == []
+    assert found("mtp", "qwen3_5_mtp") == []
     for method, model_type in [
         ("mtp", "nemotron_h_mtp"),
         ("mtp", "qwen3_next_mtp"),
         ("draft_model", "qwen3"),
         ("ngram_gpu", ""),
     ]:
-        assert closed(method, model_type) == ["speculative-decoding"]
+        assert found(method, model_type) == ["speculative-decoding"]
     engine.device_config.device_type = "cuda"
-    assert closed("ngram") == ["speculative-ranks", "device"]
+    assert found("ngram") == ["speculative-ranks", "device"]
     engine.device_config.device_type = "cpu"
     engine.parallel_config.tensor_parallel_size = 2
-    assert closed("ngram") == ["speculative-ranks"]
+    assert found("ngram") == ["speculative-ranks"]
 
 
-def test_an_allowed_gate_is_open() -> None:
+def test_what_is_allowed_is_served() -> None:
     engine = config()
     engine.device_config.device_type = "cuda"
     engine.parallel_config.distributed_executor_backend = "ray"
-    assert list(closed_gates(engine, allow=("device", "executor"))) == []
+    assert list(unsupported_features(engine, allow=("device", "executor"))) == []
 
 
 def test_several_nodes_are_untested_whoever_starts_them() -> None:
     engine = config()
     engine.parallel_config.nnodes = 2
-    assert [reason.partition(":")[0] for reason in closed_gates(engine)] == ["executor"]
+    assert [reason.partition(":")[0] for reason in unsupported_features(engine)] == ["executor"]
 
 
 def test_version() -> None:
-    assert version_gate("0.32.0") is None
+    assert unsupported_version("0.32.0") is None
     for version in ("0.31.2", "0.32.1", "0.33.0", "0.32.0.dev1"):
-        assert f"vLLM {version} hasn't been tested" in str(version_gate(version))
+        assert f"vLLM {version} hasn't been tested" in str(unsupported_version(version))
 
 
 @pytest.mark.vllm
@@ -145,9 +151,9 @@ class TestLayers:
         import torch
         from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-        assert unservable_specs(self.specs()) is None
+        assert unsupported_layers(self.specs()) is None
         window = SlidingWindowSpec(block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16, sliding_window=8)
-        assert unservable_specs(self.specs() | {"b": self.specs(head_size=128)["a"], "w": window}) is None
+        assert unsupported_layers(self.specs() | {"b": self.specs(head_size=128)["a"], "w": window}) is None
 
     def test_what_is_not(self) -> None:
         import torch
@@ -167,7 +173,7 @@ class TestLayers:
         }
         for words, all_specs in cases.items():
             for specs in all_specs:
-                assert words in str(unservable_specs(specs))
+                assert words in str(unsupported_layers(specs))
 
     @pytest.mark.parametrize("kv_dtype", ["turboquant_k8v4", "turboquant_3bit_nc"])
     def test_turboquant_is_planned_at_its_natural_page(self, kv_dtype: str) -> None:
@@ -180,13 +186,8 @@ class TestLayers:
 
         from tidepool.cache import CacheConfigError, FullAttention, choose_geometry
         from tidepool.models.dtypes import head_bytes
-        from tidepool.vllm_plugin.planning import (
-            ServingPlan,
-            StockBlocks,
-            core_groups,
-            group_by_layer_cache,
-            make_kv_cache_config,
-        )
+        from tidepool.vllm_plugin.planning import core_groups, group_by_layer_cache, make_kv_cache_config
+        from tidepool.vllm_plugin.serving_plan import ServingPlan, StockBlocks
 
         def groups(block_tokens: int) -> list[KVCacheGroupSpec]:
             plain = FullAttentionSpec(
@@ -197,7 +198,7 @@ class TestLayers:
                 kv_quant_mode=get_kv_quant_mode(kv_dtype),
             )
             specs = self.specs() | {"a": customize_attention_spec(TurboQuantAttentionBackend, plain)}
-            assert unservable_specs(specs) is None
+            assert unsupported_layers(specs) is None
             return group_by_layer_cache(specs)
 
         engine = SimpleNamespace(
@@ -225,13 +226,13 @@ class TestLayers:
 
 
 def test_backends_that_reckon_with_num_gpu_blocks_are_not_served() -> None:
-    assert unservable_backends(["FlashAttentionBackend"]) is None
-    assert "FlexAttention" in str(unservable_backends(["FlashAttentionBackend", "FlexAttentionBackend"]))
+    assert unsupported_backends(["FlashAttentionBackend"]) is None
+    assert "FlexAttention" in str(unsupported_backends(["FlashAttentionBackend", "FlexAttentionBackend"]))
 
 
 def test_turboquant_is_for_gpus() -> None:
     engine = config()
     engine.cache_config.cache_dtype = "turboquant_4bit_nc"
-    assert [reason.partition(":")[0] for reason in closed_gates(engine)] == ["kv-cache-dtype"]
+    assert [reason.partition(":")[0] for reason in unsupported_features(engine)] == ["kv-cache-dtype"]
     engine.device_config.device_type = "cuda"
-    assert [reason.partition(":")[0] for reason in closed_gates(engine)] == ["device"]
+    assert [reason.partition(":")[0] for reason in unsupported_features(engine)] == ["device"]

@@ -17,20 +17,27 @@ def test_notes_travel_with_copies_and_to_other_processes(tmp_path: Path) -> None
     from vllm.config.utils import replace
     from vllm.engine.arg_utils import EngineArgs
 
-    from tidepool.vllm_plugin.notes import read_note, write_note
-    from tidepool.vllm_plugin.planning import ServingPlan, StockBlocks, plan_of, step_aside, stepped_aside
+    from tidepool.vllm_plugin.notes import read_note
+    from tidepool.vllm_plugin.serving_plan import (
+        ServingPlan,
+        StockBlocks,
+        fall_back,
+        fallback_reason,
+        note_plan,
+        plan_of,
+    )
     from tidepool.vllm_plugin.settings import Settings
 
     plan = ServingPlan("fixed", "returns", StockBlocks(640, None), 512, (3, 4), ((1, 20), (21, 5)))
     given = {"tidepool": {"partition": "fixed"}}
     config = EngineArgs(model=str(make_checkpoint("qwen3.5", tmp_path)), additional_config=given).create_engine_config()
     hashed = config.compute_hash()
-    write_note(config, "plan", plan)
-    step_aside(config, Settings(), "device: not here")
+    note_plan(config, plan)
+    fall_back(config, Settings(), "device: not here")
     for copied in (replace(config), pickle.loads(pickle.dumps(config))):
         assert plan_of(copied) == plan
         assert plan_of(copied).stock.block_tokens == 640
-        assert stepped_aside(copied) == "device: not here"
+        assert fallback_reason(copied) == "device: not here"
     assert given == {"tidepool": {"partition": "fixed"}}, "the user's own table"
     # vLLM copies parts of a configuration too, field by field: a field of ours would break it.
     replace(config.cache_config, cache_dtype="auto")
@@ -46,5 +53,5 @@ def test_a_table_of_somebody_elses_is_left_alone() -> None:
     write_note(config, "plan", 1)
     assert read_note(config, "plan") is None
     (gate,) = (gate for gate in GATES if gate.name == "additional-config")
-    assert gate.closed(config)
-    assert not gate.closed(SimpleNamespace(additional_config={}))
+    assert gate.in_use(config)
+    assert not gate.in_use(SimpleNamespace(additional_config={}))

@@ -83,19 +83,19 @@ def test_options_do_what_the_document_says(found: dict[str, Any]) -> None:
 
 
 UNTRIED = {
-    "use_replayssm": "vLLM refuses it for this model; test_gates closes the gate",
-    "disable_hybrid_kv_cache_manager": "vLLM refuses hybrid models with it; test_gates closes the gate",
+    "use_replayssm": "vLLM refuses it for this model; test_gates has it",
+    "disable_hybrid_kv_cache_manager": "vLLM refuses hybrid models with it; test_gates has it",
     "kv_transfer_config": "kv_offloading_size sets it",
-    "ec_transfer_config": "test_gates closes the gate",
+    "ec_transfer_config": "test_gates has it",
     "tensor_parallel_size": "tests/parallel",
     "pipeline_parallel_size": "tests/parallel",
-    "decode_context_parallel_size": "vLLM refuses it on one rank; test_gates closes the gate",
-    "prefill_context_parallel_size": "vLLM refuses it on the CPU; test_gates closes the gate",
-    "distributed_executor_backend": "test_gates closes the gate",
-    "nnodes": "test_gates closes the gate",
-    "speculative_config": "tests/speculative; test_gates closes the gate",
-    "attention_config": "test_gates closes the gate",
-    "VLLM_USE_V2_MODEL_RUNNER": "it needs Triton; test_gates closes the gate",
+    "decode_context_parallel_size": "vLLM refuses it on one rank; test_gates has it",
+    "prefill_context_parallel_size": "vLLM refuses it on the CPU; test_gates has it",
+    "distributed_executor_backend": "test_gates has it",
+    "nnodes": "test_gates has it",
+    "speculative_config": "tests/speculative; test_gates has it",
+    "attention_config": "test_gates has it",
+    "VLLM_USE_V2_MODEL_RUNNER": "it needs Triton; test_gates has it",
     "VLLM_CPU_KVCACHE_SPACE": "the memory isn't allocated here; tests/server sets it",
 }
 """Options that can't be tried in an engine without a model, and where they are instead."""

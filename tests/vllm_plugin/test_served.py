@@ -13,9 +13,9 @@ pytest.importorskip("vllm")
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.core import kv_cache_utils
+    from tidepool.vllm_plugin import patches
 
-    monkeypatch.setattr(kv_cache_utils, "_tidepool_installed", True, raising=False)
+    monkeypatch.setattr(patches, "is_installed", lambda: True)
 
 
 def config_of(side: str) -> Any:
@@ -38,19 +38,19 @@ def test_an_engine_is_what_it_is_called(loaded: None, asked: str, found: str) ->
         return
     with pytest.raises(NotServedError) as caught:
         require_served(asked, SimpleNamespace(additional_config={}), config_of(found))
-    assert ("steps aside" if found == "stock" else f"{asked} was asked for") in str(caught.value)
+    assert ("falls back" if found == "stock" else f"{asked} was asked for") in str(caught.value)
 
 
-def test_the_closed_gate_is_named(loaded: None) -> None:
-    from tidepool.vllm_plugin.planning import step_aside
+def test_the_reason_is_named(loaded: None) -> None:
     from tidepool.vllm_plugin.served import reason
+    from tidepool.vllm_plugin.serving_plan import fall_back
     from tidepool.vllm_plugin.settings import Settings
 
     config = SimpleNamespace(additional_config={})
     assert reason(config) == "layers: the model doesn't keep states beside attention"
-    step_aside(config, Settings(), "mla: latent attention is untested")
+    fall_back(config, Settings(), "mla: latent attention is untested")
     assert reason(config) == "mla: latent attention is untested"
-    step_aside(config, Settings(enabled=False), "mla: latent attention is untested")
+    fall_back(config, Settings(enabled=False), "mla: latent attention is untested")
     assert reason(config).startswith("off: TIDEPOOL")
 
 
@@ -63,13 +63,12 @@ def test_the_closed_gate_is_named(loaded: None) -> None:
     ],
 )
 def test_a_plugin_that_is_not_loaded_is_said(monkeypatch: pytest.MonkeyPatch, plugins: str | None, words: str) -> None:
-    from vllm.v1.core import kv_cache_utils
     from vllm.version import __version__
 
-    from tidepool.vllm_plugin import gates
+    from tidepool.vllm_plugin import gates, patches
     from tidepool.vllm_plugin.served import NotServedError, reason, require_plugin
 
-    monkeypatch.delattr(kv_cache_utils, "_tidepool_installed", raising=False)
+    monkeypatch.setattr(patches, "is_installed", lambda: False)
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if plugins is not None:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
@@ -80,14 +79,14 @@ def test_a_plugin_that_is_not_loaded_is_said(monkeypatch: pytest.MonkeyPatch, pl
     assert reason(SimpleNamespace(additional_config={})).startswith(f"vllm-version: vLLM {__version__}")
 
 
-def test_other_models_say_that_tidepool_steps_aside() -> None:
+def test_other_models_say_that_tidepool_falls_back() -> None:
     """vLLM's platform asks nobody about models without states, so the plugin has to speak up by itself."""
     from vllm.platforms import current_platform
 
     from tidepool.vllm_plugin import register
-    from tidepool.vllm_plugin.planning import stepped_aside
+    from tidepool.vllm_plugin.serving_plan import fallback_reason
 
     register()
     config = SimpleNamespace(model_config=SimpleNamespace(is_hybrid=False), additional_config={})
     current_platform.update_block_size_for_backend(config)
-    assert stepped_aside(config) == "layers: the model doesn't keep states beside attention"
+    assert fallback_reason(config) == "layers: the model doesn't keep states beside attention"

@@ -36,7 +36,7 @@ from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.trace import GENERATED_TOKEN
 from tidepool.running.engine import require_side
 from tidepool.sides import Side, switch
-from tidepool.vllm_plugin.planning import layer_specs_of
+from tidepool.vllm_plugin.deciding import layer_specs_of
 from tidepool.vllm_plugin.settings import Eviction
 
 GPU_KERNEL_BLOCK = 16

@@ -46,34 +46,29 @@ def files_of(path: str) -> tuple[tuple[str, int, int], ...]:
     return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
 
 
-def with_number(original: Callable[[Any], list[Any]], numbers: AdapterNumbers) -> Callable[[Any], list[Any]]:
+_NUMBERS = AdapterNumbers()
+
+
+def hash_keys_with_number(original: Callable[[Any], list[Any]], request: Any) -> list[Any]:
     """vLLM's ``_gen_lora_extra_hash_keys``, with the number of an adapter that has changed."""
-
-    def _gen_lora_extra_hash_keys(request: Any) -> list[Any]:
-        keys = original(request)
-        if not keys:
-            return keys
-        # Looked up once: what a request computes is its own, whatever is loaded meanwhile.
-        number = getattr(request, _NUMBER, None)
-        if number is None:
-            number = numbers.of(request.lora_request)
-            setattr(request, _NUMBER, number)
-        return [*keys, ("lora-load", number)] if number else keys
-
-    return _gen_lora_extra_hash_keys
+    keys = original(request)
+    if not keys:
+        return keys
+    # Looked up once: what a request computes is its own, whatever is loaded meanwhile.
+    number = getattr(request, _NUMBER, None)
+    if number is None:
+        number = _NUMBERS.of(request.lora_request)
+        setattr(request, _NUMBER, number)
+    return [*keys, ("lora-load", number)] if number else keys
 
 
-def counting_loads(original: Callable[..., Any], numbers: AdapterNumbers) -> Callable[..., Any]:
+def count_load(original: Callable[..., Any], core: Any, lora_request: Any) -> Any:
     """vLLM's ``EngineCore.add_lora``, after which requests that wait look for what the new weights have left."""
-
-    def add_lora(self: Any, lora_request: Any) -> Any:
-        result = original(self, lora_request)
-        numbers.loaded(lora_request)
-        for request in self.scheduler.requests.values():
-            if request.lora_request == lora_request and not request.num_computed_tokens:
-                request.__dict__.pop(_NUMBER, None)
-                request.block_hashes.clear()
-                request.update_block_hashes()
-        return result
-
-    return add_lora
+    result = original(core, lora_request)
+    _NUMBERS.loaded(lora_request)
+    for request in core.scheduler.requests.values():
+        if request.lora_request == lora_request and not request.num_computed_tokens:
+            request.__dict__.pop(_NUMBER, None)
+            request.block_hashes.clear()
+            request.update_block_hashes()
+    return result

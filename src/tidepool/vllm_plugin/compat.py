@@ -1,6 +1,6 @@
-"""Narrow work-arounds for faults around vLLM 0.32, each gated to where the fault is.
+"""Narrow work-arounds for faults around vLLM 0.32, each only where the fault is.
 
-Every work-around is one function that returns whether it was applied; calling it again changes nothing.
+Every work-around is one function that returns whether it is in force; calling it again changes nothing.
 ``docs/upstream.md`` says for each one how to reproduce the fault and when it can go.
 """
 
@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tidepool.vllm_plugin import adapters, patching, rollback
+from tidepool.vllm_plugin.patching import Patch
+
 if TYPE_CHECKING:
     import torch
 
-_MARK = "_tidepool_compat"
 _held: list[Any] = []
 """Operator libraries in force: torch drops a library's operators with its last reference."""
 _hidden: set[str] = set()
@@ -25,6 +27,9 @@ def apply_compat() -> list[str]:
 
     Returns:
         The names of those in force, for one log line.
+
+    Raises:
+        PatchError: vLLM isn't what they were written for. None of its functions has been replaced.
     """
     workarounds = {
         "torchvision-ops": declare_torchvision_ops,
@@ -34,7 +39,15 @@ def apply_compat() -> list[str]:
         "cpu-draft-rollback": patch_cpu_draft_rollback,
         "adapter-numbers": patch_adapter_hashes,
     }
+    patching.check(patching.needed_here(WORKAROUNDS))
     return [name for name, apply in workarounds.items() if apply()]
+
+
+def _apply(rows: tuple[Patch, ...]) -> bool:
+    """Apply what this process needs of these rows. Returns whether that is any."""
+    needed = patching.needed_here(rows)
+    patching.apply(needed)
+    return bool(needed)
 
 
 def platform_plugin() -> None:
@@ -129,119 +142,82 @@ def patch_mamba2_cpu_checkpoints() -> bool:
     Returns:
         Whether the patch is in force.
     """
-    if not _is_affected_vllm():
-        return False
-    from vllm.model_executor.layers.mamba.ops import ssd_checkpoint, ssd_combined
-
-    scan = ssd_combined._mamba_chunk_scan_combined_fwd
-    if not hasattr(scan, _MARK):
-        ssd_combined._mamba_chunk_scan_combined_fwd = _marked(scan_with_chunk_states(scan))
-        ssd_checkpoint.store_prefill_checkpoint = _marked(store_prefill_checkpoint)
-        # The mixer binds the name when it is imported, which may have happened already.
-        mixer = sys.modules.get("vllm.model_executor.layers.mamba.mamba_mixer2")
-        if mixer is not None:
-            mixer.store_prefill_checkpoint = ssd_checkpoint.store_prefill_checkpoint  # type: ignore[attr-defined]
-    return True
+    return _apply(_MAMBA2_CHECKPOINTS)
 
 
-def _is_affected_version() -> bool:
-    """Whether this is vLLM 0.32."""
-    try:
-        from vllm.version import __version_tuple__
-    except ImportError:
-        return False
-    return tuple(__version_tuple__[:2]) == (0, 32)
-
-
-def _is_affected_vllm() -> bool:
-    """Whether this is vLLM 0.32 on its CPU platform."""
-    if not _is_affected_version():
-        return False
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
-def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
-    setattr(function, _MARK, True)
-    return function
-
-
-def scan_with_chunk_states(scan: Callable[..., "torch.Tensor"]) -> Callable[..., "torch.Tensor"]:
-    """Wrap a Mamba2 scan so that it honours ``return_intermediate_states``.
+def scan_with_chunk_states(
+    scan: Callable[..., "torch.Tensor"],
+    x: "torch.Tensor",
+    dt: "torch.Tensor",
+    A: "torch.Tensor",
+    B: "torch.Tensor",
+    C: "torch.Tensor",
+    chunk_size: int,
+    out: "torch.Tensor",
+    *,
+    z: "torch.Tensor | None" = None,
+    initial_states: "torch.Tensor | None" = None,
+    return_intermediate_states: bool = False,
+    state_dtype: "torch.dtype | None" = None,
+    **rest: Any,
+) -> "torch.Tensor":
+    """A Mamba2 scan that honours ``return_intermediate_states``.
 
     Args:
-        scan: a scan over whole sequences that returns one state per sequence.
+        scan: vLLM's, over whole sequences, which returns one state per sequence; the other arguments are its own.
 
     Returns:
-        A scan that, when asked, returns one state per chunk: that after the chunk's last token.
+        One state per sequence, or when asked one per chunk: that after the chunk's last token.
     """
+    if not return_intermediate_states:
+        return scan(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            chunk_size,
+            out,
+            z=z,
+            initial_states=initial_states,
+            state_dtype=state_dtype,
+            **rest,
+        )
+    import torch
 
-    def scan_chunks(
-        x: "torch.Tensor",
-        dt: "torch.Tensor",
-        A: "torch.Tensor",
-        B: "torch.Tensor",
-        C: "torch.Tensor",
-        chunk_size: int,
-        out: "torch.Tensor",
-        *,
-        z: "torch.Tensor | None" = None,
-        initial_states: "torch.Tensor | None" = None,
-        return_intermediate_states: bool = False,
-        state_dtype: "torch.dtype | None" = None,
-        **rest: Any,
-    ) -> "torch.Tensor":
-        if not return_intermediate_states:
-            return scan(
-                x,
-                dt,
+    ends: list[int] = rest["cu_chunk_seqlens"].tolist()
+    sequences: list[int] = rest["seq_idx"].tolist()
+    states: list[torch.Tensor] = []
+    for chunk, sequence in enumerate(sequences):
+        part = slice(ends[chunk], ends[chunk + 1])
+        if chunk > 0 and sequences[chunk - 1] == sequence:
+            state: torch.Tensor | None = states[-1]
+        elif initial_states is not None:
+            state = initial_states[sequence : sequence + 1]
+        else:
+            state = None
+        one_sequence = torch.tensor([0, part.stop - part.start], dtype=torch.int32)
+        states.append(
+            scan(
+                x[part],
+                dt[part],
                 A,
-                B,
-                C,
+                B[part],
+                C[part],
                 chunk_size,
-                out,
-                z=z,
-                initial_states=initial_states,
-                state_dtype=state_dtype,
-                **rest,
+                out[part],
+                z=None if z is None else z[part],
+                initial_states=state,
+                # Carried unrounded, so that cutting a sequence into chunks does not change its result.
+                state_dtype=torch.float32,
+                **{**rest, "cu_seqlens": one_sequence},
             )
-        import torch
-
-        ends: list[int] = rest["cu_chunk_seqlens"].tolist()
-        sequences: list[int] = rest["seq_idx"].tolist()
-        states: list[torch.Tensor] = []
-        for chunk, sequence in enumerate(sequences):
-            part = slice(ends[chunk], ends[chunk + 1])
-            if chunk > 0 and sequences[chunk - 1] == sequence:
-                state: torch.Tensor | None = states[-1]
-            elif initial_states is not None:
-                state = initial_states[sequence : sequence + 1]
-            else:
-                state = None
-            one_sequence = torch.tensor([0, part.stop - part.start], dtype=torch.int32)
-            states.append(
-                scan(
-                    x[part],
-                    dt[part],
-                    A,
-                    B[part],
-                    C[part],
-                    chunk_size,
-                    out[part],
-                    z=None if z is None else z[part],
-                    initial_states=state,
-                    # Carried unrounded, so that cutting a sequence into chunks does not change its result.
-                    state_dtype=torch.float32,
-                    **{**rest, "cu_seqlens": one_sequence},
-                )
-            )
-        return torch.cat(states).to(x.dtype if state_dtype is None else state_dtype)
-
-    return scan_chunks
+        )
+    return torch.cat(states).to(x.dtype if state_dtype is None else state_dtype)
 
 
 def store_prefill_checkpoint(
+    original: Callable[..., None],
     checkpoint: Any,
     chunk_idx: "torch.Tensor",
     x: "torch.Tensor",
@@ -255,6 +231,7 @@ def store_prefill_checkpoint(
     """Copy each prefill's checkpoint into its cache block; the CPU twin of vLLM's GPU kernel of that name.
 
     Args:
+        original: vLLM's, which needs a GPU.
         checkpoint: per prefill, the checkpoint's offset in tokens into the step (0: none) and its block id.
         chunk_idx: per prefill, the chunk that ends at the checkpoint.
         x: convolution inputs, ``[channel, token]``.
@@ -289,22 +266,16 @@ def patch_cpu_stage_buffers() -> bool:
     Returns:
         Whether the patch is in force.
     """
-    if not _is_affected_vllm():
-        return False
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    return _apply(_STAGE_BUFFERS)
 
-    gather = CPUModelRunner.sync_and_gather_intermediate_tensors
-    if not hasattr(gather, _MARK):
 
-        def sync_and_gather_intermediate_tensors(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.intermediate_tensors is None:
-                self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
-                    batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
-                )
-            return gather(self, *args, **kwargs)
-
-        CPUModelRunner.sync_and_gather_intermediate_tensors = _marked(sync_and_gather_intermediate_tensors)
-    return True
+def make_stage_buffer(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make the buffer where the warm-up hasn't, before vLLM's function uses it."""
+    if runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+    return original(runner, *args, **kwargs)
 
 
 # Speculative decoding with states on the CPU ------------------------------------------------------------------
@@ -315,48 +286,28 @@ def patch_cpu_draft_rollback() -> bool:
 
     Mamba's convolution overlooks there which drafts were accepted, Gated DeltaNet's takes every request to have all its
     drafts, and two kernels that copy states between blocks exist for GPUs only. The twins are in
-    `tidepool.vllm_plugin.rollback`; they are put in where vLLM registers its own twins, in workers.
+    `tidepool.vllm_plugin.rollback`.
 
     Returns:
         Whether the patch is in force.
     """
-    if not _is_affected_vllm():
-        return False
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    register = platform.register_triton_kernel_overrides.__func__
-    if not hasattr(register, _MARK):
-
-        def register_triton_kernel_overrides(cls: Any) -> None:
-            register(cls)
-            _put_in_draft_rollback()
-
-        platform.register_triton_kernel_overrides = classmethod(_marked(register_triton_kernel_overrides))
-    return True
+    return _apply(_DRAFT_ROLLBACK)
 
 
-def _put_in_draft_rollback() -> None:
-    from vllm.model_executor.layers.mamba.ops import causal_conv1d, ssu_dispatch
-    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+def register_kernel_twins(original: Callable[..., None], platform: Any) -> None:
+    """In workers: register twins of the kernels that copy states, after vLLM's own twins."""
     from vllm.triton_utils import HAS_TRITON
     from vllm.triton_utils.dispatcher import register_kernels
 
-    from tidepool.vllm_plugin import rollback
-
+    original(platform)
     if not HAS_TRITON:
         kernels = {"precopy_mamba_align": rollback.copy_before_step, "postprocess_mamba": rollback.copy_after_step}
         register_kernels({f"vllm.v1.worker.mamba_utils.{name}_fused_kernel": twin for name, twin in kernels.items()})
-    update = causal_conv1d.causal_conv1d_update
-    if not hasattr(update, _MARK):
-        causal_conv1d.causal_conv1d_update = _marked(rollback.make_convolution_update(update))
-        gdn_attention._spec_forward = rollback.gdn_draft_step
-        backend = ssu_dispatch.CPUSSUBackend
-        backend.__call__ = rollback.make_state_update(backend.__call__)
-        # The mixer binds the name when it is imported, which may have happened already.
-        mixer = sys.modules.get("vllm.model_executor.layers.mamba.mamba_mixer2")
-        if mixer is not None:
-            mixer.causal_conv1d_update = causal_conv1d.causal_conv1d_update  # type: ignore[attr-defined]
+
+
+def gdn_draft_step(original: Callable[..., Any], *args: Any) -> Any:
+    """See `tidepool.vllm_plugin.rollback.gdn_draft_step`."""
+    return rollback.gdn_draft_step(*args)
 
 
 # Adapters ---------------------------------------------------------------------------------------------------
@@ -368,16 +319,102 @@ def patch_adapter_hashes() -> bool:
     Returns:
         Whether the patch is in force.
     """
-    if not _is_affected_version():
-        return False
-    from vllm.v1.core import kv_cache_utils
-    from vllm.v1.engine.core import EngineCore
+    return _apply(_ADAPTER_NUMBERS)
 
-    from tidepool.vllm_plugin import adapters
 
-    keys = kv_cache_utils._gen_lora_extra_hash_keys
-    if not hasattr(keys, _MARK):
-        numbers = adapters.AdapterNumbers()
-        kv_cache_utils._gen_lora_extra_hash_keys = _marked(adapters.with_number(keys, numbers))
-        EngineCore.add_lora = adapters.counting_loads(EngineCore.add_lora, numbers)
-    return True
+# The table ----------------------------------------------------------------------------------------------------
+
+_MIXER = "vllm.model_executor.layers.mamba.mamba_mixer2"
+_MAMBA2_CHECKPOINTS = (
+    Patch(
+        "vllm.model_executor.layers.mamba.ops.ssd_combined:_mamba_chunk_scan_combined_fwd",
+        scan_with_chunk_states,
+        "x, dt, A, B, C, chunk_size, out, D=, z=, dt_bias=, initial_states=, return_intermediate_states=, seq_idx=, "
+        "cu_seqlens=, cu_chunk_seqlens=, last_chunk_indices=, dt_softplus=, dt_limit=, state_dtype=, **kwargs",
+        "the state after every chunk",
+        "the CPU's scan returns one for each sequence",
+        "vLLM's CPU scan honours return_intermediate_states",
+        device="cpu",
+    ),
+    Patch(
+        "vllm.model_executor.layers.mamba.ops.ssd_checkpoint:store_prefill_checkpoint",
+        store_prefill_checkpoint,
+        "checkpoint, chunk_idx, x, conv_state, chunk_states, ssm_state, query_start_loc, *, state_len",
+        "copies a state saved inside a step",
+        "vLLM's is a GPU kernel",
+        "vLLM registers a twin of the kernel",
+        device="cpu",
+        bound_in=(_MIXER,),
+    ),
+)
+_STAGE_BUFFERS = (
+    Patch(
+        "vllm.v1.worker.cpu_model_runner:CPUModelRunner.sync_and_gather_intermediate_tensors",
+        make_stage_buffer,
+        "self, num_tokens, intermediate_tensors, sync_self",
+        "makes the buffer of later pipeline stages",
+        "only the warm-up makes it, which the CPU worker may leave out",
+        "vLLM's CPU worker makes it",
+        device="cpu",
+    ),
+)
+_DRAFT_ROLLBACK = (
+    Patch(
+        "platform:register_triton_kernel_overrides",
+        register_kernel_twins,
+        "cls",
+        "registers twins of the kernels that copy states",
+        "vLLM registers its own there, which ours have to follow",
+        "vLLM has them",
+        device="cpu",
+    ),
+    Patch(
+        "vllm.model_executor.layers.mamba.ops.causal_conv1d:causal_conv1d_update",
+        rollback.convolution_update,
+        "x, conv_state, weight, bias=, activation=, conv_state_indices=, query_start_loc=, pad_slot_id=, **kwargs",
+        "goes on from the last accepted token's inputs",
+        "the CPU's overlooks which drafts were accepted",
+        "vLLM's looks",
+        device="cpu",
+        bound_in=(_MIXER,),
+    ),
+    Patch(
+        "vllm.model_executor.layers.mamba.ops.ssu_dispatch:CPUSSUBackend.__call__",
+        rollback.state_update,
+        "self, state, x, dt, A, B, C, D, dt_bias, z=, dt_softplus=, state_batch_indices=, dst_state_batch_indices=, "
+        "null_block_id=, out=, num_accepted_tokens=, cu_seqlens=, is_blackwell=",
+        "leaves a state for each draft",
+        "the CPU's takes one token of each request",
+        "vLLM's takes several",
+        device="cpu",
+    ),
+    Patch(
+        "vllm.model_executor.layers.mamba.ops.cpu.gdn_attention:_spec_forward",
+        gdn_draft_step,
+        "layer, attn_metadata_i, mixed_qkv_spec, b_spec, a_spec, conv_buf, ssm_state, width, state_len",
+        "takes any number of drafts from each request",
+        "vLLM's takes every request to have all its drafts",
+        "0.33, where vLLM has mended it",
+        device="cpu",
+    ),
+)
+_ADAPTER_NUMBERS = (
+    Patch(
+        "vllm.v1.core.kv_cache_utils:_gen_lora_extra_hash_keys",
+        adapters.hash_keys_with_number,
+        "request",
+        "adds the number of an adapter that has changed",
+        "vLLM hashes an adapter's name and path",
+        "vLLM hashes what identifies the weights",
+    ),
+    Patch(
+        "vllm.v1.engine.core:EngineCore.add_lora",
+        adapters.count_load,
+        "self, lora_request",
+        "counts loads; requests that wait look anew",
+        "vLLM hashes an adapter's name and path",
+        "vLLM hashes what identifies the weights",
+    ),
+)
+WORKAROUNDS: tuple[Patch, ...] = (*_MAMBA2_CHECKPOINTS, *_STAGE_BUFFERS, *_DRAFT_ROLLBACK, *_ADAPTER_NUMBERS)
+"""All functions of vLLM's that are replaced here."""

@@ -1,7 +1,7 @@
-"""When the plugin steps aside.
+"""What is unsupported, so that tidepool falls back to vLLM.
 
-Everything that hasn't been proven with tidepool's memory is a gate: a name, a test on vLLM's configuration, and one
-reason in words. A closed gate leaves the whole engine to vLLM; nothing is half-applied.
+Everything that hasn't been proven with tidepool's memory has a gate: a name, a test on vLLM's configuration, and one
+reason in words. If the feature is in use the whole engine is vLLM's; nothing is half-applied.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ SUPPORTED_VLLM = ("0.32.0",)
 
 @dataclass(frozen=True)
 class Gate:
-    """``closed(vllm_config)`` tells whether the feature is in use."""
+    """One check for something unsupported."""
 
     name: str
     reason: str
-    closed: Callable[[Any], bool]
+    in_use: Callable[[Any], bool]
+    """Of vLLM's configuration."""
 
 
 def _quantized(config: Any) -> bool:
@@ -59,7 +60,7 @@ GATES: tuple[Gate, ...] = (
     Gate("data-parallel", "data parallelism is untested", _parallel("data_parallel_size")),
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
-    Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] opens this gate)", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp") or c.parallel_config.nnodes > 1),
+    Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] serves others)", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp") or c.parallel_config.nnodes > 1),
     Gate("speculative-decoding", "of speculative decoding only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run", _other_drafter),
     Gate("speculative-ranks", "speculative decoding has been run in one process on the CPU only", _drafts_elsewhere),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
@@ -75,28 +76,33 @@ GATES: tuple[Gate, ...] = (
     Gate("encoder-decoder", "encoder-decoder models are untested", lambda c: bool(c.model_config.is_encoder_decoder)),
     Gate("model-runner-v2", "vLLM's second model runner is untested on the CPU", lambda c: bool(c.use_v2_model_runner) and c.device_config.device_type == "cpu"),
     Gate("additional-config", "vLLM's platform keeps something else than a table there", lambda c: not can_note(c)),
-    Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] opens this gate)", lambda c: c.device_config.device_type != "cpu"),
+    Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] serves others)", lambda c: c.device_config.device_type != "cpu"),
 )  # fmt: skip
 
 
-def version_gate(version: str) -> str | None:
-    """Why this version of vLLM isn't served, or None."""
+def unsupported_version(version: str) -> str | None:
+    """Why this version of vLLM is unsupported, or None."""
     if version in SUPPORTED_VLLM:
         return None
     return f"vllm-version: vLLM {version} hasn't been tested (tested: {', '.join(SUPPORTED_VLLM)})"
 
 
-def closed_gates(vllm_config: Any, allow: Sequence[str] = ()) -> Iterator[str]:
-    """The reasons, each as ``name: reason``, why this configuration is left to vLLM."""
+def unsupported_features(vllm_config: Any, allow: Sequence[str] = ()) -> Iterator[str]:
+    """The reasons, each as ``name: reason``, why this configuration is left to vLLM.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+        allow: names of gates that are passed over.
+    """
     for gate in GATES:
-        if gate.name not in allow and gate.closed(vllm_config):
+        if gate.name not in allow and gate.in_use(vllm_config):
             yield f"{gate.name}: {gate.reason}"
 
 
-def unservable_specs(specs: Mapping[str, Any]) -> str | None:
-    """Why these layers aren't served, or None.
+def unsupported_layers(specs: Mapping[str, Any]) -> str | None:
+    """Why these layers are unsupported, or None.
 
-    Served are models whose layers keep states (``MambaSpec``) beside attention to everything before or to a window, in
+    Supported are models whose layers keep states (``MambaSpec``) beside attention to everything before or to a window, in
     any sizes and numbers of groups.
 
     Args:
@@ -121,8 +127,8 @@ def unservable_specs(specs: Mapping[str, Any]) -> str | None:
     return None
 
 
-def unservable_backends(backends: Sequence[str]) -> str | None:
-    """Why layers aren't served for their attention backends, or None.
+def unsupported_backends(backends: Sequence[str]) -> str | None:
+    """Why layers are unsupported for their attention backends, or None.
 
     Args:
         backends: names of the backends' classes.

@@ -8,6 +8,7 @@ of the last token that was accepted. `tidepool.vllm_plugin.compat` puts these fu
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,97 +78,90 @@ def convolve_drafts(
     return out
 
 
-def make_convolution_update(update: Any) -> Any:
-    """Wrap ``causal_conv1d_update``, which overlooks drafts on the CPU; with the arguments of vLLM's GPU function."""
-
-    def causal_conv1d_update(
-        x: torch.Tensor,
-        conv_state: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        activation: bool | str | None = None,
-        conv_state_indices: torch.Tensor | None = None,
-        num_accepted_tokens: torch.Tensor | None = None,
-        query_start_loc: torch.Tensor | None = None,
-        **rest: Any,
-    ) -> Any:
-        if num_accepted_tokens is None or conv_state_indices is None or query_start_loc is None:
-            return update(
-                x,
-                conv_state,
-                weight,
-                bias,
-                activation,
-                conv_state_indices=conv_state_indices,
-                query_start_loc=query_start_loc,
-                **rest,
-            )
-        blocks = conv_state_indices[:, 0] if conv_state_indices.dim() == 2 else conv_state_indices
-        return convolve_drafts(
-            x, conv_state, weight, bias, bool(activation), blocks, query_start_loc, num_accepted_tokens
+def convolution_update(
+    update: Callable[..., Any],
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: bool | str | None = None,
+    conv_state_indices: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    **rest: Any,
+) -> Any:
+    """``causal_conv1d_update``, which overlooks drafts on the CPU; with the arguments of vLLM's GPU function."""
+    if num_accepted_tokens is None or conv_state_indices is None or query_start_loc is None:
+        return update(
+            x,
+            conv_state,
+            weight,
+            bias,
+            activation,
+            conv_state_indices=conv_state_indices,
+            query_start_loc=query_start_loc,
+            **rest,
         )
+    blocks = conv_state_indices[:, 0] if conv_state_indices.dim() == 2 else conv_state_indices
+    return convolve_drafts(x, conv_state, weight, bias, bool(activation), blocks, query_start_loc, num_accepted_tokens)
 
-    return causal_conv1d_update
 
-
-def make_state_update(update: Any) -> Any:
-    """Wrap the call of ``CPUSSUBackend``, whose kernel takes one token of each request and one block.
+def state_update(
+    update: Callable[..., None],
+    backend: Any,
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *args: Any,
+    state_batch_indices: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    num_accepted_tokens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    **rest: Any,
+) -> None:
+    """The call of ``CPUSSUBackend``, whose kernel takes one token of each request and one block.
 
     The kernel is run on the first token of every request, then on the second, and so on; each time in a copy of the
     state before, for it writes to the block that it reads.
     """
     import torch
 
-    def selective_state_update(
-        self: Any,
-        state: torch.Tensor,
-        x: torch.Tensor,
-        dt: torch.Tensor,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        C: torch.Tensor,
-        *args: Any,
-        state_batch_indices: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-        num_accepted_tokens: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        **rest: Any,
-    ) -> None:
-        if num_accepted_tokens is None or cu_seqlens is None or state_batch_indices is None or out is None:
-            update(
-                self,
-                state,
-                x,
-                dt,
-                A,
-                B,
-                C,
-                *args,
-                state_batch_indices=state_batch_indices,
-                out=out,
-                num_accepted_tokens=num_accepted_tokens,
-                cu_seqlens=cu_seqlens,
-                **rest,
-            )
-            return
-        rest |= {"num_accepted_tokens": None, "cu_seqlens": None}
-        lengths = cu_seqlens.diff()
-        before = state_batch_indices.gather(1, num_accepted_tokens[:, None].long() - 1)[:, 0]
-        for index in range(int(lengths.max())):
-            rows = (lengths > index).nonzero()[:, 0]
-            tokens = (cu_seqlens[rows] + index).long()
-            blocks = state_batch_indices[rows, index].contiguous()
-            moved = blocks != before[rows]
-            state[blocks[moved].long()] = state[before[rows][moved].long()]
-            part = torch.empty_like(out[tokens])
-            rest["dst_state_batch_indices"] = blocks
-            parts = (each[tokens] for each in (x, dt, B, C))
-            x_part, dt_part, B_part, C_part = parts
-            update(self, state, x_part, dt_part, A, B_part, C_part, *args, state_batch_indices=blocks, out=part, **rest)
-            out[tokens] = part
-            before = state_batch_indices[:, index]
-
-    return selective_state_update
+    if num_accepted_tokens is None or cu_seqlens is None or state_batch_indices is None or out is None:
+        update(
+            backend,
+            state,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            *args,
+            state_batch_indices=state_batch_indices,
+            out=out,
+            num_accepted_tokens=num_accepted_tokens,
+            cu_seqlens=cu_seqlens,
+            **rest,
+        )
+        return
+    rest |= {"num_accepted_tokens": None, "cu_seqlens": None}
+    lengths = cu_seqlens.diff()
+    before = state_batch_indices.gather(1, num_accepted_tokens[:, None].long() - 1)[:, 0]
+    for index in range(int(lengths.max())):
+        rows = (lengths > index).nonzero()[:, 0]
+        tokens = (cu_seqlens[rows] + index).long()
+        blocks = state_batch_indices[rows, index].contiguous()
+        moved = blocks != before[rows]
+        state[blocks[moved].long()] = state[before[rows][moved].long()]
+        part = torch.empty_like(out[tokens])
+        rest["dst_state_batch_indices"] = blocks
+        parts = (each[tokens] for each in (x, dt, B, C))
+        x_part, dt_part, B_part, C_part = parts
+        update(backend, state, x_part, dt_part, A, B_part, C_part, *args, state_batch_indices=blocks, out=part, **rest)
+        out[tokens] = part
+        before = state_batch_indices[:, index]
 
 
 def gdn_draft_step(

@@ -1,7 +1,7 @@
 """Whose memory an engine really uses, for everything that compares: figures are called tidepool's if tidepool served.
 
-A closed gate, a model without states or a plugin that vLLM didn't load leave an engine to vLLM, as they should, and its
-figures would then be stock vLLM's under another name.
+An unsupported feature, a model without states or a plugin that vLLM didn't load leave an engine to vLLM, as they
+should, and its figures would then be stock vLLM's under another name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def require_served(side: str, vllm_config: Any, kv_cache_config: Any) -> None:
         return
     if found != "stock":
         raise NotServedError(f"{side} was asked for, and the engine uses tidepool's {found} partition.")
-    raise NotServedError(f"tidepool steps aside, vLLM's own KV cache is used. {reason(vllm_config)}.")
+    raise NotServedError(f"tidepool falls back to vLLM's own KV cache. {reason(vllm_config)}.")
 
 
 def require_plugin() -> None:
@@ -41,29 +41,28 @@ def require_plugin() -> None:
     Raises:
         NotServedError: the plugin isn't loaded in this process.
     """
-    if closed := _not_loaded():
-        raise NotServedError(f"tidepool isn't there. {closed}.")
+    if missing := _not_loaded():
+        raise NotServedError(f"tidepool isn't there. {missing}.")
 
 
 def reason(vllm_config: Any) -> str:
     """Why an engine that vLLM serves alone was left to it, as ``name: reason``."""
     from tidepool.vllm_plugin.gates import NO_STATES
-    from tidepool.vllm_plugin.planning import stepped_aside
+    from tidepool.vllm_plugin.serving_plan import fallback_reason
 
     # Where nobody was asked, the model isn't a hybrid one.
-    return _not_loaded() or stepped_aside(vllm_config) or NO_STATES
+    return _not_loaded() or fallback_reason(vllm_config) or NO_STATES
 
 
 def _not_loaded() -> str | None:
-    from vllm.v1.core import kv_cache_utils
-    from vllm.version import __version__
+    from tidepool.vllm_plugin import obstacle
 
-    from tidepool.vllm_plugin.gates import version_gate
+    if cause := obstacle():
+        return cause
+    from tidepool.vllm_plugin.patches import is_installed
 
-    if getattr(kv_cache_utils, "_tidepool_installed", False):
+    if is_installed():
         return None
-    if closed := version_gate(__version__):
-        return closed
     if "tidepool" not in (named := os.environ.get("VLLM_PLUGINS", "tidepool")).split(","):
         return f"plugin: vLLM didn't load it, for VLLM_PLUGINS={named} doesn't name tidepool"
     return "plugin: vLLM didn't load it; is tidepool installed beside it?"

@@ -39,8 +39,8 @@ class Settings(BaseModel):
     kv: str | None = Field(default=None, pattern="^tqkv-k[2348]v[2348]$")
     """How attention keeps keys and values: a format of `tidepool.tqkv`, on the CPU; also without tidepool's memory."""
     allow: tuple[Literal["device", "executor"], ...] = ()
-    """Gates to open at one's own risk: ``device`` serves devices other than the CPU, ``executor`` several nodes, Ray's
-    workers among them."""
+    """What to serve unsupported, at one's own risk: ``device`` stands for devices other than the CPU, ``executor`` for
+    several nodes and Ray's workers."""
 
 
 def read_settings(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -15,24 +15,19 @@ from tidepool.capacity.predict import label, planned_group
 from tidepool.sizes import size
 from tidepool.vllm_plugin import planning
 from tidepool.vllm_plugin.asked import WITHOUT_EFFECT, asked_of
+from tidepool.vllm_plugin.serving_plan import plan_of
 
 logger = init_logger("vllm.tidepool")
 
 
-def log_start(
-    vllm_config: Any,
-    config: planning.TidepoolKVCacheConfig,
-    stock_grouping: Callable[..., Any],
-    stock_configure: Callable[..., Any],
-) -> None:
+def log_start(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> None:
     """Log the groups, the geometry and the capacity of a served engine.
 
     Args:
         vllm_config: vLLM's configuration of the engine.
         config: the memory as planned.
-        stock_grouping, stock_configure: vLLM's own planning functions, for the comparison.
     """
-    plan = planning.plan_of(vllm_config)
+    plan = plan_of(vllm_config)
     assert plan is not None
     groups = planning.core_groups(vllm_config, config.kv_cache_groups)
     stages = vllm_config.parallel_config.pipeline_parallel_size
@@ -41,9 +36,7 @@ def log_start(
     with suppress(ValueError, NotImplementedError):
         if stages == 1:
             specs = {name: group.kv_cache_spec for group in config.kv_cache_groups for name in group.layer_names}
-            stock_config = planning.stock_kv_cache_config(
-                vllm_config, plan, specs, config.arena_bytes, stock_grouping, stock_configure
-            )
+            stock_config = planning.stock_kv_cache_config(vllm_config, plan, specs, config.arena_bytes)
             stock = _stock_memory_of(vllm_config, stock_config, config.arena_bytes)
     served = "tidepool serves this model." + (f" Bytes are sums over {stages} pipeline stages." if stages > 1 else "")
     capacity = _capacity(memory_of(vllm_config, config, config.arena_bytes), stock)

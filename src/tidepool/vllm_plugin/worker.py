@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tidepool.vllm_plugin.planning import ServingPlan, TidepoolKVCacheConfig
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+    from tidepool.vllm_plugin.serving_plan import ServingPlan
 
 # Both are bytes repeated: 0xff.. is NaN in every float format, 0x7f7f.. the largest finite bfloat16 and
 # a huge float32. A NaN in a state would turn every output into NaN, huge values show which part was read.
