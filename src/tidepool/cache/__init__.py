@@ -53,7 +53,6 @@ __all__ = [
     "CachedPrefix",
     "CheckpointRules",
     "Checkpoints",
-    "Cut",
     "ExpectedReturn",
     "ExtentLayout",
     "FarPlaces",
