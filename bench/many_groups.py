@@ -127,7 +127,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(MARK + json.dumps(child(*args.child, parse_size(args.memory), args.prompt, args.requests)), flush=True)
+        model, side = args.child
+        print(MARK + json.dumps(child(model, side, parse_size(args.memory), args.prompt, args.requests)), flush=True)
         return
     print(f"Requests of {args.prompt} tokens at once on {args.memory} of KV memory.")
     print(

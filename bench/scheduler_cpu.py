@@ -106,7 +106,7 @@ class Side:
                 raise SystemExit(line.removeprefix(MARK + REFUSED).strip())
             if line.startswith(MARK):
                 return line.removeprefix(MARK).strip()
-        raise SystemExit(f"The engine stopped: {self.process.args}")
+        raise SystemExit(f"The engine stopped: {self.process.args!r}")
 
     def round(self, seed: int) -> dict[str, Any]:
         assert self.process.stdin is not None

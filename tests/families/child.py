@@ -24,7 +24,7 @@ SIDES = {"stock": ("off", False), "elastic": ("elastic", True)}
 def main() -> None:
     job = json.load(sys.stdin)
     quick_kernels.install()
-    results = []
+    results: list[dict[str, Any]] = []
     for case in job["cases"]:
         try:
             results.append({side: serve(case, side) for side in SIDES})

@@ -134,9 +134,8 @@ class TestAgreement:
             send_plan(config, specs)
             return specs
 
-        elastic, fixed = (
-            ServingPlan(partition, "returns", StockBlocks(640, None)) for partition in ("elastic", "fixed")
-        )
+        stock = StockBlocks(640, None)
+        elastic, fixed = ServingPlan("elastic", "returns", stock), ServingPlan("fixed", "returns", stock)
         core = SimpleNamespace(additional_config={}, cache_config=SimpleNamespace(mamba_cache_mode="none"))
         for one, other in ((elastic, None), (None, elastic), (elastic, fixed)):
             with pytest.raises(CacheConfigError, match=r"rank 0: .*; rank 1: .*install the same tidepool"):

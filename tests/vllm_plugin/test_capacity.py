@@ -99,7 +99,7 @@ class Filled:
         self.preempted += len(seen.output.preempted_req_ids or ())
         left = STEP_TOKENS - seen.output.total_num_scheduled_tokens
         could = seen.running < self.core.scheduler.max_num_running_reqs and left > 1024
-        return could and seen.released == seen.released_at_end
+        return bool(could and seen.released == seen.released_at_end)
 
     def drain(self) -> None:
         while self.core.scheduler.has_unfinished_requests():
