@@ -115,7 +115,7 @@ def config_of(model: str) -> dict[str, Any]:
     return SHAPES[model] if model in SHAPES else entry(model).config
 
 
-def make(model: str, memory: int, side: str, **shape: Any) -> Any:
+def make(model: str, memory: int, side: Any, **shape: Any) -> Any:
     """An engine core for this process."""
     from tidepool.replay.engine import EngineShape, make_checked_engine
 
@@ -279,11 +279,11 @@ def replayed(
     max_num_batched_tokens: int = 8_192,
 ) -> Figures:
     """A workload by the clock of an H100."""
-    from tidepool.replay.job import Job
+    from tidepool.replay.job import Job, Mode
     from tidepool.replay.run import run_job
 
     requests = workload()
-    mode = "stock" if side == "stock" else "elastic"
+    mode: Mode = "stock" if side == "stock" else "elastic"
     job = Job(mode, config_of(model), "H100", memory, None, None, None, 0, 1.0, 256, max_num_batched_tokens)
     result = run_job(job, requests, lambda done: None)
     return {

@@ -71,7 +71,7 @@ def is_state(spec: Any) -> bool:
     return isinstance(getattr(spec, "first_spec", spec), MambaSpec)
 
 
-def child(model: str, side: str, memory: int, prompt: int, requests: int) -> dict[str, Any]:
+def child(model: str, side: Any, memory: int, prompt: int, requests: int) -> dict[str, Any]:
     """Serve one batch; the most requests that ran at once."""
     from tidepool.replay import engine as replay
     from tidepool.replay.step import take_step
@@ -127,7 +127,8 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(MARK + json.dumps(child(*args.child, parse_size(args.memory), args.prompt, args.requests)), flush=True)
+        model, side = args.child
+        print(MARK + json.dumps(child(model, side, parse_size(args.memory), args.prompt, args.requests)), flush=True)
         return
     print(f"Requests of {args.prompt} tokens at once on {args.memory} of KV memory.")
     print(

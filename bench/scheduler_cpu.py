@@ -53,7 +53,7 @@ def serve_round(engine: Any, seed: int, running: int) -> dict[str, Any]:
     return {"mean": mean(seconds), "median": median(seconds), "steps": steps, "full": len(seconds), "pre": preempted}
 
 
-def child(model: str, side: str, caching: bool, running: int, memory: int, profile: str | None) -> None:
+def child(model: str, side: Any, caching: bool, running: int, memory: int, profile: str | None) -> None:
     """One side: an engine that serves a round for every line that it reads."""
     from tidepool.models import entry
     from tidepool.replay.engine import EngineShape, make_checked_engine
@@ -106,7 +106,7 @@ class Side:
                 raise SystemExit(line.removeprefix(MARK + REFUSED).strip())
             if line.startswith(MARK):
                 return line.removeprefix(MARK).strip()
-        raise SystemExit(f"The engine stopped: {self.process.args}")
+        raise SystemExit(f"The engine stopped: {self.process.args!r}")
 
     def round(self, seed: int) -> dict[str, Any]:
         assert self.process.stdin is not None

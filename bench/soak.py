@@ -108,10 +108,10 @@ def make_engine(side: str, memory: int) -> Any:
     }
     from vllm import EngineArgs, LLMEngine
 
-    from tidepool.cache import returns
+    from tidepool.cache import reuse
 
     # The record of returns grows up to a bound, which these requests would take to their end to reach.
-    returns._REMEMBERED = 256
+    reuse._REMEMBERED = 256
     return LLMEngine.from_engine_args(
         EngineArgs(
             model=str(MODEL),

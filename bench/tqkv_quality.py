@@ -111,7 +111,7 @@ def token_bytes(llm: Any) -> int:
     groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
     (attention,) = (group for group in groups if "Attention" in type(group.kv_cache_spec).__name__)
     spec = attention.kv_cache_spec
-    return len(attention.layer_names) * spec.page_size_bytes // spec.block_size
+    return int(len(attention.layer_names) * spec.page_size_bytes // spec.block_size)
 
 
 def attention_error(name: str, tokens: int = 2_000, asked: int = 512, size: int = 128) -> tuple[float, float]:

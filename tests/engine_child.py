@@ -144,7 +144,7 @@ def accept_nothing() -> None:
         metadata.num_accepted_tokens.fill_(1)
         return step(layer, metadata, *args)
 
-    rollback.gdn_draft_step = gdn_draft_step
+    rollback.gdn_draft_step = gdn_draft_step  # type: ignore[assignment]
 
 
 FAULTS = {"state copies dropped": drop_state_copies, "drafts not rolled on": accept_nothing}

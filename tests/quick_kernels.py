@@ -76,9 +76,8 @@ def chunk_gated_delta_rule(
     bounds = cu_seqlens.tolist()
     for slot, start, end in zip(initial_state_indices.tolist(), bounds, bounds[1:], strict=False):
         part = slice(start, end)
-        result, initial_state[slot] = _one(
-            *(x[0, part].float() for x in (query, key, value, g, beta)), initial_state[slot].float(), eps
-        )
+        inputs: list[Any] = [x[0, part].float() for x in (query, key, value, g, beta)]
+        result, initial_state[slot] = _one(*inputs, *[initial_state[slot].float(), eps])
         out[0, part] = result.to(out.dtype)
     return out, initial_state
 

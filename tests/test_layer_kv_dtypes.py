@@ -48,7 +48,9 @@ def test_layers_keep_what_they_are_told() -> None:
     mixed = model.layer_caches(CacheOptions(kv_dtype="fp8", layer_kv_dtypes=((3, "auto"), (7, "fp8"), (7, "528B"))))
     assert mixed["layers.3.attention"] == plain["layers.3.attention"]
     assert mixed["layers.7.attention"] == FullAttention(4 * 528)
-    assert mixed["layers.11.attention"] == FullAttention(plain["layers.11.attention"].bytes_per_token // 2)
+    attention = plain["layers.11.attention"]
+    assert isinstance(attention, FullAttention)
+    assert mixed["layers.11.attention"] == FullAttention(attention.bytes_per_token // 2)
     with pytest.raises(ModelConfigError, match="Layer 4 has no attention"):
         model.layer_caches(CacheOptions(layer_kv_dtypes=((4, "fp8"),)))
     with pytest.raises(ModelConfigError, match="no KV cache dtype '0B'"):
@@ -78,7 +80,7 @@ def test_a_plan_of_23_groups() -> None:
 
 def small() -> dict[str, Any]:
     """A model of 5 groups of small layers."""
-    return json.loads((GLM_LIKE / "config.json").read_text(encoding="utf-8")) | {
+    return dict(json.loads((GLM_LIKE / "config.json").read_text(encoding="utf-8"))) | {
         "num_hidden_layers": 12,
         "layer_types": ["full_attention" if index % 3 == 2 else "linear_attention" for index in range(12)],
         "linear_num_key_heads": 16,

@@ -60,7 +60,7 @@ def align(layers: dict[str, LayerCache], latent: bool, block_tokens: int, monkey
     state = max(cache.bytes for cache in layers.values() if isinstance(cache, State))
     token = max(cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention))
 
-    class Backend(AttentionBackend):
+    class Backend(AttentionBackend):  # type: ignore[misc]
         @staticmethod
         def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
             return [MultipleOf(16)]

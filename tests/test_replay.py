@@ -18,7 +18,7 @@ from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import STEP_OVERHEAD, Work, cost_model
 from tidepool.replay.command import parse_modes, replay
 from tidepool.replay.generate import WORKLOADS, generate
-from tidepool.replay.job import USES, GroupLayout, Job, Result, Sample, Spread
+from tidepool.replay.job import USES, GroupLayout, Job, Mode, Result, Sample, Spread
 from tidepool.replay.page import render_page
 from tidepool.replay.plot import round_step
 from tidepool.replay.report import Report, Setting, mean_uses
@@ -246,7 +246,7 @@ def test_samples_stay_few_and_evenly_spread() -> None:
     assert times[-1] == 5000
 
 
-def result(mode: str = "stock") -> Result:
+def result(mode: Mode = "stock") -> Result:
     groups = [GroupLayout("state", 24, 528, 52, 50), GroupLayout("attention", 8, 16, 5, 5)]
     return Result(
         mode=mode,

@@ -208,7 +208,7 @@ def test_delta_rule_is_that_of_transformers(model: Any) -> None:
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def test_trained_function_is_that_of_transformers(model: Any) -> None:
     weights = {name: weight.float() for name, weight in load_file(MODEL / "model.safetensors").items()}
     ours = hybrid.Hybrid(hybrid.CONFIG | {"vocab_size": len(WORDS)})

@@ -1,17 +1,18 @@
-"""A slow, obviously right account of the arena, for test_against_reference.py.
+"""Slow, obviously right accounts of the arena, for test_against_reference.py, and of returns, for test_reuse.py.
 
-It keeps no counters and no indices: which blocks are in use and which are cached, and everything else is counted anew
-each time it is asked for. It doesn't choose blocks. It is told which ones the core handed out and which went, and says
-whether that was allowed and what must be possible now.
+`Account` keeps no counters and no indices: which blocks are in use and which are cached, and everything else is counted
+anew each time it is asked for. It doesn't choose blocks. It is told which ones the core handed out and which went, and
+says whether that was allowed and what must be possible now.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from itertools import pairwise
+from math import ceil, exp
 
-from tidepool.cache import Retention, Usage
+from tidepool.cache import PrefixMatch, ResumePoint, Retention, TurnClass, Usage, reuse
 
 Block = tuple[int, int]
 """(group, block)"""
@@ -62,7 +63,7 @@ class Account:
         """The prefix that a block was in last, or that of the request that it was handed out to."""
         self.requests: dict[Hashable, tuple[CachedPrefix, CachedPrefix]] = {}
         self.low = CachedPrefix(shared=False, low=True)
-        self.bytes_allocated = self.moves = self.clock = 0
+        self.bytes_allocated = self.moves = self.released_count = self.clock = 0
         self.last_owner: dict[int, int] = {}
 
     # What must be possible.
@@ -80,14 +81,14 @@ class Account:
         blocks = list(self.refs if blocks is None else blocks)
         return self.layout.extents - 1 - sum(len(self.pinned(g, blocks)) for g in self.groups)
 
-    def admits(self, needs: Sequence[int], touched: Sequence[Sequence[int]]) -> bool:
-        """Whether every group gets what it needs once the touched blocks are in use."""
+    def extents_needed(self, needs: Sequence[int], touched: Sequence[Sequence[int]]) -> int:
+        """Extents that are available no more once the touched blocks are in use and every group has what it needs."""
         blocks = {*self.refs, *((g, block) for g in self.groups for block in touched[g])}
         extents = 0
         for g in self.groups:
             room = len(self.pinned(g, blocks)) * self.layout.per_extent[g] - sum(group == g for group, _ in blocks)
             extents += ceil(max(needs[g] - room, 0) / self.layout.per_extent[g])
-        return extents <= self.available(blocks)
+        return extents + self.available() - self.available(blocks)
 
     def most(self, group: int) -> int:
         """Blocks that one group can get if no other asks."""
@@ -104,22 +105,25 @@ class Account:
             owned.setdefault((g, self.layout.extent_of(g, block)), []).append((g, block))
         return owned
 
+    def unowned(self) -> int:
+        """Extents that no group has."""
+        return 0 if self.layout.extents is None else self.layout.extents - 1 - len(self.owned())
+
     def usage(self) -> Usage:
         """Where the bytes are."""
         sizes, strides = self.layout.block_bytes, self.layout.strides
         owned = self.owned()
         if self.layout.extents is None:
-            unowned = 0
+            extent_bytes = 0
             null = self.layout.total_bytes - sum(self.layout.per_extent[g] * strides[g] for g in self.groups)
         else:
-            null = self.layout.total_bytes // self.layout.extents
-            unowned = (self.layout.extents - 1 - len(owned)) * null
+            null = extent_bytes = self.layout.total_bytes // self.layout.extents
         return Usage(
             total=self.layout.total_bytes,
             in_use=sum(sizes[g] for g, _ in self.refs),
             cached=sum(sizes[g] for g, _ in self.cached),
             free=sum((self.layout.per_extent[g] - len(blocks)) * sizes[g] for (g, _), blocks in owned.items()),
-            unowned=unowned,
+            unowned=self.unowned() * extent_bytes,
             padding=sum(self.layout.per_extent[g] * (strides[g] - sizes[g]) for g, _ in owned),
             null=null,
         )
@@ -169,6 +173,7 @@ class Account:
             if self.refs[name]:
                 continue
             del self.refs[name]
+            self.released_count += 1
             if not keep or keep[index] == Retention.DROP:
                 continue
             shared, before = name in self.shared_blocks, self.last_prefix[name]
@@ -218,3 +223,123 @@ class Account:
     def _now(self, prefix: CachedPrefix) -> None:
         self.clock += 1
         prefix.since, prefix.age_from = self.clock, self.bytes_allocated
+
+
+class Wait:
+    """Somebody may come back to what one prompt left."""
+
+    def __init__(self, since: int, turn: TurnClass) -> None:
+        self.since, self.turn = since, turn
+        self.places: set[Hashable] = set()
+        """Those where this is what is waited for."""
+        self.over: int | None = None
+        self.returned = False
+
+
+class Place:
+    """A place where a prompt went on or may go on."""
+
+    def __init__(self, distance: int) -> None:
+        self.distance, self.uses = distance, 0
+        self.wait: Wait | None = None
+
+
+class ReturnAccount:
+    """A slow account of `ReuseModel`: all waits there ever were, counted anew for each question."""
+
+    def __init__(self, unit: int) -> None:
+        self.unit = unit
+        self.waits: list[Wait] = []
+        self.places: dict[Hashable, Place] = {}
+        """The one that was waited at last is last."""
+
+    def began(self, keys: Sequence[Hashable], now: int) -> tuple[TurnClass, int | None, Hashable, Hashable]:
+        """A prompt came. Returns what is to be known of it: turn, distance, shared, place."""
+        key = next((key for key in keys if key in self.places), None)
+        if key is None:
+            return TurnClass.FIRST, None, None, None
+        place = self.places[key]
+        place.uses += 1
+        if place.wait is not None and place.wait.over is None:
+            place.wait.over, place.wait.returned = now, True
+        if place.uses > 2:
+            return TurnClass.FIRST, None, key, key
+        if place.distance:
+            return TurnClass.FIRST, place.distance, key, key
+        second = place.wait is None or place.wait.turn == TurnClass.FIRST
+        return TurnClass.SECOND if second else TurnClass.LATER, 0, None, key
+
+    def ended(self, points: Sequence[ResumePoint], now: int, match: PrefixMatch, remembered: int) -> None:
+        """A prompt was served."""
+        own, of_shared = Wait(now, match.turn), Wait(now, TurnClass.NONE)
+        self.waits += own, of_shared
+        if match.shared in self.places:
+            self.wait_at(match.shared, self.places[match.shared].distance, of_shared)
+        for point in points:
+            place = self.places.get(point.key)
+            if point.kept:
+                many = place is not None and (point.key == match.shared or place.uses >= 2)
+                self.wait_at(point.key, point.distance, of_shared if many else own)
+            elif place is None:
+                self.places[point.key] = Place(point.distance)
+        for key in list(self.places)[: max(len(self.places) - remembered, 0)]:
+            self.leave(key, self.places.pop(key), now)
+
+    def wait_at(self, key: Hashable, distance: int, wait: Wait) -> None:
+        """From now on this is what is waited for at a place."""
+        place = self.places[key] = self.places.pop(key) if key in self.places else Place(distance)
+        place.distance = distance
+        if place.wait is not wait:
+            self.leave(key, place, wait.since)
+            place.wait = wait
+        wait.places.add(key)
+
+    def leave(self, key: Hashable, place: Place, now: int) -> None:
+        """Nothing is waited for at a place any more."""
+        if (wait := place.wait) is not None:
+            wait.places.remove(key)
+            if not wait.places and wait.over is None:
+                wait.over = now
+
+    def index(self, age: int, turn: TurnClass, now: int) -> float:
+        """Hits for the time that memory is taken, at best, as the head of `tidepool.cache.reuse` defines it."""
+        edges = [0, *(2**power for power in range(reuse._BINS))]
+        bins = list(pairwise(edges))
+        later = (TurnClass.SECOND, TurnClass.LATER)
+        risks = []
+        for number, (start, stop) in enumerate(bins):
+            returned, time = self.seen(number, start, stop, (turn,), now)
+            if turn in later:
+                of_all, time_of_all = self.seen(number, start, stop, later, now)
+                prior = of_all / time_of_all
+                (returned, time) = self.seen(number, start, stop, (turn,), now, prior=False)
+                returned += reuse._SHARED_WEIGHT
+                time += reuse._SHARED_WEIGHT / prior
+            risks.append(returned / time)
+        first = next((i for i, (_, stop) in enumerate(bins) if age // self.unit < stop), len(bins) - 1)
+        ratios = []
+        for last in range(first, len(bins)):
+            alive, hits, taken = 1.0, 0.0, 0.0
+            for risk, (start, stop) in list(zip(risks, bins, strict=True))[first : last + 1]:
+                come = alive * (1 - exp(-risk * (stop - start)))
+                hits += come
+                taken += come * (stop - start) / 2 + (alive - come) * (stop - start)  # They come in the middle.
+                alive -= come
+            ratios.append(hits / taken)
+        return max(ratios)
+
+    def seen(
+        self, number: int, start: int, stop: int, turns: Sequence[TurnClass], now: int, *, prior: bool = True
+    ) -> tuple[float, float]:
+        """(returns at an age from ``start`` to ``stop``, units of time waited at it) of some turns."""
+        returned, time = 0.0, 0.0
+        if prior:
+            returned, time = reuse._PRIOR_WEIGHT, reuse._PRIOR_WEIGHT * reuse._PRIOR_RISK * 2**number
+        for wait in self.waits:
+            if wait.turn not in turns or (wait.over is None and not wait.places):
+                continue
+            age = ((now if wait.over is None else wait.over) - wait.since) / self.unit
+            time += min(max(age - start, 0), stop - start)
+            last = number == reuse._BINS - 1
+            returned += wait.returned and start <= age and (age < stop or last)
+        return returned, time

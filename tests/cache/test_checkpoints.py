@@ -140,7 +140,8 @@ def test_a_prompt_progresses_in_every_step_and_stops_at_every_cut(
     prompt: int, budgets: list[int], rules: CheckpointRules, branch: int
 ) -> None:
     plan = plan_checkpoints(rules, NOTHING, prompt, 0, (branch // 16 * 16,) if branch < prompt else ())
-    at, ends = 0, []
+    at = 0
+    ends: list[int] = []
     while at < prompt:
         budget = budgets[len(ends) % len(budgets)]
         reached = plan.step_end(rules, at, min(at + budget, prompt), prompt)

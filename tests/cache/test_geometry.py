@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from time import process_time
 
@@ -13,13 +14,12 @@ from tidepool.cache import (
     FullAttention,
     Geometry,
     Group,
-    SlidingWindow,
     State,
-    block_align,
     choose_geometry,
     choose_stage_geometries,
     fixed_shares,
     fixed_stage_shares,
+    geometry_by_counts,
 )
 from tidepool.cache.geometry import MAX_PADDING, MAX_PADDING_MANY, MAX_PADDING_TWO, PATIENCE_MANY
 
@@ -90,7 +90,36 @@ def many_groups(draw: st.DrawFn, most: int = 30) -> list[Group]:
     return groups + draw(st.lists(packed | plain, max_size=most - 3))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 400), st.integers(400, 2000), st.sampled_from([1, 4, 16]))
+@example(20, 99, 1)
+@example(300, 1_206, 1)
+@example(127, 1_271, 1)
+def test_of_two_sizes_the_smaller_fills_the_smallest_extent_that_it_can(small: int, large: int, align: int) -> None:
+    small, large = small * align, large * align
+
+    def counts(extent: int) -> list[int]:
+        """How many of the large blocks an extent may hold, padded by less than one percent."""
+        fewest = 99 * extent // (100 * large) + 1
+        return [n for n in range(fewest, min(extent // large, 128) + 1) if extent % (n * align) == 0]
+
+    extents = range(small, math.ceil(128 * large / (1 - MAX_PADDING_TWO)), small)
+    exact = next(((extent, counts(extent)[-1]) for extent in extents if counts(extent)), None)
+    geometry = choose_geometry([state(large, align=align), state(small, align=align)])
+    if small == large:
+        assert geometry.extent_bytes == small
+    elif exact is not None:
+        assert (geometry.extent_bytes, geometry.layouts[0].blocks_per_extent) == exact
+        assert geometry.layouts[1].padding == 0
+
+
+def test_a_size_that_is_not_aligned_is_padded_and_the_extent_stays_small() -> None:
+    geometry = choose_geometry([state(1_000, align=16), state(10_080, align=16)])
+    assert geometry.extent_bytes == 10_080
+    assert geometry.layouts[0].stride == 1_008
+
+
+@settings(deadline=None, max_examples=30)
 @given(many_groups())
 def test_up_to_thirty_groups(groups: list[Group]) -> None:
     """Under 2% in an extent of at most 4 states, or else in the one that costs least, and no search takes long."""
@@ -112,8 +141,9 @@ def test_up_to_six_groups_stay_under_two_percent(groups: list[Group]) -> None:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.tuples(st.integers(100, 1500), st.sampled_from([1, 2, 4])), min_size=3, max_size=5))
+@given(st.lists(st.tuples(st.integers(60, 600), st.sampled_from([1, 2, 4])), min_size=3, max_size=5))
 @example([(72, 1), (409, 1), (599, 1)])
+@example([(600, 1), (594, 1), (591, 1)])
 @example([(273, 1), (447, 1), (1202, 1)])
 def test_no_better_extent_is_overlooked(sizes: list[tuple[int, int]]) -> None:
     groups = [state(size, align=align) for size, align in sizes]
@@ -137,6 +167,9 @@ def test_no_better_extent_is_overlooked(sizes: list[tuple[int, int]]) -> None:
     if best < MAX_PADDING_MANY:
         assert geometry is not None
         assert geometry.padding < MAX_PADDING_MANY
+        if len(set(sizes)) > 2:
+            fewest = min(count for count, (share, _) in least.items() if share < MAX_PADDING_MANY)
+            assert geometry.layouts[sizes.index(max(sizes))].blocks_per_extent == fewest
     if geometry is not None and geometry.padding >= MAX_PADDING_MANY:
         costs = [share * -extent for share, extent in least.values() if share < MAX_PADDING]
         assert geometry.padding * geometry.extent_bytes <= min(costs) * (1 + 1e-9)
@@ -163,49 +196,6 @@ def test_equal_groups_cut_alike() -> None:
     assert geometry.layouts[0] == geometry.layouts[1]
 
 
-def test_blocks_are_aligned_as_well_as_their_pages() -> None:
-    assert [block_align(page) for page in (128, 96, 16 * 561, 18, 6 * ODD)] == [64, 32, 16, 16, 64]
-
-
-class TestSafetyOfSizes:
-    def test_a_forced_up_block_never_exceeds_its_page(self) -> None:
-        page = Group(FullAttention(ODD), ("l",), 12, page_bytes=12 * ODD)
-        assert page.with_kernel_block(4).block_tokens == 12
-        natural = Group(FullAttention(ODD), ("l",), 12)
-        assert natural.with_kernel_block(16).page_bytes == 16 * ODD, "a natural page grows with its block"
-        roomy = Group(FullAttention(ODD), ("l",), 12, page_bytes=16 * ODD + 8)
-        assert roomy.with_kernel_block(16).page_bytes == 16 * ODD + 8
-        with pytest.raises(CacheConfigError, match=r"block of 16 tokens needs 6,656 bytes.*has 6,000"):
-            Group(FullAttention(ODD), ("l",), 12, page_bytes=6_000).with_kernel_block(16)
-
-    @given(st.integers(1, 10_000), st.integers(1, 64), st.integers(0, 700_000), st.sampled_from([16, 32]))
-    def test_whatever_the_sizes(self, per_token: int, tokens: int, page: int, kernel: int) -> None:
-        try:
-            group = Group(FullAttention(per_token), ("l",), tokens, page_bytes=page).with_kernel_block(kernel)
-        except CacheConfigError:
-            assert 0 < page < math.ceil(tokens / kernel) * kernel * per_token
-        else:
-            assert group.block_tokens % kernel == 0
-            assert group.block_tokens * per_token <= group.page_bytes
-
-
-def test_specs_refuse_nonsense() -> None:
-    for make in (
-        lambda: FullAttention(0),
-        lambda: State(-1),
-        lambda: SlidingWindow(4, 0),
-    ):
-        with pytest.raises(CacheConfigError):
-            make()
-
-
-def test_blocks_for_a_request() -> None:
-    assert Group(SlidingWindow(64, 100), ("l",), 16).blocks_for(10_000) == 8
-    assert Group(SlidingWindow(64, 100), ("l",), 16).blocks_for(33) == 3
-    assert attention(64).blocks_for(33) == 3
-    assert Group(State(64, copies=2), ("l",), 16).blocks_for(10_000) == 2
-
-
 class TestFixedShares:
     def test_states_get_max_requests_blocks_and_attention_the_rest(self) -> None:
         groups = [attention(2048, 6), state(1_085_440, 18)]
@@ -226,6 +216,22 @@ class TestFixedShares:
         with pytest.raises(CacheConfigError, match=r"needs 36,864 bytes for the states of 8 requests, more than the"):
             fixed_shares([state(4096)], 4096 * 9 - 1, 8, 100)
         assert fixed_shares([state(4096)], 4096 * 9, 8, 100)[0].blocks == 8
+
+    @given(st.integers(0, 30), st.integers(1, 300), st.integers(1, 300), st.integers(10_000, 1_000_000))
+    def test_the_rest_is_split_by_what_a_request_holds(self, requests: int, one: int, two: int, total: int) -> None:
+        groups = [attention(one, align=1), state(500, align=1), attention(two, tokens=64, align=1)]
+        tokens = 1_000
+        try:
+            shares = fixed_shares(groups, total, requests, tokens)
+        except CacheConfigError:
+            reject()
+        first, states, second = shares
+        assert (states.first, states.blocks) == (-(-max(16 * one, 500, 64 * two) // 500), requests)
+        rest = total - (states.first + requests) * 500
+        wants = [63 * first.stride, 16 * second.stride]
+        for share, want in ((first, wants[0]), (second, wants[1])):
+            part = rest * want / sum(wants)
+            assert part - 2 * share.stride < share.blocks * share.stride <= part + share.stride
 
     @given(st.integers(1, 64), st.integers(1, 40), st.integers(20_000, 10_000_000))
     def test_shares_never_overlap(self, requests: int, layers: int, total: int) -> None:
@@ -305,6 +311,57 @@ def test_fixed_stages_have_the_same_blocks_and_no_overlap(
     # Attention could not have one block more on the stage that is tightest.
     slack = [budget - (s[0].first + s[0].blocks) * s[0].stride for s, budget in zip(by_stage, budgets, strict=False)]
     assert any(s[0].stride and left < s[0].stride for s, left in zip(by_stage, slack, strict=True))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 2, 3])), min_size=1, max_size=3))
+def test_the_extent_for_given_counts_is_the_smallest_that_holds_them(groups: list[tuple[int, int, int]]) -> None:
+    made = geometry_by_counts([state(size, align=align) for size, _, align in groups], [n for _, n, _ in groups])
+    assert [layout.blocks_per_extent for layout in made.layouts] == [n for _, n, _ in groups]
+
+    def holds(extent: int) -> bool:
+        return all(extent % (n * align) == 0 and extent >= n * size for size, n, align in groups)
+
+    assert holds(made.extent_bytes)
+    assert not any(holds(extent) for extent in range(1, made.extent_bytes))
+
+
+def test_groups_without_a_layer_take_an_extent_and_no_bytes() -> None:
+    nothing = Group(State(64), (), 16)
+    geometry = geometry_by_counts([nothing], [3])
+    assert geometry.extent_bytes == 3
+    assert geometry.padding == 0
+    geometry = geometry_by_counts([nothing, state(99, align=1)], [3, 1])
+    assert geometry.layouts[0].block_bytes == 0
+    assert geometry.padding == 0
+    assert geometry.extents_for([4, 5]) == 2 + 5
+
+
+@settings(deadline=None, max_examples=60)
+@given(STAGE_SIZES, STAGE_LAYERS, st.lists(st.integers(10**6, 10**9), min_size=4, max_size=4), st.integers(1, 100_000))
+@example((512, 100_000), [(4, 0), (0, 8)], [10**8, 10**9], 1_000)
+@example((512, 100_000), [(4, 1), (1, 8), (2, 2)], [10**8, 10**8, 10**7], 1_000)
+def test_stages_take_the_counts_of_the_stage_with_which_most_requests_run(
+    sizes: tuple[int, int], counts: list[tuple[int, int]], budgets: list[int], tokens: int
+) -> None:
+    stages = stages_of(sizes, counts, 16)
+
+    def requests(geometries: Sequence[Geometry]) -> float:
+        extents = min(budget // each.extent_bytes for budget, each in zip(budgets, geometries, strict=False)) - 1
+        per_request = [-(-tokens // 16), 2]
+        layouts = geometries[0].layouts
+        return extents / sum(n / layout.blocks_per_extent for n, layout in zip(per_request, layouts, strict=True))
+
+    suited = [groups for groups, (a, s) in zip(stages, counts, strict=True) if a and s]
+    if not suited:
+        suited = stages_of(sizes, [(sum(a for a, _ in counts), sum(s for _, s in counts))], 16)
+    try:
+        chosen = choose_stage_geometries(stages, budgets[: len(stages)], tokens)
+        slots = [[layout.blocks_per_extent for layout in choose_geometry(groups).layouts] for groups in suited]
+    except CacheConfigError:
+        reject()
+    candidates = [[geometry_by_counts(groups, per_extent) for groups in stages] for per_extent in slots]
+    assert requests(chosen) == max(map(requests, candidates))
 
 
 @pytest.mark.parametrize("layout", [ExtentLayout(40, 40, 4), ExtentLayout(50, 40, 3)])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, strategies as st
+from reference import ReturnAccount
 
 from tidepool.cache import (
     Arena,
@@ -16,6 +19,7 @@ from tidepool.cache import (
     Retention,
     ReuseModel,
     TurnClass,
+    reuse,
 )
 
 UNIT = 100
@@ -81,7 +85,7 @@ def test_later_turns_begin_with_what_is_known_of_second_ones() -> None:
     second, later = returns.reuse_index(0, TurnClass.SECOND), returns.reuse_index(0, TurnClass.LATER)
     assert second > 2 * before
     assert later > 0.9 * second
-    for number in range(500, 10_000):
+    for number in range(500, 3_000):
         now += 10 * UNIT
         end(returns, number, now, TurnClass.LATER)
     assert returns.reuse_index(0, TurnClass.SECOND) > 10 * returns.reuse_index(0, TurnClass.LATER)
@@ -179,22 +183,58 @@ def test_a_place_that_a_later_prompt_passes_stays_what_it_is() -> None:
     assert returns.began(["first turn"], 2) == PrefixMatch(TurnClass.LATER, 0)
 
 
-def test_ends_are_forgotten_in_the_order_in_which_they_came() -> None:
+def test_ends_are_forgotten_in_the_order_in_which_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reuse, "_REMEMBERED", 100)
     returns = ReuseModel(UNIT)
-    for number in range(20_000):
+    for number in range(150):
         end(returns, number, number)
-    assert returns.began([0], 20_000).distance is None
-    assert returns.began([19_999], 20_000).distance == 0
+    assert [number for number in range(150) if returns.began([number], 200).distance is None] == list(range(50))
 
 
-def test_no_wait_outlives_its_places() -> None:
+def test_no_wait_outlives_its_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """However often places are used anew, no more is remembered than places."""
+    monkeypatch.setattr(reuse, "_REMEMBERED", 400)
     returns = ReuseModel(UNIT)
-    for number in range(40_000):
+    for number in range(2_000):
         key = number % 50 if number % 2 else number
         end(returns, key, number)
-    assert len(returns._waits) <= len(returns._places) <= 16_384
+    assert len(returns._waits) <= len(returns._places) == 400
     assert all(wait.places > 0 for wait in returns._waits)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_model_agrees_with_a_slow_account_of_all_returns(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    remembered = rng.choice([4, 8, 100])
+    monkeypatch.setattr(reuse, "_REMEMBERED", remembered)
+    monkeypatch.setattr(reuse, "_LEARN_EVERY", 1)
+    unit = rng.choice([1, 7, 100])
+    model, account = ReuseModel(unit), ReturnAccount(unit)
+    now = 0
+    for _ in range(60):
+        now += rng.choice([0, 1, unit, rng.randrange(8 * unit), rng.randrange(3_000 * unit)])
+        keys = [rng.randrange(10) for _ in range(rng.randint(0, 2))]
+        match = model.began(keys, now)
+        assert (match.turn, match.distance, match.shared, match.place) == account.began(keys, now)
+        now += rng.choice([0, rng.randrange(2 * unit)])
+        points = [ResumePoint(rng.randrange(10), rng.choice([0, 0, 5]), kept=rng.random() < 0.8) for _ in range(3)]
+        model.ended(points, now, match)
+        account.ended(points, now, match, remembered)
+        assert list(model._places) == list(account.places)
+        turn, age = rng.choice(list(TurnClass)), rng.choice([0, unit - 1, unit, 2 ** rng.randrange(13) * unit])
+        assert model.reuse_index(age, turn) == pytest.approx(account.index(age, turn, now), rel=1e-9)
+
+
+def test_the_table_is_made_anew_once_in_so_many_prompts() -> None:
+    model = ReuseModel(UNIT)
+    before = model.reuse_index(0, TurnClass.FIRST)
+    changed = []
+    for number in range(1, 2 * reuse._LEARN_EVERY + 1):
+        end(model, "key", number * UNIT)
+        if (after := model.reuse_index(0, TurnClass.FIRST)) != before:
+            changed.append(number)
+            before = after
+    assert changed == [reuse._LEARN_EVERY, 2 * reuse._LEARN_EVERY]
 
 
 @given(
@@ -242,6 +282,19 @@ def test_the_youngest_goes_where_all_come_back_late() -> None:
     assert set(arena.pools[0].kept()) == {*first, *second, *fourth}
 
 
+class Valley(ReuseModel):
+    """Nobody comes back after 40 bytes, and later again some do."""
+
+    def reuse_index(self, age: int, turn: TurnClass) -> float:
+        return 0.0 if age == 40 else float(age)
+
+
+def test_only_the_oldest_and_the_youngest_are_compared() -> None:
+    arena = Arena.elastic(Geometry(20, (ExtentLayout(10, 10, 2),)), 4, policy=ExpectedReturn(Valley(1)))
+    _, _, third = (left(arena, name) for name in ("first", "second", "third"))
+    assert left(arena, "fourth") == third
+
+
 def test_what_running_requests_left_goes_last() -> None:
     arena = Arena.elastic(Geometry(20, (ExtentLayout(10, 10, 2),)), 4, policy=ExpectedReturn(Late()))
     arena.start("running", TurnClass.FIRST)
@@ -253,3 +306,13 @@ def test_what_running_requests_left_goes_last() -> None:
     assert set(arena.pools[0].kept()) == set(early)
     arena.allocate(0, 2)
     assert not set(arena.pools[0].kept())
+
+
+def test_a_broken_leaf_goes_as_a_whole() -> None:
+    arena = Arena.elastic(Geometry(40, (ExtentLayout(10, 10, 4),)), 2, policy=ExpectedReturn(Late()))
+    _, *cached = arena.allocate(0, 4)
+    arena.release(0, cached, keep=[Retention.KEEP] * 3)
+    broken = arena.allocate(0, 1)
+    assert broken == cached[:1]
+    arena.release(0, broken, keep=[Retention.LOW])
+    assert sorted(arena.allocate(0, 2)) == cached[1:], "what is of little use came later"

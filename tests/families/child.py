@@ -26,7 +26,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     quick_kernels.install()
     turn_every_head()
-    results = []
+    results: list[dict[str, Any]] = []
     for case in job["cases"]:
         try:
             results.append({side: serve(case, side) for side in SIDES})

@@ -48,7 +48,7 @@ CODED = MIXED | {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_mixed_checkpoint(tmp_path_factory.mktemp("mixed"))
+    return Path(make_mixed_checkpoint(tmp_path_factory.mktemp("mixed")))
 
 
 def serve(model: Path, workload: dict[str, Any], **changes: Any) -> dict[str, Any]:

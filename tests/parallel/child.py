@@ -83,6 +83,7 @@ def check_rank(worker: Any) -> dict[str, Any]:
 
     runner = worker.model_runner
     config, arena = runner.kv_cache_config, arena_bytes_of(runner)
+    assert arena is not None
     groups = len(config.kv_cache_groups)
     layers = runner.compilation_config.static_forward_context
     hits = []

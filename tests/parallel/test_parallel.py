@@ -75,7 +75,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(checkpoint: Path) -> dict[str, Any]:
     job = {"model": str(checkpoint), "engines": ENGINES, "workloads": WORKLOADS}
-    return run_child(Path(__file__).with_name("child.py"), job, timeout=900)
+    return dict(run_child(Path(__file__).with_name("child.py"), job, timeout=900))
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.vllm
     ],
 )
 def test_stages_of_unequal_memory_get_the_same_blocks(
-    family: Family, cut: int, memory: tuple[int, int], partition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: Family, cut: int, memory: tuple[int, int], partition: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.model_executor.models.utils import extract_layer_index
 
@@ -134,9 +134,8 @@ class TestAgreement:
             attach_plan(config, specs)
             return specs
 
-        elastic, fixed = (
-            ServingPlan(partition, "returns", StockBlocks(640, None)) for partition in ("elastic", "fixed")
-        )
+        stock = StockBlocks(640, None)
+        elastic, fixed = ServingPlan("elastic", "returns", stock), ServingPlan("fixed", "returns", stock)
         core = SimpleNamespace(additional_config={}, cache_config=SimpleNamespace(mamba_cache_mode="none"))
         for one, other in ((elastic, None), (None, elastic), (elastic, fixed)):
             with pytest.raises(CacheConfigError, match=r"rank 0: .*; rank 1: .*install the same tidepool"):
@@ -147,6 +146,7 @@ class TestAgreement:
     def decide(self, monkeypatch: pytest.MonkeyPatch, others: list[Any], **environment: str) -> bool:
         from tidepool.vllm_plugin import deciding
         from tidepool.vllm_plugin.deciding import RankView
+        from tidepool.vllm_plugin.serving_plan import plan_of
         from tidepool.vllm_plugin.settings import read_settings
 
         views = [RankView(read_settings({}, environment), specs, 16) for specs, environment in others]
@@ -160,7 +160,7 @@ class TestAgreement:
         config = SimpleNamespace(additional_config={}, cache_config=cache_config)
         served = deciding.keep_pages_natural(None, config, None)
         assert cache_config.block_size == (16 if served else 128)
-        assert (deciding.plan_of(config) is not None) == served
+        assert (plan_of(config) is not None) == served
         return served
 
     def test_a_stage_of_states_alone_is_served_where_another_has_the_attention(

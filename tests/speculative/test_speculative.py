@@ -18,6 +18,7 @@ import pytest
 
 import engines
 from answers import gaps
+from tidepool.cache import State
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
 from tidepool.running.agreement import BFLOAT16_GAP
@@ -117,7 +118,7 @@ def planned(model_path: Path, kv_bytes: int, *, prefix_caching: bool, mtp: bool 
         mtp=mtp,
     )
     memory = divide("elastic", model, model.stages(1, options.cache_options()), options, 2048)
-    return memory, next(group.cache.copies for group in memory.groups if group.label == "state")
+    return memory, next(group.cache.copies for group in memory.groups if isinstance(group.cache, State))
 
 
 def assert_as_planned(result: dict[str, Any], memory: Any) -> None:

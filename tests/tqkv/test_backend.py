@@ -94,10 +94,11 @@ def test_a_wrong_configuration_is_refused_before_anything_starts() -> None:
     from tidepool.vllm_plugin.settings import SettingsError
 
     settings = {"tidepool": {"kv": "tqkv-k4v4"}}
-    for changes, words in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"kv_cache_dtype": "fp8"}, "exclude each other"),
         ({"additional_config": {"tidepool": {"kv": "q4"}}}, "q4"),
-    ]:
+    ]
+    for changes, words in cases:
         arguments: dict[str, Any] = {"model": str(MODEL), "additional_config": settings} | changes
         with pytest.raises(SettingsError, match=words):
             EngineArgs(**arguments).create_engine_config()

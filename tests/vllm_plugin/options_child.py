@@ -39,7 +39,7 @@ def blocks(engine: Any) -> dict[str, int]:
 
 def state_bytes(engine: Any) -> int:
     specs = [group.kv_cache_spec for group in engine.scheduler.kv_cache_config.kv_cache_groups]
-    return next(spec.page_size_bytes for spec in specs if type(spec).__name__ == "MambaSpec")
+    return int(next(spec.page_size_bytes for spec in specs if type(spec).__name__ == "MambaSpec"))
 
 
 def extents(engine: Any) -> int:
@@ -50,7 +50,7 @@ def serve(engine: Any, lengths: list[int]) -> list[list[int]]:
     """Tokens of each request in each step; they come at once and all have other prompts."""
     for number, length in enumerate(lengths):
         add_request(engine, str(number), [1_000 * number + place for place in range(length)], 4)
-    steps = []
+    steps: list[list[int]] = []
     while engine.scheduler.has_unfinished_requests():
         assert len(steps) < PATIENCE, "requests are left that aren't scheduled"
         steps.append(list(take_step(engine).output.num_scheduled_tokens.values()))
@@ -175,8 +175,13 @@ CASES: dict[str, tuple[dict[str, Any], Probe]] = {
 def main() -> None:
     work = json.load(sys.stdin)
     log: list[str] = []
-    logging.getLogger("vllm.tidepool").addFilter(lambda record: log.append(record.getMessage()) or True)
-    found = {}
+
+    def note(record: logging.LogRecord) -> bool:
+        log.append(record.getMessage())
+        return True
+
+    logging.getLogger("vllm.tidepool").addFilter(note)
+    found: dict[str, dict[str, Any]] = {}
     for name, (given, probe) in CASES.items():
         log.clear()
         environ = {key: value for key, value in given.items() if key.startswith("VLLM_")}

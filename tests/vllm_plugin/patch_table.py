@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,11 @@ def with_tables(text: str) -> str:
     for name, table in {"patches": PATCHES, "work-arounds": WORKAROUNDS}.items():
         begin, end = MARK.format(f"begin {name}"), MARK.format(f"end {name}")
         body = "\n".join([begin, "", *rows_of(table), "", end])
-        text, found = re.subn(f"{re.escape(begin)}.*{re.escape(end)}", lambda _, body=body: body, text, flags=re.DOTALL)
-        assert found == 1, f"the document has no place for the {name}"
+        before, opened, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        assert opened, f"the document has no place for the {name}"
+        assert closed, f"the document has no place for the {name}"
+        text = before + body + after
     return text
 
 

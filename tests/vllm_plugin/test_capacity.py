@@ -19,7 +19,7 @@ pytest.importorskip("vllm")
 MAX_MODEL_LEN = 16_384
 STEP_TOKENS = 32_768
 SEQS = {"elastic": 64, "fixed": 24}
-ENGINES = {
+ENGINES: dict[str, tuple[str, int, Any, bool]] = {
     "Qwen3.5-4B": ("Qwen3.5-4B", 4 << 30, "elastic", False),
     "Qwen3.5-4B, prefix caching": ("Qwen3.5-4B", 4 << 30, "elastic", True),
     "Qwen3.5-4B, fixed": ("Qwen3.5-4B", 6 << 30, "fixed", True),
@@ -99,7 +99,7 @@ class Filled:
         self.preempted += len(seen.output.preempted_req_ids or ())
         left = STEP_TOKENS - seen.output.total_num_scheduled_tokens
         could = seen.running < self.core.scheduler.max_num_running_reqs and left > 1024
-        return could and seen.released == seen.released_at_end
+        return bool(could and seen.released == seen.released_at_end)
 
     def drain(self) -> None:
         while self.core.scheduler.has_unfinished_requests():

@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -198,7 +198,12 @@ def test_a_refused_request_is_looked_up_again_when_a_block_came_free(
     manager = make_manager(engine)
     lookups: list[int] = []
     find = manager.coordinator.find_longest_cache_hit
-    monkeypatch.setattr(manager.coordinator, "find_longest_cache_hit", lambda *args: lookups.append(1) or find(*args))
+
+    def counted(*args: Any) -> Any:
+        lookups.append(1)
+        return find(*args)
+
+    monkeypatch.setattr(manager.coordinator, "find_longest_cache_hit", counted)
 
     def ask(request: Any) -> bool:
         hit, tokens, _ = manager.get_computed_blocks(request)
@@ -225,15 +230,21 @@ def test_a_refused_request_is_looked_up_again_when_a_block_came_free(
 
 
 @pytest.mark.parametrize("partition", ["elastic", "fixed"])
-def test_memory_to_measure_graphs_with_is_small(engine: Any, monkeypatch: pytest.MonkeyPatch, partition: str) -> None:
+def test_memory_to_measure_graphs_with_is_small(
+    engine: Any, monkeypatch: pytest.MonkeyPatch, partition: Literal["elastic", "fixed"]
+) -> None:
     """vLLM asks for a block for each request that may run, which are extents here."""
-    from tidepool.vllm_plugin.planning import PROFILING_EXTENTS, make_kv_cache_config, plan_of
+    from tidepool.vllm_plugin.planning import PROFILING_EXTENTS, make_kv_cache_config
+    from tidepool.vllm_plugin.serving_plan import plan_of
     from tidepool.vllm_plugin.worker import limit_requests
 
     vllm_config, groups = engine.vllm_config, engine.scheduler.kv_cache_config.kv_cache_groups
     monkeypatch.setattr(vllm_config.cache_config, "num_gpu_blocks_override", 512)
     monkeypatch.setattr(vllm_config.scheduler_config, "max_num_seqs", 512)
-    config = make_kv_cache_config(vllm_config, plan_of(vllm_config)._replace(partition=partition), groups, 0)
+    plan = plan_of(vllm_config)
+    assert plan is not None
+    config = make_kv_cache_config(vllm_config, plan._replace(partition=partition), groups, 0)
+    assert config.geometry is not None
     assert config.arena_bytes == PROFILING_EXTENTS * config.geometry.extent_bytes
     # Not more requests than there are states: vLLM's kernels would read past the memory.
     runner = SimpleNamespace(vllm_config=vllm_config)
@@ -241,7 +252,7 @@ def test_memory_to_measure_graphs_with_is_small(engine: Any, monkeypatch: pytest
     states = PROFILING_EXTENTS * config.geometry.layouts[0].blocks_per_extent - 1
     assert vllm_config.scheduler_config.max_num_seqs == states < 512
     # What was asked for counts again once the real memory is there.
-    limit_requests(runner, replace(config, num_blocks=1000))
+    limit_requests(runner, replace(config, num_blocks=1000))  # type: ignore[call-arg]
     assert vllm_config.scheduler_config.max_num_seqs == 512
 
 
@@ -272,7 +283,7 @@ def test_workers_zero_poison_and_copy_one_groups_block_only() -> None:
     arena.poison = [0x7F, 0xFF]
 
     def changed() -> list[int]:
-        return torch.nonzero(arena.arena != 7).flatten().tolist()
+        return list(torch.nonzero(arena.arena != 7).flatten().tolist())
 
     arena.apply([encode(1, 7, 2)])
     assert changed() == list(range(168, 190))

@@ -36,7 +36,7 @@ def windows(specs: dict[str, Any]) -> dict[str, Any]:
     return specs | {name: SlidingWindowSpec(**common[name], sliding_window=1000) for name in list(attention)[::2]}
 
 
-ENGINES: dict[str, tuple[str, str, Any]] = {
+ENGINES: dict[str, tuple[str, Any, Any]] = {
     "Qwen3.5-4B": ("Qwen3.5-4B", "elastic", None),
     "Qwen3.5-4B, fixed": ("Qwen3.5-4B", "fixed", None),
     "Nemotron-3-Nano-4B": ("Nemotron-3-Nano-4B", "elastic", None),

@@ -27,7 +27,7 @@ tokens = count(1_000)
 
 
 @cache
-def engine_of(side: str, model: str, drafts: bool) -> Any:
+def engine_of(side: Any, model: str, drafts: bool) -> Any:
     from tidepool.replay.engine import EngineShape, make_engine
 
     config = dict(entry(model).config) | ({"mtp_num_hidden_layers": 1} if drafts else {})

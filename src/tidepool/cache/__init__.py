@@ -55,7 +55,6 @@ __all__ = [
     "CachedPrefix",
     "CheckpointRules",
     "Checkpoints",
-    "Cut",
     "ExpectedReturn",
     "ExtentLayout",
     "FarPlaces",

@@ -50,7 +50,7 @@ class Retention(IntEnum):
 
 
 class OutOfBlocksError(RuntimeError):
-    """A pool was asked for more blocks than it can get; ask `Arena.admit` first."""
+    """A pool was asked for more blocks than it can get; ask `Arena.extents_needed` first, and reserve them."""
 
 
 @dataclass(frozen=True)
@@ -232,22 +232,12 @@ class Arena:
             for pool, need, have in zip(self.pools, needs, usable, strict=True)
         ]
 
-    def admit(self, needs: Sequence[int], touched: Sequence[Sequence[int]] | None = None) -> bool:
-        """Whether ``needs[g]`` blocks of every group g can be had, and if so reserve them.
-
-        It holds until `release_reservation` or the next `admit`. In between, touch the blocks named here and allocate
-        up to ``needs``; both then succeed.
-        """
-        charges, pinned = self.extents_needed(needs, touched or [()] * len(self.pools))
-        if sum(charges) + pinned > self.available:
-            self.release_reservation()
-            return False
-        self.reserve(charges)
-        return True
-
     def reserve(self, charges: Sequence[int]) -> None:
-        """Set extents aside for each group, in place of any earlier reservation. The caller has compared them with
-        `available`."""
+        """Set extents aside for each group, in place of any earlier reservation.
+
+        The caller has compared them with `available`. It holds until `release_reservation`: in between the touched
+        blocks that `extents_needed` was told of are referenced and its needs allocated, and both succeed.
+        """
         self._reserved = list(charges)
         self._reserved_total = sum(charges)
 
