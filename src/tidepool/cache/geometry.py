@@ -286,24 +286,55 @@ def fixed_stage_shares(
     Raises:
         CacheConfigError: as `fixed_shares`, for any stage.
     """
-    strides = [[-(-group.block_bytes // group.align) * group.align for group in groups] for groups in stages]
+    strides = [[_round_up(group.block_bytes, group.align) for group in groups] for groups in stages]
+    constant, ends = _constant_places(stages[0], strides, max_requests, max_tokens)
+    growing, ends = _growing_places(stages[0], strides, ends, arena_bytes, max_requests, max_tokens)
+    for end, total in zip(ends, arena_bytes, strict=True):
+        if end > total:
+            raise CacheConfigError(
+                f"A fixed partition needs {end:,} bytes for the states of {max_requests} requests, more than the "
+                f"{total:,} there are: give it more memory, lower max_num_seqs, or use the elastic partition."
+            )
+    places = constant | growing
+    return [
+        tuple(Share(group.block_bytes, row[index], *places[index]) for index, group in enumerate(groups))
+        for groups, row in zip(stages, strides, strict=True)
+    ]
+
+
+_Places = dict[int, tuple[int, int]]
+"""By group: the first of its blocks, and how many there are."""
+
+
+def _constant_places(
+    groups: Sequence[Group], strides: Sequence[Sequence[int]], max_requests: int, max_tokens: int
+) -> tuple[_Places, list[int]]:
+    """Places of the O(1) groups, one after the other behind the null blocks, and where they end on every stage."""
+    places: _Places = {}
     ends = [max(row) for row in strides]
-    groups = stages[0]
-    places: dict[int, tuple[int, int]] = {}
-
-    def first_of(index: int) -> int:
-        return max(-(-end // row[index]) for end, row in zip(ends, strides, strict=True) if row[index])
-
     for index, group in enumerate(groups):
         if group.constant:
-            first, blocks = first_of(index), max_requests * group.blocks_for(max_tokens)
+            first, blocks = _first_block(index, strides, ends), max_requests * group.blocks_for(max_tokens)
             places[index] = (first, blocks)
             ends = [max(end, (first + blocks) * row[index]) for end, row in zip(ends, strides, strict=True)]
+    return places, ends
+
+
+def _growing_places(
+    groups: Sequence[Group],
+    strides: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    arena_bytes: Sequence[int],
+    max_requests: int,
+    max_tokens: int,
+) -> tuple[_Places, list[int]]:
+    """Places of the other groups behind ``ends``, each with its part of what is left, and where they end."""
+    places: _Places = {}
     growing = [index for index, group in enumerate(groups) if not group.constant]
     wanted = [{index: groups[index].blocks_for(max_tokens) * row[index] for index in growing} for row in strides]
     rests = [total - end for total, end in zip(arena_bytes, ends, strict=True)]
     for index in growing:
-        first = first_of(index)
+        first = _first_block(index, strides, ends)
         parts = [rest * want[index] // (sum(want.values()) or 1) for rest, want in zip(rests, wanted, strict=True)]
         counts = {
             stage: min(ends[stage] + parts[stage], arena_bytes[stage]) // row[index] - first
@@ -319,13 +350,9 @@ def fixed_stage_shares(
             )
         places[index] = (first, counts[tightest])
         ends = [end + part for end, part in zip(ends, parts, strict=True)]
-    for end, total in zip(ends, arena_bytes, strict=True):
-        if end > total:
-            raise CacheConfigError(
-                f"A fixed partition needs {end:,} bytes for the states of {max_requests} requests, more than the "
-                f"{total:,} there are: give it more memory, lower max_num_seqs, or use the elastic partition."
-            )
-    return [
-        tuple(Share(group.block_bytes, row[index], *places[index]) for index, group in enumerate(groups_of_stage))
-        for groups_of_stage, row in zip(stages, strides, strict=True)
-    ]
+    return places, list(ends)
+
+
+def _first_block(index: int, strides: Sequence[Sequence[int]], ends: Sequence[int]) -> int:
+    """The first block of a group that starts behind ``ends`` on all stages that have its layers."""
+    return max(-(-end // row[index]) for end, row in zip(ends, strides, strict=True) if row[index])

@@ -154,47 +154,68 @@ def _equal(layers: Mapping[str, LayerCache]) -> list[list[str]]:
     ]
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """Layers of one kind, by the bytes of their pages."""
+
+    state: bool
+    by_page: Mapping[int, list[str]]
+
+    @property
+    def even(self) -> bool:
+        """Whether each repeat has one layer of every page size."""
+        return len(set(map(len, self.by_page.values()))) == 1
+
+    @property
+    def repeats(self) -> int:
+        """Layers of the page size that has the most."""
+        return max(map(len, self.by_page.values()))
+
+    def largest_piece(self, pieces: int) -> int:
+        """Bytes of the largest group where the kind is cut into so many."""
+        return sum(ceil(len(names) / pieces) * page for page, names in self.by_page.items())
+
+    def cut(self, pieces: int) -> list[list[str]]:
+        """Groups of every ``pieces``-th repeat."""
+        if pieces == 1:
+            return [[name for names in self.by_page.values() for name in names]]
+        pattern = list(zip(*self.by_page.values(), strict=True))
+        return [[name for repeat in pattern[first::pieces] for name in repeat] for first in range(pieces)]
+
+
 def _packed(layers: Mapping[str, LayerCache], pages: Mapping[str, int]) -> list[list[str]]:
     """Groups of layers whose pages differ and lie side by side in a block.
 
     A kind with one layer of each of several page sizes per repeat keeps all its repeats in one group where
     it can. Kinds of states are cut until a group fits in the block that the others need anyway.
     """
-    kinds: dict[object, list[str]] = {}
-    for name, cache in layers.items():
-        kinds.setdefault(_uniform(cache), []).append(name)
-    by_page: list[tuple[bool, dict[int, list[str]]]] = []
-    for kind, names in kinds.items():
-        sizes: dict[int, list[str]] = {}
-        for name in names:
-            sizes.setdefault(pages[name], []).append(name)
-        by_page.append((isinstance(kind, int), sizes))
-    balanced = [len({len(names) for names in sizes.values()}) == 1 for _, sizes in by_page]
-    repeats = [max(len(names) for names in sizes.values()) for _, sizes in by_page]
-    mixed = [
-        count for (_, sizes), even, count in zip(by_page, balanced, repeats, strict=True) if even and len(sizes) > 1
-    ]
-    per_group = None
-    if mixed:
-        counts = [count for even, count in zip(balanced, repeats, strict=True) if even]
-        per_group = min(
-            range(max(mixed), max(*counts, max(mixed)) + 1),
-            key=lambda size: (sum(-c % size for c in counts), -size),
-        )
-    cuts = [ceil(count / per_group) if even and per_group else 1 for even, count in zip(balanced, repeats, strict=True)]
+    kinds = _kinds(layers, pages)
+    per_group = _repeats_in_a_group([kind for kind in kinds if kind.even])
+    cuts = [ceil(kind.repeats / per_group) if kind.even and per_group else 1 for kind in kinds]
     anchor = max(
-        sum(ceil(len(names) / (count if state else cut)) * page for page, names in sizes.items())
-        for (state, sizes), cut, count in zip(by_page, cuts, repeats, strict=True)
+        kind.largest_piece(kind.repeats if kind.state else pieces) for kind, pieces in zip(kinds, cuts, strict=True)
     )
     groups = []
-    for (state, sizes), cut, count in zip(by_page, cuts, repeats, strict=True):
-        pieces = max(cut, ceil(count / max(anchor // next(iter(sizes)), 1))) if state else cut
-        if pieces == 1:
-            groups.append([name for names in sizes.values() for name in names])
-            continue
-        pattern = list(zip(*sizes.values(), strict=True))
-        groups.extend([name for repeat in pattern[first::pieces] for name in repeat] for first in range(pieces))
+    for kind, pieces in zip(kinds, cuts, strict=True):
+        fitting = max(anchor // next(iter(kind.by_page)), 1)
+        groups += kind.cut(max(pieces, ceil(kind.repeats / fitting)) if kind.state else pieces)
     return groups
+
+
+def _kinds(layers: Mapping[str, LayerCache], pages: Mapping[str, int]) -> list[_Kind]:
+    kinds: dict[object, dict[int, list[str]]] = {}
+    for name, cache in layers.items():
+        kinds.setdefault(_uniform(cache), {}).setdefault(pages[name], []).append(name)
+    return [_Kind(isinstance(kind, int), by_page) for kind, by_page in kinds.items()]
+
+
+def _repeats_in_a_group(kinds: Sequence[_Kind]) -> int | None:
+    """Repeats that fill groups of all even kinds best; none where no kind has several page sizes."""
+    counts = [kind.repeats for kind in kinds]
+    fewest = max((kind.repeats for kind in kinds if len(kind.by_page) > 1), default=None)
+    if fewest is None:
+        return None
+    return min(range(fewest, max(counts) + 1), key=lambda size: (sum(-count % size for count in counts), -size))
 
 
 def _uniform(cache: LayerCache) -> object:
