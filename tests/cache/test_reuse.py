@@ -1,4 +1,4 @@
-"""Learning when prompts are gone on from, and what the policy makes of it."""
+"""Learning when prompts are continued, and what the policy makes of it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ AGES = [0, 150, 300, 600, 1_200, 2_400, 4_800, 9_600]
 
 
 def end(returns: ReuseModel, key: object, now: int, turn: TurnClass = TurnClass.FIRST, shared: object = None) -> None:
-    """A prompt was served, which can be gone on from at its end only."""
+    """A prompt was served, which can be continued from its end only."""
     returns.ended([ResumePoint(key, 0, kept=True)], now, PrefixMatch(turn, shared=shared))
 
 
 def conversations(returns: ReuseModel, count: int, gap: int | None, start: int = 0) -> int:
-    """Prompts one unit apart, each gone on from ``gap`` later (None for never). Returns the time."""
+    """Prompts one unit apart, each continued ``gap`` later (None for never). Returns the time."""
     now = start
     due: list[tuple[int, int]] = []
     for number in range(count):

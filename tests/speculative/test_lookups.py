@@ -77,7 +77,7 @@ def test_prompts_of_every_length_hit_their_last_checkpoint(engine: Any) -> None:
         for checkpoint in (2048, 2560, 4096)
         for step in (-1, 0, 1, UNIT - 1, UNIT, UNIT + 1, 2 * UNIT - 1, 2 * UNIT, 2 * UNIT + 1)
     ]
-    # Shorter ones leave a state where their like are gone on from, see tests/cache/test_retention.py.
+    # Shorter ones leave a state where their like are continued, see tests/cache/test_checkpoints.py.
     for tokens in [
         each for each in (*edges, 2100, 3000, *(rng.randrange(LONG, 6000) for _ in range(40))) if each >= LONG
     ]:

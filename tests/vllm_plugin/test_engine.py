@@ -147,7 +147,7 @@ def test_attention_behind_the_last_state_is_dropped(engine: Any, drafter: bool) 
 
 
 def test_one_question_after_another_about_a_document(engine: Any) -> None:
-    """Each goes on from the state at the document's end and leaves no later one, so that state isn't of low priority,
+    """Each continues from the state at the document's end and leaves no later one, so that state isn't of low priority,
     and the question's attention is of no use."""
     manager = make_manager(engine)
     state, attention = manager.coordinator.block_pool.pools

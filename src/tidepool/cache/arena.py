@@ -210,7 +210,7 @@ class Arena:
         return max(sum(self._charges(each, usable)) for each in needs) + pinned_by_touch
 
     def _usable_behind(self, touched: Sequence[Sequence[int]]) -> tuple[list[int], int]:
-        """(blocks of each group to be had without another extent once some are touched, idle extents that pins)."""
+        """(blocks that each group can get without another extent once some are touched, idle extents that pins)."""
         usable: list[int] = []
         pinned = 0
         for pool, blocks in zip(self.pools, touched, strict=True):
@@ -260,7 +260,7 @@ class Arena:
             request: the request, if it was started.
 
         Raises:
-            OutOfBlocksError: there are fewer to be had; nothing stays allocated.
+            OutOfBlocksError: there are fewer; nothing stays allocated.
         """
         pool = self.pools[group]
         prefix = None if request is None else self._prefixes[request][0]

@@ -96,7 +96,7 @@ class _Known:
     def __init__(self, distance: int) -> None:
         self.distance = distance
         self.uses = 0
-        """Prompts that went on from here."""
+        """Prompts that continued from here."""
         self.wait: _Wait | None = None
         """For the next of them; None where nothing was left."""
 

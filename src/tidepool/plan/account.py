@@ -37,7 +37,7 @@ class Account:
     group_padding: int = 0
     """Room for layers that a group doesn't have."""
     held_idle: int = 0
-    """Set aside for a group, not in use, and not to be had by another."""
+    """Set aside for a group, not in use, and not available to another."""
     overhead: int = 0
     """The null block or extent, and what is left over from the budget."""
     free: int = 0

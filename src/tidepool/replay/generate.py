@@ -84,7 +84,7 @@ def sharing_tree(writer: Writer, count: int) -> None:
 
 def documents(writer: Writer, count: int) -> None:
     """Documents of 4,000 to 40,000 tokens, one every 4 seconds; each gets 2 to 4 questions of 100 to 1,500 tokens, a
-    minute apart. No prompt goes on from the end of another: they part where the document ends."""
+    minute apart. No prompt continues another from its end: they branch where the document ends."""
     for began in writer.arrivals(0.25):
         if len(writer.requests) >= count:
             return

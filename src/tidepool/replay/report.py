@@ -50,8 +50,8 @@ class Report:
 USE_TITLES = {
     "states": ("states in use", "states of running requests"),
     "attention": ("attention in use", "attention blocks of running requests, unfilled tails included"),
-    "cached_states": ("cached states", "kept for later requests, to be had when needed"),
-    "cached_attention": ("cached attention", "kept for later requests, to be had when needed"),
+    "cached_states": ("cached states", "kept for later requests, evicted when needed"),
+    "cached_attention": ("cached attention", "kept for later requests, evicted when needed"),
     "padding": ("padding", "parts of these blocks that can hold nothing"),
     "idle": ("idle", "clean or unowned, the null block or extent, and what is too little for a block"),
 }

@@ -372,7 +372,7 @@ _DRAFT_ROLLBACK = (
         "vllm.model_executor.layers.mamba.ops.causal_conv1d:causal_conv1d_update",
         rollback.convolution_update,
         "x, conv_state, weight, bias=, activation=, conv_state_indices=, query_start_loc=, pad_slot_id=, **kwargs",
-        "goes on from the last accepted token's inputs",
+        "continues from the last accepted token's inputs",
         "the CPU's overlooks which drafts were accepted",
         "vLLM's looks",
         device="cpu",

@@ -1,7 +1,7 @@
 """Drafts over states on the CPU: twins of GPU kernels, for requests to go back to the state of their last good token.
 
 A step reads a request's last token and its drafts, and leaves one state for each: that after token t lies in the t-th
-of the request's rollback blocks, and the convolution's inputs in one wider window. The next step goes on from the state
+of the request's rollback blocks, and the convolution's inputs in one wider window. The next step continues from the one
 of the last token that was accepted. `tidepool.vllm_plugin.compat` puts these functions where vLLM 0.32 lacks them.
 """
 
@@ -228,7 +228,7 @@ def gdn_draft_step(
 def copy_before_step(
     to_column: torch.Tensor, from_column: torch.Tensor, bias: torch.Tensor, *layout: Any, **constants: Any
 ) -> None:
-    """Copy the state that each request goes on from to the block that this step writes, where that is another one.
+    """Copy the state from which each request continues to the block that this step writes, where that is another one.
 
     Args:
         to_column, from_column: columns of the block table, ``[request]``; -1 where there is no state yet.
