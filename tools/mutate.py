@@ -41,6 +41,11 @@ TESTS = {
     "arena": MEMORY,
     "eviction": MEMORY,
     "reuse": ("reuse",),
+    "prompt_ends": ("checkpoints", "retention"),
+    "branches": ("branches", "retention"),
+    "checkpoints": ("checkpoints", "retention"),
+    "retention": ("retention",),
+    "growth": ("growth",),
 }
 """The modules that are changed, and of each the test files in tests/cache that are its own."""
 

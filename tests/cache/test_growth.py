@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import given, strategies as st
 
-from tidepool.cache import AnswerLengths, GroupGrowth, Growth, Outlook
+from tidepool.cache import AnswerLengths, GroupGrowth, Growth, Outlook, headroom
+from tidepool.cache.pool import Pool
 
 
 def test_answers_are_expected_to_get_as_long_as_most_did() -> None:
@@ -74,3 +76,39 @@ def test_requests_that_end_one_after_the_other_need_less_than_all_at_once() -> N
     waiting = Outlook((0, 0), 0, (1, 100))
     assert growth.blocks == [0, 190]
     assert max(each[1] for each in growth.needs(waiting)) < 20
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found", "expected", "why"),
+    [
+        (20, (0, 0, 0), Outlook((2, 5, 1), 60, (1, 2, 2)), "its prompt's rest, behind a window at most 3 blocks"),
+        (20, (1, 1, 2), Outlook((2, 5, 1), 60, (1, 1, 0)), "what it found cached others may use, too"),
+        (100, (0, 0, 0), Outlook((0, 0, 0), 60, (1, 7, 3)), "its prompt is read"),
+        (130, (0, 0, 0), Outlook((0, 0, 0), 30, (1, 9, 3)), "half of its answer is there"),
+        (200, (0, 0, 0), Outlook((0, 0, 0), 0, (1, 13, 3)), "it gets longer than expected"),
+    ],
+)
+def test_what_a_request_will_still_take(tokens: int, found: tuple[int, ...], expected: Outlook, why: str) -> None:
+    growth = Growth([GroupGrowth(0), GroupGrowth(16), GroupGrowth(16, most=3)])
+    growth.expect("request", 100, 160)
+    growth.found("request", found)
+    assert growth.outlook("request", tokens, states_to_come=2) == expected, why
+
+
+def test_nothing_is_expected_of_a_request_that_ended() -> None:
+    growth = Growth([GroupGrowth(0), GroupGrowth(16)])
+    growth.expect("request", 100, 160)
+    growth.found("request", (0, 3))
+    growth.end("request")
+    assert growth.outlook("request", 48, states_to_come=2) == Outlook((0, 0), 0, (1, 3))
+
+
+def test_headroom_is_an_eighth_of_the_extents_that_attention_pins() -> None:
+    def pool(pinned: int) -> Pool:
+        made = Pool(4, 400)
+        for number in range(pinned):
+            made.take(made.add(number), 1, None)
+        return made
+
+    assert [headroom([pool(count)]) for count in (0, 7, 8, 17)] == [0, 0, 1, 2]
+    assert headroom([pool(5), pool(12)]) == 2

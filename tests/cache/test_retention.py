@@ -87,6 +87,8 @@ def test_a_prompt_is_looked_up_once() -> None:
         (900, 320, True, 320, "also of a conversation, if it is short"),
         (6_000, 3_200, False, 3_200, "also far into a prompt"),
         (6_000, 3_200, True, 0, "but not behind the answer that a long one continues"),
+        (6_000, 2_048, True, 0, "which is one from 2,048 tokens on"),
+        (6_000, 2_032, True, 2_032, "and not before"),
     ],
 )
 def test_branch_points(tokens: int, branch: int, continues: bool, planned: int, why: str) -> None:
@@ -126,12 +128,47 @@ def test_branch_checkpoints(computed: int, branch: int, cuts: tuple[int, ...], w
     assert retention.checkpoints("request").cuts == cuts, why
 
 
-def test_short_prompts_leave_no_branch_checkpoint() -> None:
+@pytest.mark.parametrize(("tokens", "cuts"), [(2_500, (2_048,)), (3_000, (2_048, 2_560))])
+def test_a_branch_checkpoint_has_a_long_prompt_before_it(tokens: int, cuts: tuple[int, ...]) -> None:
     retention = policy()
     for _ in range(100):
         retention.branches.saw(512)
-    retention.plan("request", keys("a", 2_500), 2_500, 0, 0)
-    assert retention.checkpoints("request").cuts == (2_048,), "1,536 is less than a long prompt"
+    retention.plan("request", keys("a", tokens), tokens, 0, 0)
+    assert retention.checkpoints("request").cuts == cuts
+
+
+def test_where_prompts_branch_is_learned_from_those_that_come() -> None:
+    retention = policy()
+    for number in range(60):
+        serve(retention, str(number), keys(str(number), 5_000), 5_000, state_at=4_608)
+        retention.begin(f"{number} again", keys("other", 5_000, after=str(number), shared=3_600))
+    retention.plan("request", keys("a", 5_000), 5_000, 0, 0)
+    assert retention.checkpoints("request").cuts == (3_584, 4_608)
+
+
+def test_a_prompt_takes_no_cut_where_nobody_branches() -> None:
+    retention = policy(WITHIN)
+    retention.plan("request", keys("a", 5_000), 5_000, 0, 0)
+    plan = retention.checkpoints("request")
+    assert (plan.cuts, plan.within) == ((), 4_608)
+
+
+def test_steps_end_by_the_plan() -> None:
+    retention = policy()
+    retention.plan("request", keys("a", 900), 900, 0, 320)
+    assert retention.step_end("request", 0, 900, 900) == 320
+    assert retention.step_end("unknown", 0, 900, 900) == 900
+
+
+def test_a_prompt_is_expected_to_be_continued_for_sixteen_times_the_memory() -> None:
+    retention = policy()
+    serve(retention, "a", keys("a", 640), 640, state_at=512)
+    memory = retention._arena.total_bytes
+    for times, known in ((15, True), (3, False)):
+        for _ in range(times):
+            retention._arena.release(0, retention._arena.allocate(0, memory // 50 - 2))
+        serve(retention, f"{times}", keys(f"{times}", 640), 640)
+        assert (keys("a", 640)[-2] in retention.prompt_ends._known) == known
 
 
 def test_what_is_known_of_a_request_is_forgotten_with_it() -> None:
@@ -230,6 +267,14 @@ def test_the_users_interval() -> None:
     retention = policy(CheckpointRules(unit=UNIT, spacing=SPACING, interval=64))
     retention.plan("request", keys("a", 2_000), 2_000, 0, 0)
     assert [retention.at_step_end("request", tokens, 2_000) for tokens in (64, 80, 640)] == [KEEP, DROP, KEEP]
+    assert [retention.at_step_end("request", tokens, 640) for tokens in (640, 704)] == [DROP, DROP], "in its answer"
+
+
+def test_near_places_are_left_to_branch_checkpoints() -> None:
+    retention = policy()
+    retention.plan("request", keys("a", 40_000), 40_000, 0, 0)
+    assert [retention.at_step_end("request", 39_936 - before, 40_000) for before in (4_080, 4_096)] == [DROP, LOW]
+    assert retention.at_step_end("request", 8_200, 40_000) == DROP, "no hit can end there"
 
 
 @pytest.mark.parametrize(("taken", "kept"), [(0, LOW), (14, LOW), (15, DROP)])
