@@ -97,5 +97,5 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     said = command(llama, tmp_path)
-    assert f"vLLM's own KV cache is used. {reason}" in said
+    assert f"tidepool falls back to vLLM's own KV cache. {reason}" in said
     assert "Error" not in said
