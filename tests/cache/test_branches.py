@@ -46,12 +46,26 @@ def test_the_larger_a_state_the_longer_a_prompt_must_be() -> None:
     assert shortest == sorted(set(shortest)), "each larger than the one before"
 
 
-def test_old_counts_fade() -> None:
-    branches = record({512: 100})
+@pytest.mark.parametrize(
+    ("prompts", "weight"), [(255, 255), (256, 128), (257, 129), (511, 383), (512, 192), (1_024, 240)]
+)
+def test_counts_weigh_half_after_256_prompts(prompts: int, weight: float) -> None:
+    assert record({512: prompts})._counts == {0: 0, 512: weight, 1024: 0, 2048: 0, 4096: 0}
+
+
+def test_what_was_common_long_ago_is_forgotten() -> None:
+    branches = record({512: 1_000})
     assert branches.branch_checkpoint(32_768, 1_500) == 512
-    for _ in range(5_000):
+    for _ in range(2_000):
         branches.saw(0)
     assert branches.branch_checkpoint(32_768, 1_500) == 0
+
+
+@pytest.mark.parametrize(("end", "distance"), [(512, 0), (513, 512), (1_024, 512), (1_025, 512), (4_096, 512)])
+def test_no_checkpoint_lies_before_the_prompt(end: int, distance: int) -> None:
+    """Whatever prompts do, one at the distance of the first state saves nothing."""
+    branches = record({4096: 100, 512: 100})
+    assert branches.branch_checkpoint(end, 1.0) == distance
 
 
 @given(

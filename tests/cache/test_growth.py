@@ -25,6 +25,21 @@ def test_answers_are_expected_to_get_as_long_as_most_did() -> None:
     assert answers.expected() > 900, "older ones fade"
 
 
+@pytest.mark.parametrize("others", [510, 511, 512, 767, 768])
+def test_answers_weigh_half_after_512(others: int) -> None:
+    """One of 2,000 tokens among others of 10: the mean and one deviation more, of counts that halve at 512, 768, ..."""
+    answers = AnswerLengths()
+    answers.ended(2_000)
+    count, total, squares = 1.0, 2_000.0, 4e6
+    for _ in range(others):
+        answers.ended(10)
+        count, total, squares = count + 1, total + 10, squares + 100
+        if count >= 512:
+            count, total, squares = count / 2, total / 2, squares / 2
+    assert answers.expected() == int(total / count + (squares / count - (total / count) ** 2) ** 0.5)
+    assert answers._count == count
+
+
 numbers = st.integers(0, 90)
 outlooks = st.builds(Outlook, st.tuples(st.integers(0, 2), numbers), numbers, st.tuples(st.integers(0, 2), numbers))
 changes = st.lists(st.tuples(st.sampled_from("abc"), st.one_of(st.none(), outlooks)), max_size=40)
