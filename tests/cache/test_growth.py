@@ -127,3 +127,15 @@ def test_headroom_is_an_eighth_of_the_extents_that_attention_pins() -> None:
 
     assert [headroom([pool(count)]) for count in (0, 7, 8, 17)] == [0, 0, 1, 2]
     assert headroom([pool(5), pool(12)]) == 2
+
+
+def test_each_request_takes_half_a_block_more_on_average() -> None:
+    growth = Growth([GroupGrowth(0), GroupGrowth(16)])
+    assert growth.needs(Outlook((0, 0), 64, (1, 0))) == [[0, 5]], "64 tokens and 8"
+
+
+def test_answers_of_one_length_are_expected_to_be_as_long() -> None:
+    answers = AnswerLengths()
+    for _ in range(10):
+        answers.ended(10)
+    assert answers.expected() == 10
