@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tidepool.replay.job import Job as ReplayJob
 from tidepool.replay.parent import run_jobs
 from tidepool.verify import drive as verify
 from tidepool.verify.scenarios import PREEMPTED, Part
+from wrapped_python import run_first
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -85,17 +85,8 @@ def test_nothing_that_stock_vllm_served_is_called_tidepool(
     code: str,
     reason: str,
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text(f"""#!{sys.executable}
-import os, runpy, sys
-module = sys.argv[2]
-{code}
-from tidepool.verify import task
-task.MODEL = {str(llama)!r}
-runpy.run_module(module, run_name="__main__", alter_sys=True)
-""")
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
+    model = f"from tidepool.verify import task\ntask.MODEL = {str(llama)!r}"
+    run_first(monkeypatch, tmp_path, f"{code}\n{model}")
     said = command(llama, tmp_path)
     assert f"tidepool falls back to vLLM's own KV cache. {reason}" in said
     assert "Error" not in said

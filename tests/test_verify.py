@@ -21,6 +21,7 @@ from tidepool.verify import command, drive, report
 from tidepool.verify.messages import Counts, Machine, Outcome
 from tidepool.verify.scenarios import ABORTS, MOVES, PARTS, PREEMPTED, QUICK_PARTS, SCENARIOS, SHARED, Part, Scenario
 from tidepool.verify.task import ANSWER_TOKENS, MAX_TOKENS
+from wrapped_python import run_first
 
 MACHINE = Machine("0.32.0", "2.13.0+cpu", "CPU (x86_64, 2 cores)", gated=False)
 PYTHON = sys.executable
@@ -180,17 +181,6 @@ def test_a_place_for_the_numbers_that_is_not_there_is_told_before_anything_runs(
 # Processes.
 
 
-def worker_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> None:
-    """Let workers run ``code`` first, and their own module if it doesn't end them."""
-    script = tmp_path / "python"
-    script.write_text(
-        f"#!{sys.executable}\nimport runpy, sys\nsys.argv[:] = sys.argv[2:]\n{code}\n"
-        "runpy.run_module('tidepool.verify.worker', run_name='__main__')\n"
-    )
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-
-
 @pytest.mark.parametrize(
     ("code", "message"),
     [
@@ -199,13 +189,13 @@ def worker_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str) -> Non
     ],
 )
 def test_a_failed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, message: str) -> None:
-    worker_of(monkeypatch, tmp_path, code)
+    run_first(monkeypatch, tmp_path, code)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors == [f"elastic: {message}; its log is {tmp_path / 'elastic.log'}."]
 
 
 def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker_of(monkeypatch, tmp_path, "import time; time.sleep(60)")
+    run_first(monkeypatch, tmp_path, "import time; time.sleep(60)")
     monkeypatch.setattr(process, "ANSWER_SECONDS", 0.5)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors[0].startswith("elastic: no answer in 0 s; its log is ")
@@ -216,7 +206,7 @@ def test_the_switch_of_the_environment_does_not_reach_the_workers(
 ) -> None:
     monkeypatch.setenv("TIDEPOOL", "off")
     code = 'import json, os; print(json.dumps({"error": os.environ["TIDEPOOL"]}), flush=True); raise SystemExit(1)'
-    worker_of(monkeypatch, tmp_path, code)
+    run_first(monkeypatch, tmp_path, code)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors[0].startswith("elastic: elastic; its log is ")
 
@@ -229,7 +219,7 @@ for _ in range(6):
     print('{"alive": true}', flush=True)
     time.sleep(0.5)
 print('{"error": "out of luck"}', flush=True); raise SystemExit(1)"""
-    worker_of(monkeypatch, tmp_path, code)
+    run_first(monkeypatch, tmp_path, code)
     monkeypatch.setattr(process, "ANSWER_SECONDS", 2.5)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors == [f"elastic: out of luck; its log is {tmp_path / 'elastic.log'}."]
@@ -238,7 +228,7 @@ print('{"error": "out of luck"}', flush=True); raise SystemExit(1)"""
 def test_an_interrupt_ends_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where only the command got the signal, as when a script sends it."""
     started = tmp_path / "started"
-    worker_of(monkeypatch, tmp_path, f"import time; open({str(started)!r}, 'w').write('x'); time.sleep(60)")
+    run_first(monkeypatch, tmp_path, f"import time; open({str(started)!r}, 'w').write('x'); time.sleep(60)")
     # Where the tests themselves run in the background, a shell has them ignore interrupts.
     code = f"""
 import signal, sys
@@ -248,7 +238,7 @@ sys.executable = {sys.executable!r}
 from tidepool.verify import drive
 from tidepool.verify.scenarios import PREEMPTED, Part
 drive.run([Part(PREEMPTED, 'elastic')], Path({str(tmp_path)!r}), print)"""
-    # pytest's own interpreter: `worker_of` has put its script in the place of `sys.executable`.
+    # pytest's own interpreter: `run_first` has put its script in the place of `sys.executable`.
     command = subprocess.Popen([PYTHON, "-c", code], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 30
@@ -304,7 +294,7 @@ worker.ArenaBytes.apply = zero_too""",
 @pytest.mark.vllm
 @pytest.mark.parametrize("code", DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    worker_of(monkeypatch, tmp_path, "import vllm\nfrom tidepool.vllm_plugin import worker\n" + code)
+    run_first(monkeypatch, tmp_path, "import vllm\nfrom tidepool.vllm_plugin import worker\n" + code)
     result = verify(monkeypatch, tmp_path, Part(SHARED, "elastic"))
     assert result.exit_code == 1
     assert " wrong, the first to " in result.output
@@ -320,7 +310,7 @@ def lose_one(self, blocks):
     calls.append(None)
     free(self, list(blocks)[len(calls) == 5 :])
 GroupBlockPool.free_blocks = lose_one"""
-    worker_of(monkeypatch, tmp_path, code)
+    run_first(monkeypatch, tmp_path, code)
     result = verify(monkeypatch, tmp_path, Part(PREEMPTED, "elastic"))
     assert result.exit_code == 1
     assert "of the memory is in use after the last request" in result.output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-Partition = Literal["elastic", "fixed"]
 Side = Literal["stock", "elastic", "fixed"]
 SIDES: tuple[Side, ...] = ("stock", "elastic", "fixed")
 

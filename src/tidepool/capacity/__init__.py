@@ -2,3 +2,8 @@
 
 Works on the groups of `tidepool.cache` alone: the planner asks it about models, the plugin about running engines.
 """
+
+from typing import Literal
+
+Partition = Literal["elastic", "fixed"]
+"""How memory is divided: extents that change hands, or shares for good."""

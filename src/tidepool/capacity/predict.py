@@ -15,8 +15,8 @@ from tidepool.cache import (
     choose_stage_geometries,
     fixed_stage_shares,
 )
+from tidepool.capacity import Partition
 from tidepool.capacity.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup
-from tidepool.sides import Partition
 
 
 def predict(

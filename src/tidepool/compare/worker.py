@@ -16,7 +16,7 @@ from tidepool.compare.messages import Facts, Job, Run
 from tidepool.compare.workloads import MAX_MODEL_LEN, Turn, Workload, make_conversations
 from tidepool.running.agreement import ALTERNATIVES
 from tidepool.running.child import ALIVE, Answer, run
-from tidepool.running.engine import add_request, core_of, start_engine
+from tidepool.running.engine import add_request, core_of, preemptions_of, start_engine
 
 BATCHED_TOKENS = 65536
 """Tokens of one step: all prompts at once, so that none is cut; where it is cut, bfloat16 rounds differently."""
@@ -101,11 +101,7 @@ def _run(engine: Any, conversations: Sequence[Sequence[Turn]], at_once: int | No
         # Requests that finished in this step held their memory during it.
         running = len(scheduler.running) + len(finished)
         peak, total = max(peak, running), total + running
-        preemptions |= {
-            request.request_id: request.num_preemptions
-            for request in scheduler.requests.values()
-            if request.num_preemptions
-        }
+        preemptions |= preemptions_of(scheduler)
         for result in finished:
             answer = result.outputs[0]
             outputs[result.request_id] = list(answer.token_ids)

@@ -71,8 +71,7 @@ def _run_job(job: Job, on_progress: Callable[[int], None]) -> Result:
                     on_progress(answer["progress"])
             except ChildError as error:
                 tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-                reason = str(error).partition("; its log is ")[0]
-                raise ModeError(f"It failed: {reason}. The end of its log:\n" + "\n".join(tail)) from error
+                raise ModeError(f"It failed: {error.reason}. The end of its log:\n" + "\n".join(tail)) from error
     if "refused" in answer:
         raise ModeError(answer["refused"])
     return Result.from_dict(answer)

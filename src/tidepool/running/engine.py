@@ -40,6 +40,12 @@ def core_of(engine: Any) -> Any:
     return engine.engine_core.engine_core
 
 
+def preemptions_of(scheduler: Any) -> dict[str, int]:
+    """How often each request under way has been preempted, of those that have been."""
+    requests = scheduler.requests.values()
+    return {request.request_id: request.num_preemptions for request in requests if request.num_preemptions}
+
+
 def add_request(engine: Any, name: str, prompt: Sequence[int], output_tokens: int, logprobs: int | None = None) -> None:
     """Queue a request for the likeliest tokens: exactly so many, all told at its end."""
     from vllm import SamplingParams

@@ -20,6 +20,11 @@ ANSWER_SECONDS = 600.0
 class ChildError(Exception):
     """A child failed; the message says why and where its log is, in one sentence."""
 
+    def __init__(self, reason: str, log: Path) -> None:
+        super().__init__(f"{reason}; its log is {log}.")
+        self.reason = reason
+        """Without a full stop."""
+
 
 class Child:
     """A running child process; leaving its context ends it."""
@@ -67,7 +72,7 @@ class Child:
         while (answer := self._receive_line()) == ALIVE:
             pass
         if "error" in answer:
-            raise ChildError(f"{answer['error']}; its log is {self.log}.")
+            raise ChildError(answer["error"], self.log)
         return answer
 
     def _receive_line(self) -> dict[str, Any]:

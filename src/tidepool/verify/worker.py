@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from tidepool.running.child import ALIVE, Answer, run
-from tidepool.running.engine import add_request, core_of, start_engine
+from tidepool.running.engine import add_request, core_of, preemptions_of, start_engine
 from tidepool.sides import Side
 from tidepool.verify.messages import Counts, Machine, Outcome
 from tidepool.verify.scenarios import MAX_NUM_SEQS, SCENARIOS, Scenario
@@ -145,8 +145,7 @@ class _Asking:
 
     def look(self) -> None:
         """Note whose prompt was cut and who was preempted."""
-        requests = self.scheduler.requests.values()
-        self.preempted |= {each.request_id: each.num_preemptions for each in requests if each.num_preemptions}
+        self.preempted |= preemptions_of(self.scheduler)
         running = self.scheduler.running
         self.cut |= {e.request_id for e in running if 0 < e.num_computed_tokens < e.num_prompt_tokens}
 

@@ -301,10 +301,11 @@ class TidepoolKVCacheManager(KVCacheManager):
         self.coordinator.growth.expect(name, request.num_prompt_tokens, request.num_prompt_tokens + answer)
         if self._refused_before(name):
             return None
-        context = RequestContext(name)
         if self.enable_caching:
             record = self._retention.begin(name, request.block_hashes)
             context = RequestContext(name, not record.continues, record.checkpoints.last)
+        else:
+            context = RequestContext(name)
         with Serving(pool, context):
             slots = super().allocate_slots(request, *args, **kwargs)
         lookup = self._lookups.pop(name, None)
@@ -323,19 +324,20 @@ class TidepoolKVCacheManager(KVCacheManager):
 
     def free(self, request: Request) -> None:
         """Release all blocks of a request that ends or is preempted."""
-        name = request.request_id
-        last = self._retention.release(name) if self.enable_caching else None
-        self.coordinator.growth.end(name)
-        with Serving(self.block_pool, RequestContext(name, last_checkpoint=last)):
+        last = self._give_up_memory(request)
+        with Serving(self.block_pool, RequestContext(request.request_id, last_checkpoint=last)):
             super().free(request)
         self._end(request, last)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """The same, where the blocks are released later."""
-        name = request.request_id
-        self._end(request, self._retention.release(name) if self.enable_caching else None)
-        self.coordinator.growth.end(name)
+        self._end(request, self._give_up_memory(request))
         return super().pop_blocks_for_free(request)
+
+    def _give_up_memory(self, request: Request) -> int | None:
+        """A request holds nothing from now on. Returns where its last state in the cache is; None if it has none."""
+        self.coordinator.growth.end(request.request_id)
+        return self._retention.release(request.request_id) if self.enable_caching else None
 
     def _end(self, request: Request, last_checkpoint: int | None) -> None:
         """Forget a request if it has finished, but for what is to be learned from it."""

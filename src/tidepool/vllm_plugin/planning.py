@@ -39,8 +39,9 @@ from tidepool.cache import (
     fixed_shares,
     geometry_by_counts,
 )
+from tidepool.capacity import Partition
 from tidepool.vllm_plugin.serving_plan import CHECKPOINT_TOKENS, ServingPlan, note_plan, plan_of
-from tidepool.vllm_plugin.settings import Eviction, Partition
+from tidepool.vllm_plugin.settings import Eviction
 
 PROFILING_EXTENTS = 64
 """Extents at most in the KV cache that vLLM makes to measure CUDA graphs with, and throws away again: one for each

@@ -69,12 +69,12 @@ class GroupBlockPool(ExactEvents, BlockPool):
         enable_caching: bool,
         hash_block_size: int,
         block_tokens: int,
-        checkpoint_tokens: int | None,
+        holds_states: bool,
     ) -> None:
         self.group = group
-        self.checkpoint_tokens = checkpoint_tokens
-        """Tokens between states; None where the blocks aren't states."""
-        self.event_tokens = hash_block_size if checkpoint_tokens else block_tokens
+        self.holds_states = holds_states
+        """Whether the blocks are states; else they are attention."""
+        self.event_tokens = hash_block_size if holds_states else block_tokens
         self.memory = memory
         self.arena: Arena = memory.arena
         self.num_gpu_blocks = num_blocks
@@ -127,7 +127,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
             if block.ref_cnt == 0:
                 waking.append(block.block_id)
             block.ref_cnt += 1
-            if self.checkpoint_tokens:
+            if self.holds_states:
                 self.low.discard(block.block_id)
                 tokens = block.block_hash_num_tokens or 0
                 if request and retention:
@@ -168,7 +168,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
         policy, request = self.memory.retention, self.memory.serving
         if block.block_hash is None or policy is None:
             return Retention.DROP
-        if self.checkpoint_tokens:
+        if self.holds_states:
             return policy.of_state(
                 get_block_hash(block.block_hash),
                 superseded=superseded,
@@ -193,7 +193,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
         """Put contents into the prefix cache; the policy is told of states."""
         super()._insert_block_hash(block_hash_with_group_id, block, num_tokens)
         request, retention = self.memory.serving, self.memory.retention
-        if self.checkpoint_tokens and request and retention:
+        if self.holds_states and request and retention:
             retention.state_at(request.name, num_tokens or 0)
 
     def evict_blocks(self, block_ids: set[int]) -> None:
@@ -269,19 +269,15 @@ class ArenaBlockPool:
                 enable_caching,
                 hash_block_size,
                 spec.block_size,
-                config.checkpoint_tokens if isinstance(spec, MambaSpec) else None,
+                isinstance(spec, MambaSpec),
             )
             for group, (blocks, spec) in enumerate(zip(config.pool_blocks, specs, strict=True))
         )
-        self.growing = [
-            pool for pool, spec in zip(self.arena.pools, specs, strict=True) if not isinstance(spec, MambaSpec)
-        ]
+        self.growing = [self.arena.pools[pool.group] for pool in self.pools if not pool.holds_states]
         """The core's pools of groups whose need grows with the text."""
         self.checkpoint_tokens = config.checkpoint_tokens
         """Tokens from one checkpoint to the next."""
-        state_bytes = sum(
-            stride for stride, pool in zip(config.strides, self.pools, strict=True) if pool.checkpoint_tokens
-        )
+        state_bytes = sum(stride for stride, pool in zip(config.strides, self.pools, strict=True) if pool.holds_states)
         token_bytes = sum(
             stride / spec.block_size
             for stride, spec in zip(config.strides, specs, strict=True)

@@ -15,8 +15,9 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from tidepool.cache import CacheConfigError
+from tidepool.capacity import Partition
 from tidepool.vllm_plugin.notes import read_note, write_note
-from tidepool.vllm_plugin.settings import Eviction, Partition, Settings
+from tidepool.vllm_plugin.settings import Eviction, Settings
 
 logger = init_logger("vllm.tidepool")
 

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Partition = Literal["elastic", "fixed"]
+from tidepool.capacity import Partition
+
 Eviction = Literal["returns", "lru"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
 ENV_SWITCH = "TIDEPOOL"
