@@ -3,7 +3,8 @@
 Read in this order: `spec` (what layers keep), `geometry` (how memory is divided), `pool` (one group's blocks),
 `arena` (who owns which extent), `eviction` (which cached memory goes first), `reuse` (when prompts are continued),
 `prompt_ends` and `branches` (from where), `checkpoints` (where a prompt leaves states), `retention` (what requests
-leave, and what of it is kept), `growth` (what running requests will still need).
+leave, and what of it is kept), `growth` (what running requests will still need), `host` (what lies in host memory
+behind it) and `speeds` (whether that is worth loading).
 """
 
 from tidepool.cache.arena import Arena, OutOfBlocksError, Retention, Usage
@@ -30,6 +31,7 @@ from tidepool.cache.geometry import (
     geometry_by_counts,
 )
 from tidepool.cache.growth import AnswerLengths, GroupGrowth, Growth, Outlook, headroom
+from tidepool.cache.host import BlockCopy, Copy, Held, HostTier, Left
 from tidepool.cache.prompt_ends import PromptEnds, Resumed
 from tidepool.cache.retention import RequestRecord, RetentionPolicy
 from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
@@ -43,6 +45,7 @@ from tidepool.cache.spec import (
     block_align,
     group_layers,
 )
+from tidepool.cache.speeds import Speeds
 
 __all__ = [
     "LARGE_STEP",
@@ -50,11 +53,13 @@ __all__ = [
     "NO_CHECKPOINTS",
     "AnswerLengths",
     "Arena",
+    "BlockCopy",
     "BranchStatistics",
     "CacheConfigError",
     "CachedPrefix",
     "CheckpointRules",
     "Checkpoints",
+    "Copy",
     "ExpectedReturn",
     "ExtentLayout",
     "FarPlaces",
@@ -63,8 +68,11 @@ __all__ = [
     "Group",
     "GroupGrowth",
     "Growth",
+    "Held",
+    "HostTier",
     "LayerCache",
     "LeastRecentlyUsed",
+    "Left",
     "OutOfBlocksError",
     "Outlook",
     "Policy",
@@ -79,6 +87,7 @@ __all__ = [
     "ReuseModel",
     "Share",
     "SlidingWindow",
+    "Speeds",
     "State",
     "TurnClass",
     "Usage",

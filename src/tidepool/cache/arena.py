@@ -22,7 +22,7 @@ to the gaps in those of other requests. That is why an admitted request always g
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -77,6 +77,8 @@ class Arena:
     ``on_evict(group, block)`` before a cached block turns free, and
     ``on_move(extent, old_group, new_group)`` when a group gets an extent; ``old_group`` is the one that had it last.
 
+    Cached memory ages by ``clock``, which tells the time in bytes that some arena handed out; by default this one.
+
     Requests are named by any key of the caller's. Where no request is named, the blocks released
     together are a cached prefix.
     """
@@ -94,6 +96,7 @@ class Arena:
         policy: Policy | None = None,
         on_evict: Callable[[int, int], None] | None = None,
         on_move: Callable[[int, int | None, int], None] | None = None,
+        clock: Callable[[], int] | None = None,
     ) -> None:
         self.pools = tuple(pools)
         self._unowned = list(unowned)
@@ -113,7 +116,8 @@ class Arena:
         self._last_owner: dict[int, int] = {}
         """Which group had an extent last."""
         self.bytes_allocated = 0
-        """Bytes handed out so far: the clock by which cached memory ages."""
+        """Bytes handed out so far."""
+        self._clock = clock
         self.released = 0
         """Times so far that a block lost its last reference: as long as it stays, no more can be had than before."""
         self.moves = 0
@@ -128,6 +132,7 @@ class Arena:
         policy: Policy | None = None,
         on_evict: Callable[[int, int], None] | None = None,
         on_move: Callable[[int, int | None, int], None] | None = None,
+        clock: Callable[[], int] | None = None,
     ) -> Arena:
         """An arena of ``extents`` extents, all but extent 0 unowned; extent 0 holds every group's null block."""
         return cls(
@@ -141,6 +146,7 @@ class Arena:
             policy=policy,
             on_evict=on_evict,
             on_move=on_move,
+            clock=clock,
         )
 
     @classmethod
@@ -169,6 +175,11 @@ class Arena:
             policy=policy,
             on_evict=on_evict,
         )
+
+    @property
+    def now(self) -> int:
+        """The time by which cached memory ages: bytes handed out, by this arena or by the one that it goes by."""
+        return self.bytes_allocated if self._clock is None else self._clock()
 
     # Admission.
 
@@ -332,9 +343,15 @@ class Arena:
         """A request ends, its blocks having been released: from now on its cached prefixes age."""
         for prefix in self._prefixes.pop(request):
             prefix.running = False
-            prefix.since = self.bytes_allocated
+            prefix.since = self.now
             if prefix.live:
                 self._policy.keep(prefix)
+
+    def left_by(self, request: Hashable) -> Iterator[tuple[int, int]]:
+        """(group, block) of what a request under way has in the cache, but for what is of low priority; in the order in
+        which it goes."""
+        for prefix in self._prefixes.get(request, ()):
+            yield from (entry for entry in prefix.blocks if self._holds(prefix, *entry))
 
     def forget(self, group: int, blocks: Sequence[int]) -> None:
         """Turn those of ``blocks`` that are cached free; the caller has dropped their contents already."""
@@ -378,7 +395,7 @@ class Arena:
         prefix.blocks.append((group, block))
         prefix.live += 1
         if prefix.live == 1:
-            prefix.since = self.bytes_allocated
+            prefix.since = self.now
             self._policy.keep(prefix)
 
     def _leave(self, prefix: CachedPrefix | None) -> None:
@@ -454,7 +471,7 @@ class Arena:
 
     def _evict_victim(self) -> bool:
         """Take a block from the policy's victim. Returns False if nothing is cached."""
-        prefix = self._policy.victim(self.bytes_allocated)
+        prefix = self._policy.victim(self.now)
         while prefix is not None:
             group, block = prefix.blocks.popleft()
             if self._holds(prefix, group, block):

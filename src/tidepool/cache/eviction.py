@@ -56,7 +56,7 @@ class CachedPrefix:
         self.broken = False
         """Some of it was evicted, so the rest is of little use."""
         self.since = 0
-        """When its request finished; see `Arena.bytes_allocated`. Meaningless while that runs."""
+        """When its request finished; see `Arena.now`. Meaningless while that runs."""
         self.blocks: deque[tuple[int, int]] = deque()
         """(group, block) in the order in which they go."""
         self.live = 0

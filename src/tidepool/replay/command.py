@@ -50,6 +50,12 @@ def replay(
     layer_kv_dtype: Annotated[
         str | None, typer.Option(help="How single layers keep tokens: 3=fp8,7-11=528B; see docs/many-groups.md.")
     ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Host memory behind the GPU's, like 256GiB; see docs/host-memory.md.")
+    ] = None,
+    host_bandwidth: Annotated[
+        str, typer.Option(help=f"Between the two, each way, like 50GB/s, or {', '.join(LINKS)}.")
+    ] = "50GB/s",
     seed: Annotated[int, typer.Option(help="Seed of --generate.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
@@ -93,6 +99,8 @@ def replay(
                 max_num_batched_tokens=max_num_batched_tokens,
                 eviction=_parse_eviction(eviction),
                 layer_kv_dtypes=layer_kv_dtypes,
+                host_bytes=parse_size(host_memory) if host_memory else 0,
+                host_bandwidth=parse_bandwidth(host_bandwidth),
             )
             for mode in chosen
         ]
@@ -125,6 +133,24 @@ def replay(
             html.write_text(render_page(report), encoding="utf-8")
     except OSError as error:
         fail(cannot_write(error), 2)
+
+
+LINKS = {"pcie4": 25e9, "pcie5": 50e9, "gh200": 400e9}
+"""Bytes a second that copies of large blocks reach in each direction, about: x16 links at four fifths of their peak, and
+NVLink-C2C likewise."""
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bytes a second of ``50GB/s`` or a name of `LINKS`.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    named = LINKS.get(text.strip().lower())
+    number, _, second = text.strip().partition("/")
+    if named is None and second != "s":
+        raise UsageError(f"--host-bandwidth takes {', '.join(LINKS)} or bytes a second like 50GB/s, not {text!r}.")
+    return named or float(parse_size(number))
 
 
 def parse_modes(text: str) -> list[Mode]:

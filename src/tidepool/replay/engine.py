@@ -33,6 +33,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from tidepool.models import WINDOWS
 from tidepool.models.dtypes import head_bytes
 from tidepool.replay.architectures import ARCHITECTURES
+from tidepool.replay.link import Link
 from tidepool.replay.trace import GENERATED_TOKEN
 from tidepool.running.engine import require_side
 from tidepool.sides import Side, switch
@@ -51,6 +52,8 @@ class EngineShape:
     """An HF-style model configuration."""
     kv_bytes: int
     side: Side
+    host_bytes: int = 0
+    """Host memory behind the device's: tidepool's, or with stock vLLM its own offloading."""
     max_num_seqs: int = 256
     max_model_len: int = 131_072
     max_num_batched_tokens: int = 8_192
@@ -97,8 +100,9 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
         return [self.specs]
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
-        """One worker's: the layout of tidepool's arena."""
-        return [[KVCacheLayout.BLHNC.name]]
+        """One worker's: the layout of tidepool's arena, or the one that stock vLLM's offloading asks for."""
+        stock_host = self.shape.host_bytes and self.shape.side == "stock"
+        return [[(KVCacheLayout.LBHNC if stock_host else KVCacheLayout.BLHNC).name]]
 
     def set_kv_cache_layout(self, layout_name: str) -> None:
         """As real executors do."""
@@ -125,6 +129,9 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
             req_id_to_index={req_id: index for index, req_id in enumerate(scheduled)},
             sampled_token_ids=self.sample(scheduler_output, scheduled),
         )
+        if self.link is not None:
+            self.waited = self.link.step(scheduler_output.kv_connector_metadata)
+            output.kv_connector_output = self.link.report()
         return _Done(output) if non_block else output
 
     def sample(self, scheduler_output: Any, scheduled: Sequence[str]) -> list[list[int]]:
@@ -139,6 +146,10 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
 
     scheduler: Any = None
     """Set once the engine core has one."""
+    link: Link | None = None
+    """To host memory; set by the replay."""
+    waited: float = 0.0
+    """Seconds that the last step waited for the link before it began."""
 
 
 class _Done:
@@ -175,6 +186,7 @@ def make_engine(shape: EngineShape) -> EngineCore:
             "block_size": GPU_KERNEL_BLOCK,
             "additional_config": {"tidepool": {"eviction": shape.eviction}},
             "language_model_only": True,
+            "kv_offloading_size": shape.host_bytes / (1 << 30) or None,
         }
         vllm_config = EngineArgs(**arguments | dict(shape.options)).create_engine_config()
         executor = type("SizedExecutor", (NoModelExecutor,), {"shape": shape})

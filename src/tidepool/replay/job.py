@@ -42,6 +42,10 @@ class Job:
     """What tidepool evicts by."""
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """How single attention layers keep their tokens, see `tidepool.models.CacheOptions`."""
+    host_bytes: int = 0
+    """Host memory behind the device's; the bound has none."""
+    host_bandwidth: float = 50e9
+    """Bytes a second between the two, in each direction."""
 
     @property
     def side(self) -> Side:
@@ -88,6 +92,20 @@ class GroupLayout:
 
 
 @dataclass(frozen=True)
+class HostFigures:
+    """What went to host memory and came back."""
+
+    loaded_bytes: int
+    stored_bytes: int
+    stalled: float
+    """Seconds that steps waited for copies to the host, before blocks were reused."""
+    loaded_tokens: int | None
+    """Prompt tokens that hit for having been loaded; None where that isn't counted."""
+    waited: float | None
+    """Seconds that requests waited for loads, all together."""
+
+
+@dataclass(frozen=True)
 class Spread:
     """Mean and percentiles of seconds."""
 
@@ -129,6 +147,7 @@ class Result:
     """Tokens of an attention block."""
     groups: list[GroupLayout] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    host: HostFigures | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -157,4 +176,5 @@ class Result:
         fields["ttft"] = Spread(**fields["ttft"])
         fields["groups"] = [GroupLayout(**group) for group in fields["groups"]]
         fields["samples"] = [Sample(**sample | {"uses": tuple(sample["uses"])}) for sample in fields["samples"]]
+        fields["host"] = fields["host"] and HostFigures(**fields["host"])
         return cls(**fields)

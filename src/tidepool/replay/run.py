@@ -14,12 +14,14 @@ from tidepool.gpus import find_gpu
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import CostModel, Work, cost_model
 from tidepool.replay.engine import EngineShape, add_request, make_checked_engine, typed_layers
-from tidepool.replay.job import Job, Result, Sample
+from tidepool.replay.job import HostFigures, Job, Result, Sample
+from tidepool.replay.link import Link
 from tidepool.replay.memory_use import MemoryMeter
 from tidepool.replay.sampling import Sampler
 from tidepool.replay.statistics import median, spread
 from tidepool.replay.step import Step, take_step
 from tidepool.replay.trace import TraceRequest
+from tidepool.vllm_plugin.host_connector import HostConnector
 
 PATIENCE = 100
 """Steps in a row that schedule nothing, after which a replay is given up."""
@@ -72,7 +74,7 @@ class Replay:
                 continue
             step = take_step(self.engine)
             self._account(step)
-            idle_steps = 0 if step.output.total_num_scheduled_tokens else idle_steps + 1
+            idle_steps = 0 if step.output.total_num_scheduled_tokens or self._wait_for_link() else idle_steps + 1
             if idle_steps > PATIENCE:
                 raise ReplayError(
                     f"{len(scheduler.running)} running and {len(scheduler.waiting)} waiting requests are left that the "
@@ -85,6 +87,16 @@ class Replay:
     def arrival(self, index: int) -> float:
         """When a request arrives, in seconds of virtual time: the first one at 0."""
         return (self.requests[index].arrival - self.requests[0].arrival) / self.rate
+
+    def _wait_for_link(self) -> bool:
+        """Let time pass until a copy ends or a request arrives. False if no copy is under way."""
+        link = self.engine.model_executor.link
+        end = link.next_end if link else None
+        if end is None:
+            return False
+        later = self.arrival(self.arrived) if self.arrived < len(self.requests) else end
+        self.now = max(self.now, min(end, later))
+        return True
 
     def _let_arrive(self) -> None:
         while self.arrived < len(self.requests) and self.arrival(self.arrived) <= self.now:
@@ -100,6 +112,7 @@ class Replay:
                 self.hit_tokens += new.num_computed_tokens
                 self.prompt_tokens += self.requests[int(new.req_id)].input_tokens
         seconds = self.costs.seconds(self._work(output)) if output.num_scheduled_tokens else 0.0
+        seconds += self.engine.model_executor.waited
         self.now += seconds
         running = len(output.num_scheduled_tokens)
         self.running_peak = max(self.running_peak, running)
@@ -122,6 +135,30 @@ class Replay:
         return Work(output.total_num_scheduled_tokens, pairs, context, len(output.num_scheduled_tokens))
 
 
+def _link(engine: EngineCore, job: Job, replay: Replay) -> Link:
+    """Host memory on the replay's clock."""
+    config = engine.scheduler.kv_cache_config
+    block_bytes = config.kv_cache_tensors[0].size // config.num_blocks
+    link = engine.model_executor.link = Link(job.host_bandwidth, block_bytes, lambda: replay.now)
+    if isinstance(engine.scheduler.connector, HostConnector):
+        engine.scheduler.connector.host.clock = lambda: replay.now
+    return link
+
+
+def _host_figures(engine: EngineCore, link: Link | None) -> HostFigures | None:
+    if link is None:
+        return None
+    connector, carried = engine.scheduler.connector, link.carried
+    traffic = connector.host.traffic if isinstance(connector, HostConnector) else None
+    return HostFigures(
+        loaded_bytes=carried.from_host,
+        stored_bytes=carried.to_host,
+        stalled=carried.stalled,
+        loaded_tokens=traffic.loaded_tokens if traffic else None,
+        waited=traffic.wait_seconds if traffic else None,
+    )
+
+
 def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int], None]) -> Result:
     """Replay one mode in this process."""
     longest = max(request.input_tokens + request.output_tokens for request in requests)
@@ -134,11 +171,13 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
         max_num_batched_tokens=job.max_num_batched_tokens,
         eviction=job.eviction,
         change_specs=partial(typed_layers, layer_kv_dtypes=job.layer_kv_dtypes),
+        host_bytes=0 if job.mode == "bound" else job.host_bytes,
     )
     engine = make_checked_engine(shape)
     # The clock is the hybrid model's in every mode, so that times differ by what the memory policy does alone.
     costs = cost_model(job.config, find_gpu(job.gpu)[1], job.layer_kv_dtypes)
     replay = Replay(engine, costs, requests, job.rate)
+    link = _link(engine, job, replay) if shape.host_bytes else None
     meter = MemoryMeter(engine.scheduler, job.kv_bytes, engine.model_executor.specs)
 
     def look() -> Sample:
@@ -177,5 +216,6 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
         wall_seconds=wall,
         block_tokens=next((group.block_tokens for group in meter.groups if group.kind == "attention"), 0),
         groups=meter.groups,
+        host=_host_figures(engine, link),
         samples=sampler.samples,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
+from tidepool.sizes import size
 from tidepool.vllm_plugin.notes import read_note, write_note
 from tidepool.vllm_plugin.settings import Settings, SettingsError
 
@@ -36,6 +37,23 @@ class Asked(NamedTuple):
     """Tokens between checkpoints; vLLM overwrites it with the attention block."""
     without_effect: tuple[str, ...] = ()
     """Arguments of `WITHOUT_EFFECT` that aren't what they are by default."""
+
+
+def ask_for_host_memory(engine_args: Any, settings: Settings) -> None:
+    """Ask vLLM for what the setting ``host_memory`` says.
+
+    Raises:
+        SettingsError: vLLM's own option says something else.
+    """
+    if not settings.enabled or settings.host_memory is None:
+        return
+    asked = settings.host_memory / (1 << 30)
+    if engine_args.kv_offloading_size not in (None, asked):
+        raise SettingsError(
+            f"host_memory ({size(settings.host_memory)}) and --kv-offloading-size ({engine_args.kv_offloading_size:g} GiB) "
+            "say the same thing and differ: leave one out."
+        )
+    engine_args.kv_offloading_size = asked
 
 
 def note_asked(engine_args: Any, vllm_config: Any, settings: Settings) -> None:

@@ -16,13 +16,14 @@ from vllm.v1.core.kv_cache_coordinator import (
     KVCacheCoordinatorNoPrefixCache,
 )
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, KVCacheBlockCopy
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request, RequestStatus
 
 from tidepool.cache import AnswerLengths, GroupGrowth, Growth, Outlook, RetentionPolicy, headroom
+from tidepool.vllm_plugin.host import HostMemory, TieredBlockPool, looking
 from tidepool.vllm_plugin.planning import checkpoint_rules
-from tidepool.vllm_plugin.pools import ArenaBlockPool, RequestContext, Serving
+from tidepool.vllm_plugin.pools import ArenaBlockPool, GroupBlockPool, RequestContext, Serving
 from tidepool.vllm_plugin.settings import overcommit_requested, poison_requested
 from tidepool.vllm_plugin.states import StateManager
 from tidepool.vllm_plugin.worker import encode
@@ -48,13 +49,17 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
     def install_pools(self, hash_block_size: int) -> None:
         """Give every manager its group's pool in place of the shared one."""
         shared = self.block_pool
+        host = bool(self.kv_cache_config.host_extents) and shared.enable_caching
         self.block_pool = ArenaBlockPool(
             self.kv_cache_config,
             enable_caching=shared.enable_caching,
             hash_block_size=hash_block_size,
             enable_kv_cache_events=shared.enable_kv_cache_events,
             poison=poison_requested(),
+            pool_class=TieredBlockPool if host else GroupBlockPool,
         )
+        if host:
+            self.block_pool.host = HostMemory(self.block_pool, self.kv_cache_config)
         for manager, pool in zip(self.single_type_managers, self.block_pool.pools, strict=True):
             manager.block_pool = pool
             manager._null_block = pool.null_block
@@ -126,17 +131,34 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         arena = self.block_pool.arena
         charges, pinned = arena.extents_needed(needs, touched)
         self.need = Need(request_id, asked, charges)
-        if request_id in self.growth or not self.growth or self._overcommits:
+        if request_id in self.growth:
             return sum(charges) + pinned
-        # A waiting request leaves to those under way what they will still take, and must find what it will take itself.
-        self.growth.found(request_id, [len(computed) for computed in new_computed_blocks])
-        outlook = self._outlook(request_id, num_tokens)
+        if self.growth:
+            self.growth.found(request_id, [len(computed) for computed in new_computed_blocks])
+        return max(self.extents_beside_others(request_id, num_tokens, needs, touched), sum(charges) + pinned)
+
+    def extents_beside_others(
+        self, request_id: str, tokens: int, needs: Sequence[int], touched: Sequence[Sequence[int]]
+    ) -> int:
+        """Extents that have to be free for a waiting request: it leaves to those under way what they will still take,
+        and must find what it will take itself. 0 where it is alone.
+
+        Args:
+            request_id: the request.
+            tokens: that it gets blocks for now.
+            needs, touched: as for `Arena.extents_needed`.
+        """
+        if not self.growth or self._overcommits:
+            return 0
+        arena = self.block_pool.arena
+        outlook = self._outlook(request_id, tokens)
         later = [self.growth.blocks, self.growth.total(outlook)]
         most = arena.extents_needed_at_most([[sum(each) for each in zip(needs, *later, strict=True)]], touched)
         if most > arena.available:
             moments = self.growth.needs(outlook)
             moments = [[need + more for need, more in zip(needs, moment, strict=True)] for moment in moments]
             most = arena.extents_needed_at_most(moments, touched)
+        charges, pinned = arena.extents_needed(needs, touched)
         return max(most, sum(charges) + pinned + self.headroom())
 
     def _outlook(self, request_id: str, tokens: int) -> Outlook:
@@ -217,6 +239,14 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         """One behind the state that the step leaves, and one for a state saved inside the last step."""
         return 1 + (tokens <= self.retention.checkpoints(request_id).within)
 
+    def find_in_both_tiers(self, block_hashes: Sequence[BlockHash], tokens: int) -> tuple[tuple[list[Any], ...], int]:
+        """The longest prefix of up to so many tokens whose blocks the device or the host holds: (each group's blocks, of
+        which those on the host alone are `OnHost`; tokens)."""
+        assert self.block_pool.host
+        with looking(self.block_pool.host):
+            found, tokens, _ = super().find_longest_cache_hit(block_hashes, tokens)
+        return found, tokens
+
     def find_longest_cache_hit(self, *args: Any, **kwargs: Any) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
         """As vLLM's; remembers how much was found, which blocks alone don't tell."""
         found = super().find_longest_cache_hit(*args, **kwargs)
@@ -272,7 +302,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         vLLM names the branch point up to which attention alone is cached.
         """
         name = request.request_id
-        if self._refused_before(name):
+        if self.refused_before(name) or (self.host and self.host.loads_for(name)):
             return self._lookups[name].found
         blocks, tokens, branch = super().get_computed_blocks(request)
         if not self.enable_caching:
@@ -280,6 +310,17 @@ class TidepoolKVCacheManager(KVCacheManager):
         branch = self._retention.plan(name, request.block_hashes, request.num_prompt_tokens, tokens, branch)
         self._lookups[name] = Lookup((blocks, tokens, branch), -1)
         return blocks, tokens, branch
+
+    def computed_tokens(self, request: Request) -> int:
+        """Tokens of a waiting request that its last lookup found."""
+        lookup = self._lookups.get(request.request_id)
+        return lookup.found[1] if lookup else 0
+
+    @property
+    def host(self) -> HostMemory | None:
+        """The memory behind the pools, if there is any."""
+        host: HostMemory | None = self.block_pool.host
+        return host
 
     def step_end(self, request: Request, start: int, end: int, prompt_end: int) -> int:
         """Where a step of a request's prompt ends; see `RetentionPolicy.step_end`."""
@@ -299,7 +340,7 @@ class TidepoolKVCacheManager(KVCacheManager):
                 return super().allocate_slots(request, *args, **kwargs)
         answer = min(request.max_tokens, max(self._answers.expected(), request.num_output_tokens))
         self.coordinator.growth.expect(name, request.num_prompt_tokens, request.num_prompt_tokens + answer)
-        if self._refused_before(name):
+        if self.refused_before(name):
             return None
         if self.enable_caching:
             record = self._retention.begin(name, request.block_hashes)
@@ -313,7 +354,7 @@ class TidepoolKVCacheManager(KVCacheManager):
             self._lookups[name] = lookup._replace(released=pool.arena.released)
         return slots
 
-    def _refused_before(self, name: str) -> bool:
+    def refused_before(self, name: str) -> bool:
         """Whether a waiting request was refused memory, and no block has come free since.
 
         vLLM asks again in every step, and looking up a long prompt costs more than the rest of the step. The answer is
@@ -327,12 +368,18 @@ class TidepoolKVCacheManager(KVCacheManager):
         last = self._give_up_memory(request)
         with Serving(self.block_pool, RequestContext(request.request_id, last_checkpoint=last)):
             super().free(request)
+        self._leave(request)
         self._end(request, last)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """The same, where the blocks are released later."""
         self._end(request, self._give_up_memory(request))
         return super().pop_blocks_for_free(request)
+
+    def _leave(self, request: Request) -> None:
+        """A request has released its blocks: what it leaves in the cache goes to the host, too."""
+        if self.host and self.enable_caching and (record := self._retention.requests.get(request.request_id)):
+            self.host.leave(request.request_id, record.match.turn)
 
     def _give_up_memory(self, request: Request) -> int | None:
         """A request holds nothing from now on. Returns where its last state in the cache is; None if it has none."""
@@ -343,6 +390,8 @@ class TidepoolKVCacheManager(KVCacheManager):
         """Forget a request if it has finished, but for what is to be learned from it."""
         name = request.request_id
         self._lookups.pop(name, None)
+        if self.host:
+            self.host.forget(name)
         if not request.is_finished():
             return
         if request.num_output_tokens:

@@ -49,14 +49,30 @@ def _drafts_elsewhere(config: Any) -> bool:
     return config.speculative_config is not None and (several or config.device_config.device_type != "cpu")
 
 
+def _offloads(config: Any) -> bool:
+    """Whether vLLM was asked for host memory behind the device's, by nothing but its size."""
+    transfer, cache = config.kv_transfer_config, config.cache_config
+    asked = cache.kv_offloading_size is not None and cache.kv_offloading_backend == "native"
+    return asked and (transfer is None or set(transfer.kv_connector_extra_config) <= {"cpu_bytes_to_use"})
+
+
+def _other_connector(config: Any) -> bool:
+    return config.kv_transfer_config is not None and config.cache_config.kv_offloading_size is None
+
+
+def _other_offloading(config: Any) -> bool:
+    asked = config.cache_config.kv_offloading_size is not None
+    return asked and not (_offloads(config) and config.cache_config.enable_prefix_caching)
+
+
 def _parallel(field: str) -> Callable[[Any], bool]:
     return lambda config: getattr(config.parallel_config, field) > 1
 
 
 GATES: tuple[Gate, ...] = (
-    Gate("kv-connector", "a KV connector addresses blocks by ids of one pool", lambda c: c.kv_transfer_config is not None),
+    Gate("kv-connector", "a KV connector addresses blocks by ids of one pool", _other_connector),
     Gate("ec-connector", "encoder cache connectors are untested", lambda c: c.ec_transfer_config is not None),
-    Gate("kv-offload", "KV offloading addresses blocks by ids of one pool", lambda c: c.cache_config.kv_offloading_size is not None),
+    Gate("kv-offload", "host memory behind the pools is for prefix caching, and of vLLM's backend native alone", _other_offloading),
     Gate("data-parallel", "data parallelism is untested", _parallel("data_parallel_size")),
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),

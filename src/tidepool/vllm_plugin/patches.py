@@ -165,6 +165,14 @@ PATCHES: tuple[Patch, ...] = (
         _GROUPED_IDS,
     ),
     Patch(
+        "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.create_connector",
+        wrappers.make_connector,
+        "cls, config, role, kv_cache_config",
+        "makes the connector of host memory behind the pools in place of vLLM's own offloading",
+        "whether tidepool serves an engine is known only once its model is loaded",
+        "vLLM names connectors when it makes them",
+    ),
+    Patch(
         "vllm.v1.core.sched.scheduler:Scheduler._mamba_block_aligned_split",
         wrappers.tokens_of_step,
         "self, request, num_new_tokens, num_new_local_computed_tokens=, num_external_computed_tokens=",

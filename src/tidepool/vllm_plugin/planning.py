@@ -67,6 +67,10 @@ class TidepoolKVCacheConfig(KVCacheConfig):
     arena_bytes: int = 0
     block_bytes: tuple[int, ...] = field(default=())
     """Bytes of one block of each group, without padding."""
+    host_geometry: Geometry | None = None
+    """How host memory behind the pools is divided; None where there is none."""
+    host_extents: int = 0
+    """Extents of the host's memory, on each rank; 0 without any."""
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -186,6 +190,7 @@ def make_kv_cache_config(
         # A fixed partition isn't cut into extents, so it needn't end with a whole one.
         available = arena_bytes if override is not None else memory_bytes
         shares, arena_bytes = _fixed_partition(vllm_config, plan, core, available)
+    host_extents = 0 if profiling else host_bytes_of_rank(vllm_config) // geometry.extent_bytes
     return TidepoolKVCacheConfig(
         num_blocks=extents,
         kv_cache_tensors=_tensors(groups, core, shares or geometry.layouts, arena_bytes),
@@ -199,7 +204,24 @@ def make_kv_cache_config(
         shares=shares,
         arena_bytes=arena_bytes,
         block_bytes=tuple(member.block_bytes for member in core),
+        host_geometry=geometry if host_extents else None,
+        host_extents=host_extents,
     )
+
+
+def host_bytes_of_rank(vllm_config: Any) -> int:
+    """Bytes of host memory behind the pools of one rank: an equal part of what all have together."""
+    size = vllm_config.cache_config.kv_offloading_size
+    if size is None or not vllm_config.cache_config.enable_prefix_caching:
+        return 0
+    return int(size * (1 << 30)) // int(vllm_config.parallel_config.world_size)
+
+
+def own_connector(vllm_config: Any) -> None:
+    """Let the scheduler free blocks at once, although it has a connector: a load into them is ordered behind the steps
+    that may still write to them (`tidepool.vllm_plugin.host_copies`)."""
+    if vllm_config.kv_transfer_config is not None:
+        vllm_config.kv_transfer_config.kv_role = "kv_producer"
 
 
 def _require_whole_pages(cache_config: Any, groups: Sequence[KVCacheGroupSpec]) -> None:

@@ -10,7 +10,7 @@ vLLM's managers call pools without saying for which request. So whoever calls th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
@@ -22,6 +22,9 @@ from tidepool.cache import Arena, ExpectedReturn, LeastRecentlyUsed, Retention, 
 from tidepool.vllm_plugin.events import ExactEvents
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
+
+if TYPE_CHECKING:
+    from tidepool.vllm_plugin.host import HostMemory
 
 logger = init_logger("vllm.tidepool")
 
@@ -169,12 +172,15 @@ class GroupBlockPool(ExactEvents, BlockPool):
         if block.block_hash is None or policy is None:
             return Retention.DROP
         if self.holds_states:
-            return policy.of_state(
+            kept = policy.of_state(
                 get_block_hash(block.block_hash),
                 superseded=superseded,
                 shared=bool(self.arena.pools[self.group].shared[block.block_id]),
                 low=block.block_id in self.low,
             )
+            if kept == Retention.LOW and self.memory.host is not None:
+                self.memory.host.tier.lower(self.group, block.block_hash)
+            return kept
         kept = policy.of_attention(block.block_hash_num_tokens or 0, request.last_checkpoint if request else None)
         if kept == Retention.DROP:
             self._maybe_evict_cached_block(block)
@@ -241,6 +247,7 @@ class ArenaBlockPool:
         hash_block_size: int,
         enable_kv_cache_events: bool,
         poison: bool,
+        pool_class: type[GroupBlockPool] = GroupBlockPool,
     ) -> None:
         self.groups = len(config.kv_cache_groups)
         self.poison = poison
@@ -261,8 +268,12 @@ class ArenaBlockPool:
         """With prefix caching, what is kept."""
         self.serving: RequestContext | None = None
         """The request that the pools serve now; see `Serving`."""
+        self.host: HostMemory | None = None
+        """The memory behind this one, if there is any."""
+        self.block_bytes = config.block_bytes
+        """Of one block of each group, without padding."""
         self.pools = tuple(
-            GroupBlockPool(
+            pool_class(
                 group,
                 self,
                 blocks,
@@ -324,6 +335,8 @@ class ArenaBlockPool:
             return False
         for pool in self.pools:
             pool.reset_prefix_cache()
+        if self.host is not None:
+            self.host.reset()
         if self.enable_kv_cache_events:
             self.kv_event_queue.append(AllBlocksCleared())
         logger.info("Reset the prefix cache of %d groups.", self.groups)

@@ -126,6 +126,7 @@ def over_stages(config: TidepoolKVCacheConfig, configs: Sequence[TidepoolKVCache
 
     Block ids are the same on every stage, so nothing but the accounts of bytes changes.
     """
+    config.host_extents = min(each.host_extents for each in configs)
     stages = list({tuple(tuple(g.layer_names) for g in each.kv_cache_groups): each for each in configs}.values())
     if len(stages) == 1:
         return
@@ -140,6 +141,7 @@ def over_stages(config: TidepoolKVCacheConfig, configs: Sequence[TidepoolKVCache
                 ExtentLayout(block_bytes, stride, layout.blocks_per_extent) for block_bytes, stride, layout in layouts
             ),
         )
+        config.host_geometry = config.geometry if config.host_extents else None
     config.shares = tuple(
         Share(block_bytes, stride, share.first, share.blocks)
         for block_bytes, stride, share in zip(config.block_bytes, strides, config.shares, strict=False)

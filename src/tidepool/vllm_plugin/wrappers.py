@@ -15,12 +15,12 @@ from vllm.v1.request import RequestStatus
 
 from tidepool.cache import LARGE_STEP
 from tidepool.vllm_plugin import planning
-from tidepool.vllm_plugin.asked import note_asked
+from tidepool.vllm_plugin.asked import ask_for_host_memory, note_asked
 from tidepool.vllm_plugin.capacity import MeteredKVCacheManager, publish_capacity
 from tidepool.vllm_plugin.coordinator import make_coordinator
 from tidepool.vllm_plugin.deciding import keep_pages_natural
 from tidepool.vllm_plugin.gates import NO_STATES
-from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, own_connector
 from tidepool.vllm_plugin.ranks import agree, over_stages
 from tidepool.vllm_plugin.serving_plan import attach_plan, carries_plan, fall_back, plan_of
 from tidepool.vllm_plugin.settings import check_kv, read_settings
@@ -35,6 +35,7 @@ Function = Callable[..., Any]
 def create_engine_config(original: Function, engine_args: Any, *args: Any, **kwargs: Any) -> Any:
     """Refuse wrong settings before any process starts, and note what the user asked for."""
     settings = read_settings(engine_args.additional_config)
+    ask_for_host_memory(engine_args, settings)
     config = original(engine_args, *args, **kwargs)
     cache = config.cache_config
     check_kv(settings.kv, config.device_config.device_type, cache.cache_dtype, cache.kv_cache_dtype_skip_layers)
@@ -108,6 +109,8 @@ def resolve_layout(original: Function, vllm_config: Any, supported_layouts: Any,
 def get_kv_cache_configs(original: Function, vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
     """Take over the workers' plan, and settle what all ranks have in common."""
     agree(vllm_config, kv_cache_specs, available_memory)
+    if plan_of(vllm_config) is not None:
+        own_connector(vllm_config)
     return original(vllm_config, kv_cache_specs, available_memory)
 
 
@@ -178,6 +181,15 @@ def make_kv_cache_coordinator(original: Function, *, kv_cache_config: Any, **kwa
     """A coordinator with a pool for each group."""
     served = isinstance(kv_cache_config, TidepoolKVCacheConfig)
     return (make_coordinator if served else original)(kv_cache_config=kv_cache_config, **kwargs)
+
+
+def make_connector(original: Function, factory: Any, config: Any, role: Any, kv_cache_config: Any) -> Any:
+    """Host memory behind the pools in place of vLLM's own offloading."""
+    if isinstance(kv_cache_config, TidepoolKVCacheConfig):
+        from tidepool.vllm_plugin.host_connector import HostConnector
+
+        return HostConnector(config, role, kv_cache_config)
+    return original(factory, config, role, kv_cache_config)
 
 
 def make_kv_cache_manager(original: Function, *, kv_cache_config: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,306 @@
+"""Host memory behind the pools, in the scheduler: what goes there, and what comes back.
+
+When a request ends, what it leaves in the cache is copied to the host. When a request waits whose prompt is found there,
+and loading is quicker than reading it, the blocks are copied back *into the device's cache*, and the request waits for
+that while others run; then it finds them there like any others. So nothing behind the lookup knows of the host.
+
+Each block of a copy is referenced on both sides until the copy has ended on all ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
+from vllm.v1.request import Request
+
+from tidepool.cache import Arena, Copy, ExpectedReturn, HostTier, LeastRecentlyUsed, Left, Speeds, TurnClass
+from tidepool.vllm_plugin.pools import ArenaBlockPool, GroupBlockPool, RequestContext, Serving
+from tidepool.vllm_plugin.worker import encode_poison
+
+if TYPE_CHECKING:
+    from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager
+    from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
+
+logger = init_logger("vllm.tidepool")
+
+UNDER_WAY = 16
+"""Copies to the host wait while more than this part of the device's memory is being copied: so much can't be evicted."""
+
+
+class OnHost(NamedTuple):
+    """A block that a lookup found on the host alone, in place of one on the device."""
+
+    group: int
+    key: Hashable
+    tokens: int
+    is_null: bool = False
+
+
+class TieredBlockPool(GroupBlockPool):
+    """The blocks of one group, with host memory behind them."""
+
+    def get_cached_block(self, block_hash: Any, kv_cache_group_ids: list[int]) -> list[Any] | None:
+        """As vLLM's; while `HostMemory.looking`, what only the host holds is found, too."""
+        found: list[Any] | None = super().get_cached_block(block_hash, kv_cache_group_ids)
+        host = self.memory.host
+        if found is not None or host is None or not host.looking:
+            return found
+        blocks: list[Any] = []
+        for group in kv_cache_group_ids:
+            key = make_block_hash_with_group_id(block_hash, group)
+            block = self.cached_block_hash_to_block.get_one_block(key)
+            if block is None:
+                held = host.tier.find(group, key)
+                if held is None:
+                    return None
+                block = OnHost(group, key, held.tokens)
+            blocks.append(block)
+        return blocks
+
+
+@dataclass(slots=True)
+class _Departure:
+    """What a request has left in the device's cache, before it is copied."""
+
+    turn: TurnClass
+    left: list[Left]
+
+
+@dataclass(slots=True)
+class _Load:
+    """A prefix on its way to the device."""
+
+    request: Request
+    ended: bool = False
+    """Whether the request has ended meanwhile."""
+    tokens: int = 0
+    loaded: list[tuple[OnHost, KVCacheBlock]] = field(default_factory=list)
+    held: list[KVCacheBlock] = field(default_factory=list)
+    """Blocks of the prefix that the device has, which mustn't go meanwhile."""
+    began: float = 0.0
+
+
+@dataclass
+class Traffic:
+    """What was copied so far."""
+
+    loads: int = 0
+    loaded_tokens: int = 0
+    loaded_bytes: int = 0
+    stores: int = 0
+    stored_bytes: int = 0
+    wait_seconds: float = 0.0
+    """That requests waited for loads, all together."""
+    failed: int = 0
+    """Copies that failed."""
+
+
+class HostMemory:
+    """The host's memory of one engine."""
+
+    def __init__(self, memory: ArenaBlockPool, config: TidepoolKVCacheConfig) -> None:
+        geometry = config.host_geometry
+        assert geometry
+        self._memory = memory
+        self._limit = config.arena_bytes // UNDER_WAY
+        self.tier = HostTier(config.block_bytes)
+        self.tier.arena = Arena.elastic(
+            geometry,
+            config.host_extents,
+            policy=ExpectedReturn(memory.reuse) if config.eviction == "returns" else LeastRecentlyUsed(),
+            on_evict=self.tier.evicted,
+            clock=lambda: memory.arena.bytes_allocated,
+        )
+        self.looking = False
+        """Whether lookups find what only the host holds."""
+        self.speeds = Speeds()
+        self.clock: Callable[[], float] = time.monotonic
+        """Seconds."""
+        self.traffic = Traffic()
+        self._departures: deque[_Departure] = deque()
+        self._stores = 0
+        self._held: dict[int, list[KVCacheBlock]] = {}
+        """By number of a copy to the host, its blocks on the device."""
+        self._loads: dict[int, _Load] = {}
+        self._loading: dict[str, _Load] = {}
+        """By request that waits for a load."""
+        self._settled: set[str] = set()
+        """Requests that wait, and for which nothing will be loaded."""
+        self._reached: dict[str, int] = {}
+        """By request for which something was loaded, tokens that the device's cache then held."""
+        self._to_send: list[Copy] = []
+        self._loading_bytes = 0
+
+    # To the host.
+
+    def leave(self, name: str, turn: TurnClass) -> None:
+        """A request has released its blocks: note what it leaves in the cache."""
+        memory = self._memory
+        left = []
+        for group, index in memory.arena.left_by(name):
+            block = memory.pools[group].blocks[index]
+            if block.block_hash is not None:
+                shared = bool(memory.arena.pools[group].shared[index])
+                left.append(Left(group, index, block.block_hash, block.block_hash_num_tokens or 0, shared))
+        if left:
+            self._departures.append(_Departure(turn, left))
+
+    def _store(self, departure: _Departure) -> None:
+        """Begin to copy what is still there."""
+        pools = self._memory.pools
+        left = [each for each in departure.left if pools[each.group].blocks[each.block].block_hash == each.key]
+        self._stores += 1
+        copy = self.tier.store(self._stores, departure.turn, left)
+        if copy is None:
+            return
+        held = [pools[each.group].blocks[each.device] for each in copy.blocks]
+        self._hold(held)
+        self._held[copy.number] = held
+        self._to_send.append(copy)
+        self.traffic.stores += 1
+        self.traffic.stored_bytes += copy.bytes
+
+    def _hold(self, blocks: Sequence[KVCacheBlock]) -> None:
+        for pool in self._memory.pools:
+            pool.touch([block for block in blocks if block.pool is pool])
+
+    # From the host.
+
+    def delays(self, manager: TidepoolKVCacheManager, request: Request, computed: int) -> bool:
+        """Whether a waiting request waits for a load; begins one where that is worth it.
+
+        Args:
+            manager: the cache's manager.
+            request: a request that has just been looked up.
+            computed: tokens of it that the device's cache holds.
+        """
+        name = request.request_id
+        if name in self._loading:
+            return True
+        if name in self._settled or not len(self.tier) or computed >= self._reached.get(name, request.num_tokens):
+            return False
+        if manager.refused_before(name) or not manager.prefix_cache_lookup_enabled(request):
+            return False
+        found, tokens = manager.coordinator.find_in_both_tiers(request.block_hashes, request.num_tokens - 1)
+        missing = [[block for block in blocks if isinstance(block, OnHost)] for blocks in found]
+        size = sum(len(each) * size for each, size in zip(missing, self._memory.block_bytes, strict=True))
+        if tokens <= computed or not self.speeds.worth_loading(tokens - computed, size, self._loading_bytes):
+            self._settled.add(name)
+            return False
+        return self._load(manager, request, found, missing, tokens, computed)
+
+    def _load(
+        self,
+        manager: TidepoolKVCacheManager,
+        request: Request,
+        found: Sequence[Sequence[Any]],
+        missing: Sequence[Sequence[OnHost]],
+        tokens: int,
+        computed: int,
+    ) -> bool:
+        """Begin to load, if there is memory for it: as much as the request will need anyway, beside those that run."""
+        memory, name = self._memory, request.request_id
+        held = [block for blocks in found for block in blocks if not block.is_null and not isinstance(block, OnHost)]
+        idle = [[block.block_id for block in held if block.pool is pool and not block.ref_cnt] for pool in memory.pools]
+        needs = [len(each) for each in missing]
+        charges, pinned = memory.arena.extents_needed(needs, idle)
+        beside = manager.coordinator.extents_beside_others(name, tokens, needs, idle)
+        if max(beside, sum(charges) + pinned) > memory.arena.available:
+            return False
+        load = _Load(request, tokens=tokens, held=held, began=self.clock())
+        self._hold(held)
+        memory.arena.reserve(charges)
+        with Serving(memory, RequestContext(name)):
+            for pool, wanted in zip(memory.pools, missing, strict=True):
+                load.loaded += zip(wanted, pool.get_new_blocks(len(wanted)) if wanted else (), strict=True)
+        memory.arena.release_reservation()
+        if memory.poison:
+            memory.operations += [encode_poison(on.group, block.block_id, memory.groups) for on, block in load.loaded]
+        copy = self.tier.load([(on.group, on.key, block.block_id) for on, block in load.loaded])
+        self._loads[copy.number] = self._loading[name] = load
+        self._loading_bytes += copy.bytes
+        self._to_send.append(copy)
+        self.traffic.loads += 1
+        self.traffic.loaded_tokens += tokens - computed
+        self.traffic.loaded_bytes += copy.bytes
+        return True
+
+    def forget(self, name: str) -> None:
+        """A request has ended, or begins anew."""
+        self._settled.discard(name)
+        self._reached.pop(name, None)
+        load = self._loading.pop(name, None)
+        if load:
+            load.ended = True
+
+    # Copies.
+
+    def copies(self) -> list[Copy]:
+        """Copies to make from now on."""
+        while self._departures and (not self._held or self.tier.bytes_under_way < self._limit):
+            self._store(self._departures.popleft())
+        copies, self._to_send = self._to_send, []
+        return copies
+
+    def loads_for(self, name: str) -> bool:
+        """Whether a request waits for a load."""
+        return name in self._loading
+
+    @property
+    def busy(self) -> bool:
+        """Whether copies are under way or wait."""
+        return bool(self.tier.copies or self._departures)
+
+    def ended(self, number: int, *, failed: bool, seconds: float) -> None:
+        """A copy has ended on all ranks, after so many seconds."""
+        copy = self.tier.ended(number, failed=failed)
+        self.traffic.failed += failed
+        if copy.to_host:
+            self._release(self._held.pop(number))
+            return
+        load = self._loads.pop(number)
+        self._loading_bytes -= copy.bytes
+        self.traffic.wait_seconds += self.clock() - load.began
+        if failed:
+            self._settled.add(load.request.request_id)
+        else:
+            self.speeds.loaded(copy.bytes, seconds)
+            for on, block in load.loaded:
+                self._memory.pools[on.group]._insert_block_hash(on.key, block, on.tokens)
+        blocks = [block for _, block in load.loaded]
+        if load.ended:
+            self._release(blocks)
+        else:
+            del self._loading[load.request.request_id]
+            self._reached[load.request.request_id] = load.tokens
+            with Serving(self._memory, RequestContext(load.request.request_id)):
+                self._release(blocks)
+        self._release(load.held)
+
+    def _release(self, blocks: Iterable[KVCacheBlock]) -> None:
+        # The last block of a prefix is to go first.
+        self._memory.free_blocks(list(blocks)[::-1])
+
+    def reset(self) -> None:
+        """Forget all contents."""
+        self._departures.clear()
+        self._settled.clear()
+        self._reached.clear()
+        self.tier.forget_all()
+
+
+@contextmanager
+def looking(host: HostMemory) -> Iterator[None]:
+    """While it lasts, lookups find what only the host holds."""
+    host.looking = True
+    try:
+        yield
+    finally:
+        host.looking = False
