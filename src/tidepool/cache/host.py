@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 from tidepool.cache.arena import Arena, Retention
@@ -145,7 +146,8 @@ class HostTier:
             The copy to make, and to end by `ended`; None if the host has everything.
         """
         arena = self.arena
-        left = list(dict.fromkeys(left))
+        # Two blocks on the device may have the same contents.
+        left = list({(each.group, each.key): each for each in left}.values())
         held = [self._held[each.group].get(each.key) for each in left]
         for each, known in zip(left, held, strict=True):
             if known:
@@ -234,7 +236,9 @@ class HostTier:
 
     def _file(self, store: _Store) -> None:
         """Release what a request has left, now cached here as one prefix."""
-        for group, block in store.filed:
-            kept = Retention.KEEP if block in self._keys[group] else Retention.DROP
-            self.arena.release(group, [block], [kept], request=store.name)
+        for group, same in groupby(store.filed, lambda each: each[0]):
+            keys = self._keys[group]
+            blocks = [block for _, block in same]
+            kept = [Retention.KEEP if block in keys else Retention.DROP for block in blocks]
+            self.arena.release(group, blocks, kept, request=store.name)
         self.arena.finish(store.name)

@@ -136,8 +136,7 @@ def replay(
 
 
 LINKS = {"pcie4": 25e9, "pcie5": 50e9, "gh200": 400e9}
-"""Bytes a second that copies of large blocks reach in each direction, about: x16 links at four fifths of their peak, and
-NVLink-C2C likewise."""
+"""Bytes a second that copies of large blocks reach in each direction, about: four fifths of the link's peak."""
 
 
 def parse_bandwidth(text: str) -> float:

@@ -1,7 +1,7 @@
 """Host memory of an engine without a model: what its workers would do, on a link of a given bandwidth.
 
-The scheduler's side is real, tidepool's or stock vLLM's own offloading; its orders are carried out on the replay's clock.
-Each direction of the link carries one copy after the other, at full speed in both at once.
+The scheduler's side is real, tidepool's or stock vLLM's own offloading; its orders are carried out on the replay's
+clock. Each direction of the link carries one copy after the other, at full speed in both at once.
 """
 
 from __future__ import annotations

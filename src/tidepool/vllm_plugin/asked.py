@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
-from tidepool.sizes import size
 from tidepool.vllm_plugin.notes import read_note, write_note
 from tidepool.vllm_plugin.settings import Settings, SettingsError
 
@@ -47,13 +46,12 @@ def ask_for_host_memory(engine_args: Any, settings: Settings) -> None:
     """
     if not settings.enabled or settings.host_memory is None:
         return
-    asked = settings.host_memory / (1 << 30)
-    if engine_args.kv_offloading_size not in (None, asked):
+    if engine_args.kv_offloading_size not in (None, settings.host_memory):
         raise SettingsError(
-            f"host_memory ({size(settings.host_memory)}) and --kv-offloading-size ({engine_args.kv_offloading_size:g} GiB) "
-            "say the same thing and differ: leave one out."
+            f"host_memory ({settings.host_memory:g} GiB) and --kv-offloading-size "
+            f"({engine_args.kv_offloading_size:g} GiB) say the same and differ: leave one out."
         )
-    engine_args.kv_offloading_size = asked
+    engine_args.kv_offloading_size = settings.host_memory
 
 
 def note_asked(engine_args: Any, vllm_config: Any, settings: Settings) -> None:

@@ -240,8 +240,11 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         return 1 + (tokens <= self.retention.checkpoints(request_id).within)
 
     def find_in_both_tiers(self, block_hashes: Sequence[BlockHash], tokens: int) -> tuple[tuple[list[Any], ...], int]:
-        """The longest prefix of up to so many tokens whose blocks the device or the host holds: (each group's blocks, of
-        which those on the host alone are `OnHost`; tokens)."""
+        """The longest prefix of up to so many tokens that the device and the host hold together.
+
+        Returns:
+            (each group's blocks, of which those on the host alone are `OnHost`; tokens).
+        """
         assert self.block_pool.host
         with looking(self.block_pool.host):
             found, tokens, _ = super().find_longest_cache_hit(block_hashes, tokens)

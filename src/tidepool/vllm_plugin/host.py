@@ -1,8 +1,8 @@
 """Host memory behind the pools, in the scheduler: what goes there, and what comes back.
 
-When a request ends, what it leaves in the cache is copied to the host. When a request waits whose prompt is found there,
-and loading is quicker than reading it, the blocks are copied back *into the device's cache*, and the request waits for
-that while others run; then it finds them there like any others. So nothing behind the lookup knows of the host.
+When a request ends, what it leaves in the cache is copied to the host. When a request waits whose prompt is found
+there, and loading is quicker than reading it, the blocks are copied back *into the device's cache*, and the request
+waits for that while others run; then it finds them there like any others. So nothing behind the lookup knows of it.
 
 Each block of a copy is referenced on both sides until the copy has ended on all ranks.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.tidepool")
 
 UNDER_WAY = 16
-"""Copies to the host wait while more than this part of the device's memory is being copied: so much can't be evicted."""
+"""Copies to the host wait while more than this part of the device's memory is being copied, and can't be evicted."""
 
 
 class OnHost(NamedTuple):

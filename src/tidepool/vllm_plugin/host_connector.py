@@ -1,8 +1,7 @@
-"""Host memory behind the pools, as a KV connector: how copies get from the scheduler to the workers, and word of their
-end back.
+"""Host memory behind the pools, as a KV connector: how copies get to the workers, and word of their end back.
 
-vLLM asks a connector whether a waiting request has to wait for something, hands its orders to all workers with each step,
-and its workers' reports back. Nothing else of a connector is used: what is loaded goes into the device's cache, see
+vLLM asks a connector whether a waiting request has to wait for something, hands its orders to all workers with each
+step, and their reports back. Nothing else of a connector is used: what is loaded goes into the device's cache, see
 `tidepool.vllm_plugin.host`.
 """
 
@@ -36,7 +35,7 @@ read."""
 
 
 @dataclass
-class HostOrders(KVConnectorMetadata):  # type: ignore[misc]
+class HostOrders(KVConnectorMetadata):
     """Copies to make from this step on."""
 
     copies: list[Copy] = field(default_factory=list)
@@ -53,7 +52,7 @@ class Ended:
 
 
 @dataclass
-class HostReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+class HostReport(KVConnectorWorkerMetadata):
     """By number, the copies that have ended on some ranks since their last reports."""
 
     ended: dict[int, Ended]
@@ -77,7 +76,7 @@ def added(first: Mapping[int, Ended], second: Mapping[int, Ended]) -> dict[int, 
     return ended
 
 
-class HostConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+class HostConnector(KVConnectorBase_V1, SupportsHMA):
     """The connector of an engine with host memory behind its pools."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:

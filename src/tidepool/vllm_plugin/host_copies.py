@@ -53,7 +53,7 @@ class HostBytes:
             self.bytes = torch.empty(size if any_view is not None else 0, dtype=torch.uint8, pin_memory=pinned)
         except RuntimeError as error:
             raise CacheConfigError(
-                f"This machine doesn't give {size:,} bytes of {'pinned ' if pinned else ''}host memory to tidepool: lower "
+                f"This machine doesn't give tidepool {size:,} bytes of {'pinned ' if pinned else ''}host memory: lower "
                 f"--kv-offloading-size (or the setting host_memory). {str(error).splitlines()[0]}"
             ) from error
 

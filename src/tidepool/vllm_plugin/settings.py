@@ -9,8 +9,6 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tidepool.capacity import Partition
-from tidepool.command_line import UsageError
-from tidepool.sizes import parse_size
 
 Eviction = Literal["returns", "lru"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
@@ -41,8 +39,8 @@ class Settings(BaseModel):
     """Which cached memory goes first: by learned times of return, or the least recently used."""
     kv: str | None = Field(default=None, pattern="^tqkv-k[2348]v[2348]$")
     """How attention keeps keys and values: a format of `tidepool.tqkv`, on the CPU; also without tidepool's memory."""
-    host_memory: int | None = Field(default=None, gt=0)
-    """Bytes of host memory behind the pools, of all ranks together, or a size like 64GiB: as --kv-offloading-size."""
+    host_memory: float | None = Field(default=None, gt=0)
+    """GiB of host memory behind the pools, of all ranks together: as --kv-offloading-size."""
     allow: tuple[Literal["device", "executor"], ...] = ()
     """What to serve unsupported, at one's own risk: ``device`` stands for devices other than the CPU, ``executor`` for
     several nodes and Ray's workers."""
@@ -62,11 +60,6 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] = os.enviro
     if not isinstance(given, Mapping):
         raise SettingsError(f'additional_config["tidepool"] must be a table of settings, not {given!r}.')
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
-    if isinstance(host := values.get("host_memory"), str):
-        try:
-            values["host_memory"] = parse_size(host)
-        except UsageError as error:
-            raise SettingsError(f'additional_config["tidepool"]["host_memory"]: {error}') from None
     switch = environ.get(ENV_SWITCH)
     if switch:
         if switch not in _SWITCHES:

@@ -130,8 +130,8 @@ def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> 
 def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Iterator[str]:
     """What became of the user's settings where that may surprise."""
     if config.host_geometry:
-        host = size(config.host_extents * config.host_geometry.extent_bytes)
-        yield f"  host memory behind it: {config.host_extents:,} extents of {size(config.host_geometry.extent_bytes)}, {host}"
+        each = config.host_geometry.extent_bytes
+        yield f"  host memory behind it: {config.host_extents:,} extents in {size(config.host_extents * each)}"
     asked = asked_of(vllm_config)
     fitting = planning.requests_with_states(config)
     if asked.max_num_seqs is not None and fitting < asked.max_num_seqs:
