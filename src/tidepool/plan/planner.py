@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, block_align, group_layers
-from tidepool.capacity.memory import Memory
+from tidepool.capacity.memory import Memory, StockMemory
 from tidepool.capacity.predict import predict_stages
 from tidepool.command_line import UsageError
 from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfigError
+from tidepool.plan import served
 from tidepool.plan.account import Account, Requests, account, admit
 from tidepool.plan.inputs import Card
-from tidepool.plan.stock import stock_memory
+from tidepool.plan.stock import startup_lines, stock_memory
 from tidepool.sides import TITLES, Side
 
 SHORT_REQUEST = 12
@@ -32,7 +33,8 @@ class PlanOptions:
     kv_bytes: int
     """KV memory of one device."""
     block_tokens: int = 16
-    prefix_caching: bool = False
+    prefix_caching: bool = True
+    """As vLLM has it for hybrid models; without attention it is off."""
     kv_dtype: str = "auto"
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """Of single layers, see `CacheOptions`."""
@@ -40,6 +42,7 @@ class PlanOptions:
     tp: int = 1
     pp: int = 1
     max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2_048
     max_model_len: int | None = None
     speculative_tokens: int = 0
     mtp: bool = False
@@ -48,9 +51,11 @@ class PlanOptions:
     mix: tuple[Requests, ...] = (Requests(32, 2_100), Requests(2, 33_000))
 
     def __post_init__(self) -> None:
-        for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs"):
+        for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name.replace('_', '-')} must be positive, not {getattr(self, name):,}.")
+        if len(str(self.speculative_tokens)) > 5:
+            raise UsageError(f"No drafter makes {self.speculative_tokens:,} tokens in a step.")
         if self.max_model_len is not None and self.max_model_len <= 0:
             raise UsageError(f"max-model-len must be positive, not {self.max_model_len:,}.")
         if self.speculative_tokens < 0:
@@ -58,8 +63,17 @@ class PlanOptions:
         if self.mtp and not self.speculative_tokens:
             raise UsageError("Say with --speculative-tokens how many tokens --mtp drafts in a step.")
 
+    @property
+    def in_flight_tokens(self) -> int:
+        """Tokens that may be under way at once: vLLM plans the next step while one runs, on every pipeline stage."""
+        return (self.pp + 1) * self.max_num_batched_tokens
+
     def cache_options(self, kv_dtype: str | None = None) -> CacheOptions:
-        """What the layers need to know; states: one, one more with prefix caching, one per draft token."""
+        """What the layers need to know.
+
+        States are those that a request may hold at once, which is what vLLM and tidepool reckon with at start: one, one
+        more with prefix caching, one per draft token.
+        """
         return CacheOptions(
             kv_dtype=kv_dtype or self.kv_dtype,
             state_dtype=self.state_dtype,
@@ -68,6 +82,7 @@ class PlanOptions:
             speculative_tokens=self.speculative_tokens,
             layer_kv_dtypes=self.layer_kv_dtypes,
             mtp=self.mtp,
+            step_tokens=self.in_flight_tokens,
         )
 
 
@@ -117,20 +132,20 @@ class CapacityPlan:
     options: PlanOptions
     max_model_len: int
     card: Card | None
-    latent: bool = False
-    """Whether attention is latent (MLA); the plugin leaves such models to vLLM."""
+    fallbacks: list[str] = field(default_factory=list)
+    """Why tidepool would leave an engine like this to vLLM; none where it serves it."""
+    startup: list[str] = field(default_factory=list)
+    """What stock vLLM says of its KV cache when it starts."""
+    beyond: list[int] = field(default_factory=list)
+    """Tokens of requests that were asked for and are longer than the longest request."""
+    model_tokens: int = 0
+    """The longest sequence that the model was made for."""
     columns: dict[Side, Column] = field(default_factory=dict)
     missing: dict[Side, str] = field(default_factory=dict)
     """Why a way of dividing the memory has no column."""
     dtypes: list[DtypeRow] = field(default_factory=list)
     dtype_requests: int = DTYPE_REQUESTS
     """Running requests beside which `dtypes` counts tokens."""
-
-    @property
-    def hybrid(self) -> bool:
-        """Whether states lie beside attention; the plugin leaves every other model to vLLM."""
-        labels = {group.label for column in self.columns.values() for group in column.memory.groups}
-        return "state" in labels and len(labels) > 1
 
 
 def make_plan(
@@ -144,6 +159,8 @@ def make_plan(
         CacheConfigError: the cache can't be laid out.
     """
     max_model_len = options.max_model_len or model.max_tokens
+    if not model.has_attention:
+        options = replace(options, prefix_caching=False)
     beside = min(DTYPE_REQUESTS, options.max_num_seqs)
     stages = model.stages(options.pp, options.cache_options())
     columns: dict[Side, Column] = {}
@@ -157,6 +174,8 @@ def make_plan(
             missing[kind] = str(error)
             continue
         columns[kind] = _column(memory, options)
+    stock = columns["stock"].memory if "stock" in columns else None
+    assert stock is None or isinstance(stock, StockMemory)
     return CapacityPlan(
         model_name=model_name,
         source=source,
@@ -165,11 +184,33 @@ def make_plan(
         options=options,
         max_model_len=max_model_len,
         card=card,
-        latent=model.latent,
+        fallbacks=_fallbacks(model, options, card),
+        startup=startup_lines(stock, options.in_flight_tokens) if stock else [],
+        beyond=sorted({length for length in _lengths(options) if length > max_model_len}),
+        model_tokens=model.max_tokens,
         columns=columns,
         missing=missing,
         dtypes=[] if options.layer_kv_dtypes else _dtypes(model, options, max_model_len, beside),
         dtype_requests=beside,
+    )
+
+
+def _lengths(options: PlanOptions) -> list[int]:
+    return [*options.contexts, *(item.tokens for item in options.mix)]
+
+
+def _fallbacks(model: Model, options: PlanOptions, card: Card | None) -> list[str]:
+    return served.reasons(
+        gpu=card is not None,
+        hybrid=model.hybrid,
+        latent=model.latent,
+        formats=served.formats_of(options.kv_dtype, options.layer_kv_dtypes),
+        prefix_caching=options.prefix_caching,
+        drafts=options.speculative_tokens > 0,
+        own_head=options.mtp,
+        family=model.model_type,
+        tp=options.tp,
+        pp=options.pp,
     )
 
 
@@ -186,6 +227,8 @@ def divide(
         CacheConfigError: not one request fits.
     """
     if kind == "stock":
+        if lacking := served.stock_lacks(served.formats_of(options.kv_dtype, options.layer_kv_dtypes)):
+            raise CacheConfigError(lacking)
         memory = stock_memory(
             stages,
             options.kv_bytes,
@@ -252,7 +295,7 @@ def _dtypes(model: Model, options: PlanOptions, max_model_len: int, requests: in
         memories: dict[Side, Memory] = {}
         for kind in TITLES:
             try:
-                memories[kind] = divide(kind, model, stages, options, max_model_len)
+                memories[kind] = divide(kind, model, stages, replace(options, kv_dtype=kv_dtype), max_model_len)
             except CacheConfigError:
                 continue
         token_bytes = sum(group.token_bytes for group in memories["elastic"].groups) if "elastic" in memories else 0
