@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from tidepool.models import Model, ModelConfigError, entry, find_model, model_from_config, names
+from tidepool.models import CacheOptions, Model, ModelConfigError, entry, find_model, model_from_config, names
 from tidepool.models.weights import parameters
+from tidepool.plan import PlanOptions, make_plan
 
 BILLION, GIB = 1e9, 1 << 30
 
@@ -83,7 +84,7 @@ def mixed(count: int, experts: list[str]) -> dict[str, Any]:
     """ModelOpt's mixed precision of Qwen3.6: feed-forward parts and head in NVFP4, attention and states in FP8."""
     eight = [f"self_attn.{name}_proj" for name in "qkvo"]
     eight += [f"linear_attn.{name}" for name in ("in_proj_qkv", "in_proj_z", "out_proj")]
-    layers = {}
+    layers: dict[str, dict[str, Any]] = {}
     for index in range(count):
         prefix = f"model.language_model.layers.{index}"
         layers |= {f"{prefix}.{name}": {"quant_algo": "W4A16_NVFP4", "group_size": 16} for name in experts}
@@ -262,7 +263,7 @@ def test_unknown_kinds_ask_for_the_weights(quantization: dict[str, Any]) -> None
     model = quantized("Qwen3.5-4B", quantization)
     with pytest.raises(ModelConfigError, match=r"isn't known here.*--weights"):
         model.weight_bytes()
-    assert model.layer_caches  # its cache is known all the same
+    assert len(model.layer_caches(CacheOptions())) == 32, "its cache is known all the same"
 
 
 def test_modelopts_own_file_is_read_beside_the_configuration(tmp_path: Path) -> None:
@@ -273,6 +274,21 @@ def test_modelopts_own_file_is_read_beside_the_configuration(tmp_path: Path) -> 
         )
     )
     assert find_model(str(tmp_path))[2].weight_bytes() == pytest.approx(9.08 * BILLION, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({"kv_cache_quant_algo": "FP8"}, "fp8"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, "fp8"),
+        ({"kv_cache_scheme": None}, "auto"),
+    ],
+)
+def test_a_checkpoint_says_what_auto_means(named: dict[str, Any], expected: str) -> None:
+    model = quantized("Qwen3.5-4B", {"quant_method": "modelopt", "quant_algo": "NVFP4", **named})
+    plan = make_plan("x", "", model, PlanOptions(kv_bytes=9 << 30))
+    assert plan.options.kv_dtype == expected
+    assert [gate.split(":")[0] for gate in plan.fallbacks] == ([] if expected == "auto" else ["kv-cache-dtype"])
 
 
 def test_a_tower_of_unknown_shape_asks_for_the_weights() -> None:

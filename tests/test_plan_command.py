@@ -126,13 +126,15 @@ def test_what_tidepool_serves_is_not_called_a_fallback(arguments: tuple[str, ...
     assert content["columns"]["elastic"]["served"]
 
 
-@pytest.mark.parametrize("dtype", ["tqkv-k4v4", "200B"])
-def test_formats_that_stock_lacks_have_no_stock_column(dtype: str) -> None:
-    content = json.loads(run("Qwen3.5-4B", "--memory", "20GiB", "--kv-cache-dtype", dtype, "--json"))
+@pytest.mark.parametrize("option", ["--kv-cache-dtype=tqkv-k4v4", "--layer-kv-dtype=3=tqkv-k4v4"])
+def test_formats_that_stock_lacks_have_no_stock_column(option: str) -> None:
+    content = json.loads(run("Qwen3.5-4B", "--memory", "20GiB", option, "--json"))
     assert "stock" not in content["columns"]
-    assert content["missing"]["stock"] == f"vLLM has no KV cache dtype {dtype}."
+    assert content["missing"]["stock"] == "vLLM has no KV cache dtype tqkv-k4v4."
     assert content["startup"] == []
-    rows = {row["kv_dtype"]: row["tokens"] for row in content["dtypes"]}
+    rows = {
+        row["kv_dtype"]: row["tokens"] for row in json.loads(run("Qwen3.5-4B", "--memory", "9GiB", "--json"))["dtypes"]
+    }
     assert "stock" in rows["fp8"]
     assert "stock" not in rows["tqkv-k3v3"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -153,6 +153,8 @@ class Quantization:
     """Whether output embedding and vision tower are quantized where nothing says otherwise."""
     unknown: str | None = None
     """The name of a kind that isn't known here."""
+    kv_dtype: str | None = None
+    """The KV cache dtype that vLLM takes ``auto`` for, where the checkpoint names one."""
 
     def format_of(self, linear: Linear, layer: int | None) -> Format | None:
         """The format of a matrix, None for the model's own type.
@@ -191,7 +193,17 @@ def read_quantization(table: Mapping[str, Any]) -> Quantization:
         found = reader(table) if reader else None
     except (TypeError, ValueError, AttributeError, KeyError):
         found = None
-    return found or Quantization(unknown=str(method or "no quant_method"))
+    found = found or Quantization(unknown=str(method or "no quant_method"))
+    return replace(found, kv_dtype=_kv_dtype(table)) if method.startswith("modelopt") else found
+
+
+def _kv_dtype(table: Mapping[str, Any]) -> str | None:
+    """The KV cache dtype of a ModelOpt checkpoint."""
+    inner = table.get("quantization") if isinstance(table.get("quantization"), Mapping) else table
+    named = (inner or {}).get("kv_cache_scheme") or (inner or {}).get("kv_cache_quant_algo")
+    if isinstance(named, Mapping):
+        named = {8: "fp8", 4: "nvfp4"}.get(named.get("num_bits"), "")
+    return {"fp8": "fp8", "nvfp4": "nvfp4"}.get(str(named).lower())
 
 
 def _method(table: Mapping[str, Any]) -> str:

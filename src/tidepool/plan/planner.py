@@ -159,6 +159,8 @@ def make_plan(
         CacheConfigError: the cache can't be laid out.
     """
     max_model_len = options.max_model_len or model.max_tokens
+    if options.kv_dtype == "auto" and model.quantization.kv_dtype:
+        options = replace(options, kv_dtype=model.quantization.kv_dtype)
     if not model.has_attention:
         options = replace(options, prefix_caching=False)
     beside = min(DTYPE_REQUESTS, options.max_num_seqs)
@@ -167,6 +169,8 @@ def make_plan(
     missing: dict[Side, str] = {}
     for kind in TITLES:
         try:
+            if kind == "stock" and (lacking := served.stock_lacks(_formats(options))):
+                raise CacheConfigError(lacking)
             memory = divide(kind, model, stages, options, max_model_len)
         except CacheConfigError as error:
             if kind == "elastic":
@@ -195,6 +199,11 @@ def make_plan(
     )
 
 
+def _formats(options: PlanOptions) -> list[str]:
+    """KV cache dtypes, the general one first."""
+    return [options.kv_dtype, *dict.fromkeys(dtype for _, dtype in options.layer_kv_dtypes)]
+
+
 def _lengths(options: PlanOptions) -> list[int]:
     return [*options.contexts, *(item.tokens for item in options.mix)]
 
@@ -204,7 +213,7 @@ def _fallbacks(model: Model, options: PlanOptions, card: Card | None) -> list[st
         gpu=card is not None,
         hybrid=model.hybrid,
         latent=model.latent,
-        formats=served.formats_of(options.kv_dtype, options.layer_kv_dtypes),
+        formats=_formats(options),
         prefix_caching=options.prefix_caching,
         drafts=options.speculative_tokens > 0,
         own_head=options.mtp,
@@ -227,8 +236,6 @@ def divide(
         CacheConfigError: not one request fits.
     """
     if kind == "stock":
-        if lacking := served.stock_lacks(served.formats_of(options.kv_dtype, options.layer_kv_dtypes)):
-            raise CacheConfigError(lacking)
         memory = stock_memory(
             stages,
             options.kv_bytes,
@@ -288,14 +295,18 @@ def _dtypes(model: Model, options: PlanOptions, max_model_len: int, requests: in
     """The same question for every KV cache type that the attention can have; one row for each size."""
     rows: dict[int, DtypeRow] = {}
     for kv_dtype in COMPARED_KV_DTYPES:
+        if kv_dtype == "auto" and model.quantization.kv_dtype:
+            continue
         try:
             stages = model.stages(options.pp, options.cache_options(kv_dtype))
         except ModelConfigError:
             continue
         memories: dict[Side, Memory] = {}
         for kind in TITLES:
+            if kind == "stock" and served.stock_lacks([kv_dtype]):
+                continue
             try:
-                memories[kind] = divide(kind, model, stages, replace(options, kv_dtype=kv_dtype), max_model_len)
+                memories[kind] = divide(kind, model, stages, options, max_model_len)
             except CacheConfigError:
                 continue
         token_bytes = sum(group.token_bytes for group in memories["elastic"].groups) if "elastic" in memories else 0

@@ -6,23 +6,17 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from tidepool.models import KV_DTYPES
 from tidepool.tqkv.formats import FORMATS
 from tidepool.vllm_plugin import gates
 
 CERTIFICATE = (
-    "device: on a GPU tidepool serves an engine that a certificate covers; `tidepool verify` makes one on that machine"
+    "device: on a GPU tidepool serves an engine that a certificate covers; tidepool verify makes one on that machine"
 )
-
-
-def formats_of(kv_dtype: str, layer_kv_dtypes: tuple[tuple[int | str, str], ...]) -> list[str]:
-    """The KV cache dtypes of a plan, the general one first."""
-    return [kv_dtype, *dict.fromkeys(dtype for _, dtype in layer_kv_dtypes)]
 
 
 def stock_lacks(formats: list[str]) -> str | None:
     """Why stock vLLM can't keep a cache in these formats, or None."""
-    lacking = [name for name in formats if name in FORMATS or name not in KV_DTYPES]
+    lacking = [name for name in formats if name in FORMATS]
     return f"vLLM has no KV cache dtype {', '.join(lacking)}." if lacking else None
 
 
