@@ -153,6 +153,7 @@ def test_caching_is_on_as_in_vllm() -> None:
     on, off = (json.loads(run(*arguments, *more))["columns"] for more in ((), ("--no-prefix-caching",)))
     assert {side: on[side]["max_requests"] for side in ("stock", "elastic")} == {"stock": 44, "elastic": 53}
     assert {side: off[side]["max_requests"] for side in ("stock", "elastic")} == {"stock": 121, "elastic": 159}
+    assert {side: on[side]["max_decoding"] for side in ("stock", "elastic")} == {"stock": 121, "elastic": 159}
     without = json.loads(run("Mamba-Codestral-7B", "--memory", "20GiB", "--json"))
     assert without["options"]["prefix_caching"] is False
 

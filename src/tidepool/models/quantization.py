@@ -202,7 +202,7 @@ def _kv_dtype(table: Mapping[str, Any]) -> str | None:
     inner = table.get("quantization") if isinstance(table.get("quantization"), Mapping) else table
     named = (inner or {}).get("kv_cache_scheme") or (inner or {}).get("kv_cache_quant_algo")
     if isinstance(named, Mapping):
-        named = {8: "fp8", 4: "nvfp4"}.get(named.get("num_bits"), "")
+        named = {"8": "fp8", "4": "nvfp4"}.get(str(named.get("num_bits")))
     return {"fp8": "fp8", "nvfp4": "nvfp4"}.get(str(named).lower())
 
 

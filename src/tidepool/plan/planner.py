@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, block_align, group_layers
+from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, State, block_align, group_layers
 from tidepool.capacity.memory import Memory, StockMemory
 from tidepool.capacity.predict import predict_stages
 from tidepool.command_line import UsageError
@@ -96,7 +96,9 @@ class Column:
     concurrency: dict[int, int]
     """Tokens of a request to how many run at once."""
     max_requests: int
-    """How many of the shortest requests run at once."""
+    """How many of the shortest requests run at once, each with all the states that it may hold."""
+    max_decoding: int
+    """How many of them run while each holds its running state alone, as prompts too short for a checkpoint do."""
     pinned_by_short: int
     """Bytes of the blocks that a request of `SHORT_REQUEST` tokens holds."""
     longest: int
@@ -277,12 +279,25 @@ def _column(memory: Memory, options: PlanOptions) -> Column:
             tokens: memory.requests_of(tokens) for tokens in options.contexts if tokens <= memory.max_model_len
         },
         max_requests=most,
+        max_decoding=_decoding(memory, options).requests_of(1),
         pinned_by_short=memory.pinned_by(SHORT_REQUEST),
         longest=memory.max_model_len if longest is None else min(longest, memory.max_model_len),
         admitted=admitted,
         account=account(memory, admitted, options.block_tokens),
         curve=[(count, memory.tokens_with(count) or 0) for count in _curve_counts(options.max_num_seqs)],
     )
+
+
+def _decoding(memory: Memory, options: PlanOptions) -> Memory:
+    """The same memory, of requests that hold no state for the prefix cache."""
+    copies = 1 + options.speculative_tokens
+    groups = (
+        replace(group, cache=replace(group.cache, copies=min(copies, group.cache.copies)))
+        if isinstance(group.cache, State)
+        else group
+        for group in memory.groups
+    )
+    return replace(memory, groups=tuple(groups))
 
 
 def _curve_counts(last: int) -> list[int]:
