@@ -12,7 +12,7 @@ from tidepool.plan import PlanOptions, make_plan
 
 BILLION, GIB = 1e9, 1 << 30
 
-# In billions, as model cards and checkpoints have them. Those that count a vision tower or a head that drafts, too:
+# In billions, as model cards and checkpoints are known to have them. First those that count all parts:
 WITH_ALL = {
     # size of the checkpoint in bfloat16 over two bytes, from vLLM's start-up logs: 51.75 and 66.97 GiB
     "Qwen3.5-27B": 27.78,
@@ -150,7 +150,7 @@ CHECKPOINTS = [
     ),
     ("MXFP4: openai/gpt-oss-20b", "gpt-oss-20b", {"quant_method": "mxfp4"}, 12.8 * GIB, False),
     ("MXFP4: openai/gpt-oss-120b", "gpt-oss-120b", {"quant_method": "mxfp4"}, 60.8 * GIB, False),
-    # The sizes of these files, as their pages have them.
+    # The sizes of the files above and below, as their pages are known to have them; not looked up again.
     (
         "AWQ: hugging-quants/Meta-Llama-3.1-8B-Instruct-AWQ-INT4",
         "Llama-3.1-8B",
