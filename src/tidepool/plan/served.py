@@ -73,6 +73,7 @@ def engine_config(
         ec_transfer_config=None,
         additional_config={},
         use_v2_model_runner=gpu,
+        aux_output_config=SimpleNamespace(enabled=False),
         device_config=SimpleNamespace(device_type="cuda" if gpu else "cpu"),
         model_config=SimpleNamespace(use_mla=latent, is_encoder_decoder=False),
         attention_config=SimpleNamespace(hisparse_config=None),
@@ -81,7 +82,9 @@ def engine_config(
         speculative_config=SimpleNamespace(method=drafter, draft_model_config=draft) if drafter else None,
         cache_config=SimpleNamespace(
             cache_dtype=kv_dtype,
+            enable_prefix_caching=prefix_caching,
             kv_offloading_size=None,
+            kv_offloading_backend="native",
             mamba_cache_mode="align" if prefix_caching else "none",
             use_replayssm=False,
             prefix_match_unit=None,
