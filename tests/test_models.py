@@ -178,7 +178,7 @@ def test_find_model_reads_a_directory_and_a_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(entry("Qwen3.5-4B").config))
     name, source, model = find_model(str(tmp_path))
     assert (name, source) == (tmp_path.name, str(tmp_path))
-    assert model == find_model(str(tmp_path / "config.json"))[2] == entry("qwen/QWEN3.5-4b").model()
+    assert model == find_model(str(tmp_path / "config.json"))[2] == model_from_config(entry("qwen/QWEN3.5-4b").config)
 
 
 def test_nested_text_config_is_read() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 from tidepool.cache import FullAttention, LayerCache, State
 from tidepool.models import CacheOptions, Model, ModelConfigError, entry, names
-from tidepool.plan import stock_layout, stock_memory
-from tidepool.plan.stock import attention_block
+from tidepool.plan import PlanOptions, stock_layout, stock_memory
+from tidepool.plan.stock import attention_block, startup_lines
 from tidepool.vllm_plugin.compat import declare_torchvision_ops, hide_media_packages
 
 pytestmark = pytest.mark.vllm
@@ -175,6 +175,41 @@ def test_closed_form_is_vllms_planning(
     assert memory.pool_blocks == planned.num_blocks
     attention = [g.kv_cache_spec.block_size for g in groups if g.layer_names[0].endswith(("attention", "window"))]
     assert {g.block_tokens for g in memory.groups if g.label != "state"} == set(attention)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("name", names())
+def test_start_up_lines_are_vllms(name: str, caching: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    model = entry(name).model()
+    options = PlanOptions(kv_bytes=BUDGET, prefix_caching=caching, max_model_len=100_000, max_num_batched_tokens=8192)
+    layers = model.layer_caches(options.cache_options())
+    hybrid = {State, FullAttention} <= {type(cache) for cache in layers.values()}
+    block, page = align(layers, model.latent, 16, monkeypatch) if hybrid else (16, None)
+    specs = specs_of(layers, model.latent, block, page)
+    for layer, spec in specs.items():
+        if isinstance(spec, MambaSpec):
+            # Caching takes a second state, and layers that save one inside a step a third.
+            inside = layers[layer].blocks_for(1, 16) - 2 if caching else 0
+            specs[layer] = replace(spec, num_prefill_checkpoint_blocks=inside)
+    mixed = len(set(stock_layout(layers, 16, model.latent).pages.values())) > 1
+    config = planner_config("BLNHC" if mixed else "LBNHC")
+    config.cache_config.mamba_cache_mode = "align" if caching else "none"
+    config.model_config = SimpleNamespace(max_model_len=100_000)
+    config.parallel_config = SimpleNamespace(decode_context_parallel_size=1)
+    config.max_in_flight_tokens = options.in_flight_tokens
+    groups = kv_cache_utils.get_kv_cache_groups(config, dict(specs))
+    planned = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, BUDGET)
+    tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(config, planned)
+    memory = stock_memory([layers], BUDGET, 256, 100_000, block_tokens=16, latent=model.latent)
+    assert startup_lines(memory, options.in_flight_tokens) == [
+        f"GPU KV cache size: {tokens:,} tokens",
+        f"Maximum concurrency for 100,000 tokens per request: {concurrency:.2f}x",
+    ]
 
 
 @pytest.mark.parametrize("pp", [2, 4])

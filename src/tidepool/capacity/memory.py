@@ -123,6 +123,10 @@ class Memory(ABC):
         """The most requests of ``tokens`` tokens that run at once; never more than ``max_num_seqs``."""
         return _largest(1, self.max_num_seqs, lambda requests: self.holds([(requests, tokens)]))
 
+    def most(self, wanted: int, tokens: int, beside: Sequence[tuple[int, int]]) -> int:
+        """How many of ``wanted`` requests of ``tokens`` tokens run beside others, given as pairs (how many, tokens)."""
+        return _largest(1, wanted, lambda requests: self.holds([*beside, (requests, tokens)]))
+
     def pinned_by(self, tokens: int) -> int:
         """Bytes of the blocks that a request of ``tokens`` tokens holds, padding included."""
         return sum(group.blocks_for(tokens) * group.stride for group in self.groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ class Entry:
     source: str
     """Where the figures come from."""
     config: dict[str, Any]
-    """An HF-style configuration with the keys that matter here."""
+    """An HF-style configuration of the language model, with the keys that matter here."""
+    vision: dict[str, Any] = field(default_factory=dict)
+    """That of its vision tower; empty where there is none."""
 
     def model(self) -> Model:
         """Its shapes."""
-        return model_from_config(self.config)
+        return model_from_config({**self.config, "vision_config": self.vision})
 
 
 def names() -> list[str]:
@@ -48,13 +50,17 @@ def entry(name: str) -> Entry:
             f"There is no model {name!r} in the catalogue and no such directory or config.json: {hint}"
         )
     content = json.loads((_DIRECTORY / f"{known[wanted]}.json").read_text(encoding="utf-8"))
-    return Entry(known[wanted], content["source"], content["config"])
+    return Entry(known[wanted], content["source"], content["config"], content.get("vision", {}))
 
 
 def find_model(name_or_path: str) -> tuple[str, str, Model]:
     """A model by catalogue name, model directory or ``config.json``: its name, source and shapes."""
-    path = Path(name_or_path).expanduser()
-    if path.exists():
+    try:
+        path = Path(name_or_path).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long for a name, or of a user who isn't there
+        exists = False
+    if exists:
         directory = path if path.is_dir() else path.parent
         return directory.resolve().name, str(path), model_from_config(read_config(path))
     found = entry(name_or_path)

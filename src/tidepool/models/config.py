@@ -12,6 +12,9 @@ class ModelConfigError(ValueError):
     """A model or configuration that can't be read; the message is one sentence for the user."""
 
 
+MAX_LAYERS = 10_000
+
+
 class Config:
     """A ``config.json``, seen as the language model that it describes.
 
@@ -25,6 +28,8 @@ class Config:
         nested: Mapping[str, Any] = next(candidates, {})
         self._content: dict[str, Any] = {**content, **nested}
         self.model_type = self.text("model_type")
+        if self.count("num_hidden_layers") > MAX_LAYERS:
+            raise ModelConfigError(f'"num_hidden_layers" of the config is over {MAX_LAYERS:,}, which is no model.')
 
     def has(self, *keys: str) -> bool:
         """Whether any of ``keys`` is there and not null."""
@@ -93,16 +98,28 @@ class Config:
 def read_config(path: Path) -> dict[str, Any]:
     """Read ``config.json`` from a file or from the model directory that holds it.
 
+    ModelOpt's ``hf_quant_config.json`` beside it is its quantization, where it names none itself.
+
     Raises:
         ModelConfigError: there is no such file, or it is not a JSON object.
     """
     file = path / "config.json" if path.is_dir() else path
+    content = _read_object(file)
+    beside = file.with_name("hf_quant_config.json")
+    if not content.get("quantization_config") and beside.is_file():
+        content["quantization_config"] = {"quant_method": "modelopt", **_read_object(beside)}
+    return content
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelConfigError(f"Can't read {file}: {error.strerror}.") from error
     except ValueError as error:
         raise ModelConfigError(f"{file} isn't valid JSON: {error}.") from error
+    except RecursionError as error:
+        raise ModelConfigError(f"{file} is nested too deeply to be a configuration.") from error
     if not isinstance(content, dict):
         raise ModelConfigError(f"{file} must hold a JSON object.")
     return content

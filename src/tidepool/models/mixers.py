@@ -1,6 +1,6 @@
 """What mixes tokens in a layer: its cache, and its weights.
 
-Every mixer gives, for one device, the layer cache of `tidepool.cache` and its number of parameters. State
+Every mixer gives the layer cache of `tidepool.cache` on one device, and its weights by name. State
 shapes follow vLLM 0.32's state shape calculator; a test compares them with vLLM's own model classes.
 """
 
@@ -12,6 +12,7 @@ from typing import Protocol
 from tidepool.cache.spec import FullAttention, LayerCache, SlidingWindow, State
 from tidepool.models.config import ModelConfigError
 from tidepool.models.dtypes import head_bytes, latent_bytes, state_bytes
+from tidepool.models.weights import Linear
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class CacheOptions:
     """``kv_dtype`` of single layers, by number, or of all with a sliding window by `WINDOWS`; the last word counts."""
     mtp: bool = False
     """Whether the model's own draft layers (MTP) are used, and keep a cache too."""
+    step_tokens: int = 1
+    """Tokens that may be under way at once, which layers with a window hold beside it."""
 
 
 WINDOWS = "sliding_window"
@@ -52,8 +55,12 @@ class Mixer(Protocol):
     """A token mixer of one layer."""
 
     @property
-    def parameters(self) -> int:
-        """Its weights, on all devices together."""
+    def linears(self) -> tuple[Linear, ...]:
+        """Its matrices, which a checkpoint may quantize, by name; on all devices together."""
+
+    @property
+    def other(self) -> int:
+        """All its other weights: convolutions, numbers a head, norms."""
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """What it keeps on one device."""
@@ -70,18 +77,33 @@ class Attention:
     window: int | None = None
     gated: bool = False
     """Whether queries come with an output gate of their size."""
+    module: str = "self_attn"
+    other: int = 0
 
     @property
-    def parameters(self) -> int:
+    def linears(self) -> tuple[Linear, ...]:
         """Projections of queries (and gates), keys, values and output."""
-        queries = self.heads * self.head_size
-        return self.hidden * ((2 if self.gated else 1) * queries + 2 * self.kv_heads * self.head_size + queries)
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        return (
+            Linear(f"{self.module}.q_proj", self.hidden, (2 if self.gated else 1) * queries),
+            Linear(f"{self.module}.k_proj", self.hidden, keys),
+            Linear(f"{self.module}.v_proj", self.hidden, keys),
+            Linear(f"{self.module}.o_proj", queries, self.hidden),
+        )
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """Bytes per token: KV heads of the device (one at least, then replicated) times bytes per head."""
+        _share(self.heads, options.tp, "attention heads")
+        if self.kv_heads % options.tp and options.tp % self.kv_heads:
+            raise ModelConfigError(
+                f"{self.kv_heads} heads of keys and values neither divide among {options.tp} devices nor these among "
+                "them: choose another --tp."
+            )
         kv_heads = max(1, self.kv_heads // options.tp)
         per_token = kv_heads * head_bytes(options.kv_dtype, self.head_size, self.head_size, numerics.model_bytes)
-        return FullAttention(per_token) if self.window is None else SlidingWindow(per_token, self.window)
+        if self.window is None:
+            return FullAttention(per_token)
+        return SlidingWindow(per_token, self.window, options.step_tokens)
 
 
 @dataclass(frozen=True)
@@ -95,22 +117,31 @@ class LatentAttention:
     nope: int
     value: int
     query_latent: int | None = None
+    gated: bool = False
+    """Whether the output is gated, by a projection of its size."""
+    other: int = 0
 
     @property
-    def parameters(self) -> int:
-        """Down and up projections of the latent, queries (directly or over a latent) and output."""
-        queries = self.heads * (self.nope + self.rope)
-        down = self.query_latent
-        query = self.hidden * queries if down is None else self.hidden * down + down * queries
+    def linears(self) -> tuple[Linear, ...]:
+        """Down and up projections of the latent, queries (directly or over a latent), gate and output."""
+        queries, down, values = self.heads * (self.nope + self.rope), self.query_latent, self.heads * self.value
+        query: tuple[Linear, ...] = (Linear("self_attn.q_proj", self.hidden, queries),)
+        if down is not None:
+            query = (
+                Linear("self_attn.q_a_proj", self.hidden, down, whole=True),
+                Linear("self_attn.q_b_proj", down, queries),
+            )
         return (
-            query
-            + self.hidden * (self.latent + self.rope)
-            + self.latent * self.heads * (self.nope + self.value)
-            + self.heads * self.value * self.hidden
+            *query,
+            Linear("self_attn.kv_a_proj_with_mqa", self.hidden, self.latent + self.rope, whole=True),
+            Linear("self_attn.kv_b_proj", self.latent, self.heads * (self.nope + self.value)),
+            *((Linear("self_attn.g_proj", self.hidden, values),) if self.gated else ()),
+            Linear("self_attn.o_proj", values, self.hidden),
         )
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """Bytes per token: the latent and the rotary part."""
+        _share(self.heads, options.tp, "attention heads")
         return FullAttention(latent_bytes(options.kv_dtype, self.latent + self.rope, numerics.model_bytes))
 
 
@@ -124,10 +155,16 @@ class PooledIndexer:
     query_latent: int
     pool: int
 
+    other: int = 0
+
     @property
-    def parameters(self) -> int:
+    def linears(self) -> tuple[Linear, ...]:
         """Projections of queries, keys, head weights and the pool's gate."""
-        return self.query_latent * self.heads * self.head_size + self.hidden * (2 * self.head_size + self.heads)
+        return (
+            Linear("self_attn.indexer.wq_b", self.query_latent, self.heads * self.head_size, whole=True),
+            Linear("self_attn.indexer.wk", self.hidden, 2 * self.head_size, whole=True),
+            Linear("self_attn.indexer.weights_proj", self.hidden, self.heads, whole=True),
+        )
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """Bytes per token, rounded up to whole bytes."""
@@ -140,7 +177,8 @@ class IndexerTail:
 
     head_size: int
     pool: int
-    parameters: int = 0
+    linears: tuple[Linear, ...] = ()
+    other: int = 0
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """A ring of one pool, or as many (a power of two) as the draft tokens of a step may touch."""
@@ -159,13 +197,25 @@ class GatedDelta:
     key_size: int
     value_size: int
     kernel: int
+    split: bool = True
+    """Whether a checkpoint names the parts of the input projection one by one, as Qwen3.5's do."""
 
     @property
-    def parameters(self) -> int:
-        """Input projections (queries, keys, values, gate, two numbers a head), convolution, output."""
+    def linears(self) -> tuple[Linear, ...]:
+        """Input projections (queries, keys, values, gate, two numbers a head) and output."""
         keys, values = self.key_heads * self.key_size, self.value_heads * self.value_size
-        projections = self.hidden * (2 * keys + 2 * values + 2 * self.value_heads) + values * self.hidden
-        return projections + (2 * keys + values) * self.kernel
+        inputs = {"qkvz": 2 * keys + 2 * values, "ba": 2 * self.value_heads}
+        if self.split:
+            inputs = {"qkv": 2 * keys + values, "z": values, "b": self.value_heads, "a": self.value_heads}
+        return (
+            *(Linear(f"linear_attn.in_proj_{name}", self.hidden, size) for name, size in inputs.items()),
+            Linear("linear_attn.out_proj", values, self.hidden),
+        )
+
+    @property
+    def other(self) -> int:
+        """The convolution."""
+        return (2 * self.key_heads * self.key_size + self.value_heads * self.value_size) * self.kernel
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels`` in the model's type, ``value heads x value x key`` in the state's."""
@@ -182,13 +232,32 @@ class KimiDelta:
     heads: int
     head_size: int
     kernel: int
+    full_gate: bool = False
+    """Whether the output gate is one full projection and not two of low rank."""
 
     @property
-    def parameters(self) -> int:
-        """Queries, keys, values, output, two low-rank gates, one number a head, convolution."""
+    def linears(self) -> tuple[Linear, ...]:
+        """Queries, keys, values, output, low-rank gates, one number a head."""
         inner = self.heads * self.head_size
-        gates = 2 * (self.hidden * self.head_size + self.head_size * inner)
-        return 4 * self.hidden * inner + gates + self.hidden * self.heads + 3 * inner * self.kernel
+        gate: tuple[Linear, ...] = (
+            Linear("self_attn.g_a_proj", self.hidden, self.head_size, whole=True),
+            Linear("self_attn.g_b_proj", self.head_size, inner),
+        )
+        if self.full_gate:
+            gate = (Linear("self_attn.g_proj", self.hidden, inner),)
+        return (
+            *(Linear(f"self_attn.{name}_proj", self.hidden, inner) for name in "qkv"),
+            Linear("self_attn.f_a_proj", self.hidden, self.head_size, whole=True),
+            Linear("self_attn.f_b_proj", self.head_size, inner),
+            *gate,
+            Linear("self_attn.b_proj", self.hidden, self.heads),
+            Linear("self_attn.o_proj", inner, self.hidden),
+        )
+
+    @property
+    def other(self) -> int:
+        """The convolution."""
+        return 3 * self.heads * self.head_size * self.kernel
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels`` in the model's type and ``heads x size x size`` in the state's."""
@@ -206,19 +275,25 @@ class Mamba2:
     groups: int
     state_size: int
     kernel: int
+    module: str = "mamba"
 
     @property
-    def parameters(self) -> int:
-        """Input projection (gate, inputs, B, C, one number a head), convolution with bias, output, norm."""
+    def linears(self) -> tuple[Linear, ...]:
+        """Input projection (gate, inputs, B, C, one number a head) and output."""
         inner = self.heads * self.head_size
-        channels = inner + 2 * self.groups * self.state_size
         return (
-            self.hidden * (inner + channels + self.heads)
-            + channels * (self.kernel + 1)
-            + inner * self.hidden
-            + inner
-            + 3 * self.heads
+            Linear(f"{self.module}.in_proj", self.hidden, inner + self._channels + self.heads),
+            Linear(f"{self.module}.out_proj", inner, self.hidden),
         )
+
+    @property
+    def other(self) -> int:
+        """Convolution with bias, norm, three numbers a head."""
+        return self._channels * (self.kernel + 1) + self.heads * self.head_size + 3 * self.heads
+
+    @property
+    def _channels(self) -> int:
+        return self.heads * self.head_size + 2 * self.groups * self.state_size
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels`` in the model's type and ``heads x size x state`` in the state's.
@@ -245,10 +320,19 @@ class Mamba1:
     step_rank: int
 
     @property
-    def parameters(self) -> int:
-        """Input and gate, convolution with bias, step sizes, B and C, A, D, output."""
-        selection = self.inner * (self.step_rank + 2 * self.state_size) + self.inner * (self.step_rank + 1)
-        return 3 * self.hidden * self.inner + self.inner * (self.kernel + 1 + self.state_size + 1) + selection
+    def linears(self) -> tuple[Linear, ...]:
+        """Input and gate, step sizes with B and C, output."""
+        return (
+            Linear("mamba.in_proj", self.hidden, 2 * self.inner),
+            Linear("mamba.x_proj", self.inner, self.step_rank + 2 * self.state_size),
+            Linear("mamba.dt_proj", self.step_rank, self.inner),
+            Linear("mamba.out_proj", self.inner, self.hidden),
+        )
+
+    @property
+    def other(self) -> int:
+        """Convolution with bias, A, D, the bias of step sizes."""
+        return self.inner * (self.kernel + 1 + self.state_size + 1 + 1)
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels`` in the model's type and ``channels x state`` in the state's."""
@@ -266,9 +350,17 @@ class ShortConvolution:
     kernel: int
 
     @property
-    def parameters(self) -> int:
-        """Two gates and the input, convolution, output."""
-        return 4 * self.hidden * self.channels + self.channels * self.kernel
+    def linears(self) -> tuple[Linear, ...]:
+        """Two gates and the input, output."""
+        return (
+            Linear("conv.in_proj", self.hidden, 3 * self.channels),
+            Linear("conv.out_proj", self.channels, self.hidden),
+        )
+
+    @property
+    def other(self) -> int:
+        """The convolution."""
+        return self.channels * self.kernel
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels``."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tidepool.cache.spec import LayerCache
 from tidepool.models.config import ModelConfigError
 from tidepool.models.mixers import WINDOWS, Attention, CacheOptions, LatentAttention, Mixer, Numerics
+from tidepool.models.quantization import Quantization
+from tidepool.models.vision import Vision, read_vision
+from tidepool.models.weights import Linear, parameters
 
 
 @dataclass(frozen=True)
@@ -16,10 +20,28 @@ class Layer:
 
     mixers: dict[str, Mixer]
     """By short name; none in a feed-forward layer, two where attention and state run side by side."""
-    feed_forward: int = 0
-    """Parameters of the feed-forward part, all experts included."""
-    experts: int = 0
-    """Parameters of routed experts, a part of ``feed_forward``."""
+    feed_forward: tuple[Linear, ...] = ()
+    """Matrices of the feed-forward part, all experts included."""
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All its matrices."""
+        return (*(linear for mixer in self.mixers.values() for linear in mixer.linears), *self.feed_forward)
+
+    @property
+    def other(self) -> int:
+        """Weights beside the matrices, which no method quantizes."""
+        return sum(mixer.other for mixer in self.mixers.values())
+
+    @property
+    def parameters(self) -> int:
+        """All its weights but norms and biases."""
+        return parameters(self.linears) + self.other
+
+    @property
+    def experts(self) -> int:
+        """Parameters of routed experts, a part of ``parameters``."""
+        return parameters(linear for linear in self.feed_forward if linear.expert)
 
 
 @dataclass(frozen=True)
@@ -27,23 +49,75 @@ class Model:
     """A language model: shapes only, no weights."""
 
     family: str
+    """What it is made of, in words."""
+    model_type: str
+    """Its type in HF configurations."""
     layers: tuple[Layer, ...]
-    embedding: int
-    """Parameters of the input embedding, and of the output one where it is not the same."""
+    hidden: int
+    """Numbers of a token between layers."""
+    vocabulary: int
+    tied: bool
+    """Whether input and output embedding are the same."""
     max_tokens: int
     """The longest sequence that the model was made for, in tokens."""
     numerics: Numerics
-    weight_bytes_each: float
-    """Bytes of one parameter in the checkpoint."""
-    expert_bytes_each: float
-    """Bytes of one parameter of a routed expert in the checkpoint."""
+    quantization: Quantization = field(default_factory=Quantization)
+    """How the checkpoint stores its matrices."""
     draft_layers: tuple[Layer, ...] = ()
     """Of the head that drafts tokens (MTP); they count only where it is used."""
+    draft_joint: int = 0
+    """Parameters that join a token's embedding and its hidden numbers before the draft layers."""
+    experts_per_token: int = 0
+    """Routed experts that a token passes in a layer that has some."""
+    vision_config: Mapping[str, Any] = field(default_factory=dict)
+    """The configuration of its vision tower; empty where there is none."""
 
     @property
     def parameters(self) -> int:
         """All weights but norms and biases, which are under 0.1%; no vision tower, no draft layers."""
-        return self.embedding + sum(_parameters(layer) for layer in self.layers)
+        return self.embedding + sum(layer.parameters for layer in self.layers)
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the input embedding, and of the output one where it is not the same."""
+        return (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+    @property
+    def vision(self) -> Vision | None:
+        """Its vision tower.
+
+        Raises:
+            ModelConfigError: there is one whose size isn't known here.
+        """
+        return read_vision(self.vision_config, self.hidden)
+
+    @property
+    def draft_parameters(self) -> int:
+        """Of the head that drafts tokens."""
+        return self.draft_joint + sum(layer.parameters for layer in self.draft_layers)
+
+    @property
+    def expert_bytes_each(self) -> float:
+        """Bytes of one parameter of a routed expert in the checkpoint, on average."""
+        found = [
+            (linear, self.quantization.bytes(linear, index, self.numerics.model_bytes))
+            for index, layer in enumerate(self.layers)
+            for linear in layer.feed_forward
+            if linear.expert
+        ]
+        total = parameters(linear for linear, _ in found)
+        return sum(each for _, each in found) / total if total else self.numerics.model_bytes
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether some layer keeps something of every token, or of those in a window."""
+        return any(isinstance(m, Attention | LatentAttention) for layer in self.layers for m in layer.mixers.values())
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether states lie beside attention."""
+        kinds = {name for layer in self.layers for name in layer.mixers}
+        return "state" in kinds and self.has_attention
 
     @property
     def latent(self) -> bool:
@@ -92,24 +166,44 @@ class Model:
             for first, end in bounds
         ]
 
-    def weight_bytes(self, tp: int = 1, pp: int = 1) -> int:
+    def weight_bytes(self, tp: int = 1, pp: int = 1, *, vision: bool = False, drafts: bool = False) -> int:
         """Estimate of the weights on the fullest device, in bytes.
 
-        Parameters of its pipeline stage over ``tp``, times bytes each: of the checkpoint's type, with
-        routed experts in their own where they are quantized. The first stage holds the input embedding, the
-        last one the output's.
+        The first stage holds the input embedding and the vision tower, the last one the output embedding and the head
+        that drafts.
+
+        Args:
+            tp: devices that share each layer.
+            pp: pipeline stages.
+            vision: whether the vision tower counts.
+            drafts: whether the head that drafts counts.
+
+        Raises:
+            ModelConfigError: the checkpoint is quantized in a way that isn't known here, or the tower's size is not.
         """
-        bounds = stage_bounds(len(self.layers), pp)
+        each = self.numerics.model_bytes
         stages = [0.0] * pp
-        for stage, (first, end) in enumerate(bounds):
-            for layer in self.layers[first:end]:
-                plain = _parameters(layer) - layer.experts
-                stages[stage] += plain * self.weight_bytes_each + layer.experts * self.expert_bytes_each
-        each = self.embedding * self.numerics.model_bytes / (1 if pp == 1 else 2)
-        stages[0] += each
-        if pp > 1:
-            stages[-1] += each
-        return int(max(stages) / tp)
+        for stage, (first, end) in enumerate(stage_bounds(len(self.layers), pp)):
+            stages[stage] += sum(
+                self._bytes(layer.linears, first + index, tp) + layer.other * each / tp
+                for index, layer in enumerate(self.layers[first:end])
+            )
+        table = self.vocabulary * self.hidden
+        stages[0] += table * each / tp
+        if not self.tied:
+            stages[-1] += self._bytes((Linear("lm_head", self.hidden, self.vocabulary),), None, tp)
+        elif pp > 1:
+            stages[-1] += table * each / tp
+        if vision and (tower := self.vision):
+            stages[0] += self._bytes(tower.linears, None, tp) + tower.other * each / tp
+        if drafts:
+            stages[-1] += self.draft_parameters * each / tp
+        return int(max(stages))
+
+    def _bytes(self, linears: Iterable[Linear], layer: int | None, tp: int) -> float:
+        """Bytes of matrices on one of ``tp`` devices."""
+        each = self.numerics.model_bytes
+        return sum(self.quantization.bytes(one, layer, each) / (1 if one.whole else tp) for one in linears)
 
 
 def stage_bounds(layers: int, pp: int) -> list[tuple[int, int]]:
@@ -128,7 +222,3 @@ def _options_of(index: int, mixer: Mixer, options: CacheOptions) -> CacheOptions
     windowed = isinstance(mixer, Attention) and mixer.window
     chosen = [dtype for layer, dtype in options.layer_kv_dtypes if layer == index or (layer == WINDOWS and windowed)]
     return replace(options, kv_dtype=chosen[-1], layer_kv_dtypes=()) if chosen else options
-
-
-def _parameters(layer: Layer) -> int:
-    return layer.feed_forward + sum(mixer.parameters for mixer in layer.mixers.values())

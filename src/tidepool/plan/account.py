@@ -63,9 +63,7 @@ def admit(memory: Memory, mix: Iterable[Requests]) -> list[Requests]:
     admitted: list[Requests] = []
     for wanted in mix:
         before = [(requests.count, requests.tokens) for requests in admitted]
-        count = wanted.count
-        while count and not memory.holds([*before, (count, wanted.tokens)]):
-            count -= 1
+        count = memory.most(wanted.count, wanted.tokens, before)
         if count:
             admitted.append(Requests(count, wanted.tokens))
         if count < wanted.count:

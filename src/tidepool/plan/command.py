@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +12,25 @@ import typer
 
 from tidepool.cache import CacheConfigError
 from tidepool.command_line import UsageError, cannot_write, fail
-from tidepool.gpus import GPUS, find_gpu
+from tidepool.gpus import GPUS, Gpu, find_gpu
 from tidepool.models import KV_DTYPES, STATE_DTYPES, Model, ModelConfigError, find_model, names
 from tidepool.plan.inputs import Card, parse_layer_dtypes, parse_lengths, parse_mix
 from tidepool.plan.planner import CapacityPlan, PlanOptions, make_plan
+from tidepool.plan.reserve import Step, default_step, reserve as model_reserve
 from tidepool.sizes import parse_size, size
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the user says of a card's memory; None for what is to be found out."""
+
+    utilization: float
+    weight_bytes: int | None
+    reserve_bytes: int | None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilization <= 1:
+            raise UsageError(f"gpu-memory-utilization must be above 0 and at most 1, not {self.utilization:g}.")
 
 
 def plan(
@@ -31,10 +45,13 @@ def plan(
     gpu_memory_utilization: Annotated[
         float, typer.Option(help="With --gpu: the share of its memory that vLLM may use.")
     ] = 0.92,
-    reserve: Annotated[str, typer.Option(help="With --gpu: memory for activations and CUDA graphs.")] = "2GiB",
+    reserve: Annotated[
+        str | None,
+        typer.Option(help="With --gpu: what vLLM needs beside weights and cache; by default modelled, 0 for nothing."),
+    ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(help="With --gpu: weights on one device; by default estimated from the shapes."),
+        typer.Option(help="With --gpu: weights on one device; by default counted from the shapes."),
     ] = None,
     kv_cache_dtype: Annotated[
         str, typer.Option(help=f"How attention keeps keys and values: {', '.join(KV_DTYPES)}.")
@@ -48,16 +65,26 @@ def plan(
     prefix_caching: Annotated[
         bool,
         typer.Option(
-            "--prefix-caching", help="Plan with prefix caching, for which a running request holds one state more."
+            "--prefix-caching/--no-prefix-caching",
+            help="Prefix caching, for which a running request may hold one state more; on as in vLLM.",
         ),
-    ] = False,
+    ] = True,
     speculative_tokens: Annotated[int, typer.Option(help="Draft tokens in a step.")] = 0,
     mtp: Annotated[
         bool, typer.Option("--mtp", help="The model's own head drafts them; its layers keep a cache.")
     ] = False,
     tp: Annotated[int, typer.Option(help="Tensor parallel size.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel size.")] = 1,
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="Requests that may run at once; by default as vLLM has it for the card.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step; by default as vLLM has it for the card.")
+    ] = None,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="With --gpu: no CUDA graphs.")] = False,
+    language_model_only: Annotated[
+        bool, typer.Option("--language-model-only", help="With --gpu: without the model's vision tower.")
+    ] = False,
     max_model_len: Annotated[int | None, typer.Option(help="Longest request; the model's own by default.")] = None,
     context: Annotated[str, typer.Option(help="Request lengths to count, in tokens.")] = "1k,8k,32k,128k",
     mix: Annotated[
@@ -74,9 +101,21 @@ def plan(
         if model is None:
             raise UsageError("Name a model, or list the catalogue with --list.")
         name, source, shapes = find_model(model)
-        card = _card(shapes, gpu, gpu_memory_utilization, reserve, weights, tp, pp)
+        found = find_gpu(gpu, ", or give --memory") if gpu is not None else None
+        default_tokens, default_seqs = default_step(found[1] if found else None)
+        step = Step(
+            tokens=default_tokens if max_num_batched_tokens is None else max_num_batched_tokens,
+            requests=default_seqs if max_num_seqs is None else max_num_seqs,
+            eager=enforce_eager,
+            vision=not language_model_only,
+        )
+        given = Given(
+            utilization=gpu_memory_utilization,
+            weight_bytes=None if weights is None else parse_size(weights),
+            reserve_bytes=None if reserve is None else parse_size(reserve, zero=True),
+        )
         options = PlanOptions(
-            kv_bytes=_kv_bytes(memory, card),
+            kv_bytes=1,
             block_tokens=block_size,
             prefix_caching=prefix_caching,
             kv_dtype=kv_cache_dtype,
@@ -84,14 +123,17 @@ def plan(
             state_dtype=state_dtype,
             tp=tp,
             pp=pp,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=step.requests,
+            max_num_batched_tokens=step.tokens,
             max_model_len=max_model_len,
             speculative_tokens=speculative_tokens,
             mtp=mtp,
             contexts=tuple(parse_lengths(context)),
             mix=tuple(parse_mix(mix)),
         )
-        made = make_plan(name, source, shapes, options, card)
+        shapes.layer_caches(options.cache_options())
+        card = None if found is None else _card(shapes, *found, step, given, options)
+        made = make_plan(name, source, shapes, replace(options, kv_bytes=_kv_bytes(memory, card)), card)
         if html is not None:
             from tidepool.plan.page import render_page
 
@@ -113,6 +155,8 @@ def plan(
 def plan_to_dict(plan: CapacityPlan) -> dict[str, Any]:
     """The plan as plain numbers, strings, lists and dicts."""
     content = asdict(plan)
+    for kind, column in content["columns"].items():
+        column["served"] = kind == "stock" or not plan.fallbacks
     for kind, column in plan.columns.items():
         memory = content["columns"][kind]["memory"]
         memory["unit_bytes"], memory["units"] = column.memory.unit_bytes, column.memory.units
@@ -122,18 +166,15 @@ def plan_to_dict(plan: CapacityPlan) -> dict[str, Any]:
     return content
 
 
-def _card(
-    model: Model, gpu: str | None, utilization: float, reserve: str, weights: str | None, tp: int, pp: int
-) -> Card | None:
-    if gpu is None:
-        return None
-    if not 0 < utilization <= 1:
-        raise UsageError(f"gpu-memory-utilization must be above 0 and at most 1, not {utilization:g}.")
-    if tp <= 0 or pp <= 0:
-        raise UsageError("tp and pp must be positive.")
-    weight_bytes = model.weight_bytes(tp, pp) if weights is None else parse_size(weights)
-    total_bytes = find_gpu(gpu, ", or give --memory")[1].total_bytes
-    return Card(gpu, total_bytes, utilization, weight_bytes, parse_size(reserve))
+def _card(model: Model, name: str, gpu: Gpu, step: Step, given: Given, options: PlanOptions) -> Card:
+    """What a card leaves to the KV cache of one device, as far as the user hasn't said it."""
+    weight_bytes = given.weight_bytes
+    if weight_bytes is None:
+        weight_bytes = model.weight_bytes(options.tp, options.pp, vision=step.vision, drafts=options.mtp)
+    if given.reserve_bytes is not None:
+        return Card(name, gpu.total_bytes, given.utilization, weight_bytes, given.reserve_bytes)
+    needed = model_reserve(model, gpu, step, options.tp, options.pp, options.speculative_tokens)
+    return Card(name, gpu.total_bytes, given.utilization, weight_bytes, needed.total, asdict(needed))
 
 
 def _kv_bytes(memory: str | None, card: Card | None) -> int:

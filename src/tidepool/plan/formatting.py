@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tidepool.plan.planner import CapacityPlan
+from tidepool.sides import TITLES, Side
 from tidepool.sizes import size
 
 PARTS = {
@@ -62,19 +63,48 @@ def budget(plan: CapacityPlan) -> str:
     )
 
 
+def reserved(plan: CapacityPlan) -> str:
+    """One line on what the reserve is for; nothing where it was given."""
+    parts = plan.card.reserve_parts if plan.card else {}
+    named = [f"{RESERVE[name]} {size(count)}" for name, count in parts.items() if count]
+    return f"reserve: {', '.join(named)}" if named else ""
+
+
 def mix(plan: CapacityPlan) -> str:
     """The mix of requests, in words."""
     return " and ".join(f"{item.count:,} x {item.tokens:,} tokens" for item in plan.options.mix)
 
 
-LATENT = (
-    "Attention is latent (MLA) in this model, which is untested beside states, so the plugin leaves it to vLLM; "
-    "tidepool's columns say what its partitions would make of it."
-)
-"""Said of models with latent attention beside states."""
+def notes(plan: CapacityPlan) -> list[str]:
+    """What a reader has to know beside the figures, a sentence or two each."""
+    found = []
+    if plan.fallbacks:
+        found.append(
+            "tidepool would leave this engine to vLLM, so its columns say what its partitions would make of it: "
+            f"{'; '.join(plan.fallbacks)}."
+        )
+    if plan.max_model_len > plan.model_tokens:
+        found.append(
+            f"The model was made for {plan.model_tokens:,} tokens; vLLM serves {plan.max_model_len:,} only if it is "
+            "told to (VLLM_ALLOW_LONG_MAX_MODEL_LEN=1)."
+        )
+    if plan.beyond:
+        lengths = ", ".join(f"{length:,}" for length in plan.beyond)
+        found.append(f"Longer than the longest request of {plan.max_model_len:,} tokens: {lengths}.")
+    return found + [f"{TITLES[kind]}: {reason}" for kind, reason in plan.missing.items()]
 
-NO_STATES = (
-    "No state lies beside attention in this model, so the plugin leaves it to vLLM; tidepool's columns say "
-    "what its partitions would make of it."
-)
-"""Said of models that are not hybrid."""
+
+def serves(plan: CapacityPlan, kind: Side) -> str:
+    """Who would serve an engine of this column."""
+    if kind == "stock":
+        return "vLLM"
+    return "vLLM (falls back)" if plan.fallbacks else "tidepool"
+
+
+RESERVE = {
+    "activations": "activations",
+    "graphs": "CUDA graphs",
+    "runtime": "runtime",
+    "communication": "communication",
+}
+"""Parts of the reserve."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import ceil
 
 from tidepool.command_line import UsageError
 from tidepool.models import WINDOWS
@@ -18,11 +20,14 @@ class Card:
     utilization: float
     weight_bytes: int
     reserve_bytes: int
+    """All that vLLM needs beside them."""
+    reserve_parts: Mapping[str, int] = field(default_factory=dict)
+    """What for, where that is modelled and not the user's word."""
 
     @property
     def kv_bytes(self) -> int:
         """What is left for the KV cache."""
-        return int(self.total_bytes * self.utilization) - self.weight_bytes - self.reserve_bytes
+        return ceil(self.total_bytes * self.utilization) - self.weight_bytes - self.reserve_bytes
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -61,8 +66,8 @@ def parse_layer_dtypes(text: str | None) -> tuple[tuple[int | str, str], ...]:
         first, _, last = layers.partition("-")
         if equals and dtype and layers == WINDOWS:
             chosen.append((WINDOWS, dtype))
-        elif equals and dtype and first.isdecimal() and (last or first).isdecimal():
-            chosen += [(layer, dtype) for layer in range(int(first), int(last or first) + 1)]
+        elif equals and dtype and _layers(first, last):
+            chosen += [(layer, dtype) for layer in _layers(first, last)]
         else:
             raise UsageError(
                 f"{part.strip()!r} types no layers: write a number or a range of layers, or {WINDOWS}, = and a dtype."
@@ -70,10 +75,19 @@ def parse_layer_dtypes(text: str | None) -> tuple[tuple[int | str, str], ...]:
     return tuple(chosen)
 
 
+def _layers(first: str, last: str) -> range:
+    """Layers from one number to another; none where these are no numbers, or in the wrong order."""
+    numbers = first, last or first
+    if not all(number.isdecimal() and len(number) < 6 for number in numbers):
+        return range(0)
+    return range(int(numbers[0]), int(numbers[1]) + 1)
+
+
 def _count(text: str, what: str) -> int:
     cleaned = text.strip().lower()
     scale = 1000 if cleaned.endswith("k") else 1
     digits = cleaned.removesuffix("k")
-    if not digits.isdecimal() or int(digits) == 0:
-        raise UsageError(f"{text.strip()!r} is no {what}: write a positive whole number, or one with k for thousands.")
+    if not digits.isdecimal() or len(digits) > 18 or int(digits) == 0:
+        shown = text.strip() if len(text.strip()) <= 40 else f"{text.strip()[:40]}..."
+        raise UsageError(f"{shown!r} is no {what}: write a positive whole number, or one with k for thousands.")
     return int(digits) * scale

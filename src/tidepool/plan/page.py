@@ -10,18 +10,13 @@ from tidepool.plan import formatting
 from tidepool.plan.chart import curve_chart
 from tidepool.plan.planner import SHORT_REQUEST, CapacityPlan, Column
 from tidepool.plan.rows import sections
-from tidepool.sides import TITLES
+from tidepool.sides import TITLES, Side
 from tidepool.sizes import percent, size
 
 
 def render_page(plan: CapacityPlan) -> str:
     """The whole page."""
     name = escape(plan.model_name)
-    notes = [f"{TITLES[kind]}: {reason}" for kind, reason in plan.missing.items()]
-    if not plan.hybrid:
-        notes.insert(0, formatting.NO_STATES)
-    elif plan.latent:
-        notes.insert(0, formatting.LATENT)
     return document(
         f"{name}: what fits",
         [
@@ -29,8 +24,9 @@ def render_page(plan: CapacityPlan) -> str:
             f"<p>{escape(plan.family)}, {plan.parameters / 1e9:.2f} B weights.",
             f"{escape(formatting.budget(plan))}.</p>",
             f'<p class="quiet">{escape(formatting.setting(plan))}.</p></header>',
-            *(f"<p>{escape(note)}</p>" for note in notes),
-            facts((kind, TITLES[kind], _figures(column)) for kind, column in plan.columns.items()),
+            *(f"<p>{escape(note)}</p>" for note in formatting.notes(plan)),
+            facts((kind, _title(plan, kind), _figures(column)) for kind, column in plan.columns.items()),
+            _startup(plan),
             _map(plan),
             '<div class="two">',
             _curve(plan),
@@ -40,6 +36,18 @@ def render_page(plan: CapacityPlan) -> str:
             f'<p class="quiet">Shapes: {escape(plan.source)}. Made by tidepool plan.</p>',
         ],
     )
+
+
+def _title(plan: CapacityPlan, kind: Side) -> str:
+    left = kind != "stock" and plan.fallbacks
+    return f'{TITLES[kind]}<span class="quiet"> not served</span>' if left else TITLES[kind]
+
+
+def _startup(plan: CapacityPlan) -> str:
+    if not plan.startup:
+        return ""
+    lines = "</li><li>".join(escape(line) for line in plan.startup)
+    return f'<section><h2>What stock vLLM says at start</h2><ul class="lines"><li>{lines}</li></ul></section>'
 
 
 def _figures(column: Column) -> Iterator[tuple[str, str]]:
@@ -93,10 +101,11 @@ def _around(plan: CapacityPlan) -> list[tuple[str, str, str, int]]:
     if card is None:
         return []
     unused = card.total_bytes - card.kv_bytes - card.weight_bytes - card.reserve_bytes
+    why = formatting.reserved(plan).removeprefix("reserve: ") or "for activations and graphs"
     return [
         ("unused", "not used", f"above {card.utilization:g} of the card", unused),
         ("weights", "weights", "on one device", card.weight_bytes),
-        ("reserve", "reserve", "for activations and graphs", card.reserve_bytes),
+        ("reserve", "reserve", why, card.reserve_bytes),
     ]
 
 
@@ -142,7 +151,7 @@ def _dtypes(plan: CapacityPlan) -> str:
 
 def _table(plan: CapacityPlan) -> str:
     head = "".join(f"<th>{title}</th>" for title in TITLES.values())
-    body = []
+    body = [cells("served by", (formatting.serves(plan, kind) for kind in TITLES))]
     for section in sections(plan):
         body.append(f'<tr><th colspan="4">{escape(section.title)}</th></tr>')
         for label, answers in section.rows:

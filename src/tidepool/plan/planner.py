@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, block_align, group_layers
-from tidepool.capacity.memory import Memory
+from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, State, block_align, group_layers
+from tidepool.capacity.memory import Memory, StockMemory
 from tidepool.capacity.predict import predict_stages
 from tidepool.command_line import UsageError
 from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfigError
+from tidepool.plan import served
 from tidepool.plan.account import Account, Requests, account, admit
 from tidepool.plan.inputs import Card
-from tidepool.plan.stock import stock_memory
+from tidepool.plan.stock import startup_lines, stock_memory
 from tidepool.sides import TITLES, Side
 
 SHORT_REQUEST = 12
@@ -32,7 +33,8 @@ class PlanOptions:
     kv_bytes: int
     """KV memory of one device."""
     block_tokens: int = 16
-    prefix_caching: bool = False
+    prefix_caching: bool = True
+    """As vLLM has it for hybrid models; without attention it is off."""
     kv_dtype: str = "auto"
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """Of single layers, see `CacheOptions`."""
@@ -40,6 +42,7 @@ class PlanOptions:
     tp: int = 1
     pp: int = 1
     max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2_048
     max_model_len: int | None = None
     speculative_tokens: int = 0
     mtp: bool = False
@@ -48,9 +51,11 @@ class PlanOptions:
     mix: tuple[Requests, ...] = (Requests(32, 2_100), Requests(2, 33_000))
 
     def __post_init__(self) -> None:
-        for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs"):
+        for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name.replace('_', '-')} must be positive, not {getattr(self, name):,}.")
+        if len(str(self.speculative_tokens)) > 5:
+            raise UsageError(f"No drafter makes {self.speculative_tokens:,} tokens in a step.")
         if self.max_model_len is not None and self.max_model_len <= 0:
             raise UsageError(f"max-model-len must be positive, not {self.max_model_len:,}.")
         if self.speculative_tokens < 0:
@@ -58,8 +63,17 @@ class PlanOptions:
         if self.mtp and not self.speculative_tokens:
             raise UsageError("Say with --speculative-tokens how many tokens --mtp drafts in a step.")
 
+    @property
+    def in_flight_tokens(self) -> int:
+        """Tokens that may be under way at once: vLLM plans the next step while one runs, on every pipeline stage."""
+        return (self.pp + 1) * self.max_num_batched_tokens
+
     def cache_options(self, kv_dtype: str | None = None) -> CacheOptions:
-        """What the layers need to know; states: one, one more with prefix caching, one per draft token."""
+        """What the layers need to know.
+
+        States are those that a request may hold at once, which is what vLLM and tidepool reckon with at start: one, one
+        more with prefix caching, one per draft token.
+        """
         return CacheOptions(
             kv_dtype=kv_dtype or self.kv_dtype,
             state_dtype=self.state_dtype,
@@ -68,6 +82,7 @@ class PlanOptions:
             speculative_tokens=self.speculative_tokens,
             layer_kv_dtypes=self.layer_kv_dtypes,
             mtp=self.mtp,
+            step_tokens=self.in_flight_tokens,
         )
 
 
@@ -81,7 +96,9 @@ class Column:
     concurrency: dict[int, int]
     """Tokens of a request to how many run at once."""
     max_requests: int
-    """How many of the shortest requests run at once."""
+    """How many of the shortest requests run at once, each with all the states that it may hold."""
+    max_decoding: int
+    """How many of them run while each holds its running state alone, as prompts too short for a checkpoint do."""
     pinned_by_short: int
     """Bytes of the blocks that a request of `SHORT_REQUEST` tokens holds."""
     longest: int
@@ -117,20 +134,20 @@ class CapacityPlan:
     options: PlanOptions
     max_model_len: int
     card: Card | None
-    latent: bool = False
-    """Whether attention is latent (MLA); the plugin leaves such models to vLLM."""
+    fallbacks: list[str] = field(default_factory=list)
+    """Why tidepool would leave an engine like this to vLLM; none where it serves it."""
+    startup: list[str] = field(default_factory=list)
+    """What stock vLLM says of its KV cache when it starts."""
+    beyond: list[int] = field(default_factory=list)
+    """Tokens of requests that were asked for and are longer than the longest request."""
+    model_tokens: int = 0
+    """The longest sequence that the model was made for."""
     columns: dict[Side, Column] = field(default_factory=dict)
     missing: dict[Side, str] = field(default_factory=dict)
     """Why a way of dividing the memory has no column."""
     dtypes: list[DtypeRow] = field(default_factory=list)
     dtype_requests: int = DTYPE_REQUESTS
     """Running requests beside which `dtypes` counts tokens."""
-
-    @property
-    def hybrid(self) -> bool:
-        """Whether states lie beside attention; the plugin leaves every other model to vLLM."""
-        labels = {group.label for column in self.columns.values() for group in column.memory.groups}
-        return "state" in labels and len(labels) > 1
 
 
 def make_plan(
@@ -144,12 +161,18 @@ def make_plan(
         CacheConfigError: the cache can't be laid out.
     """
     max_model_len = options.max_model_len or model.max_tokens
+    if options.kv_dtype == "auto" and model.quantization.kv_dtype:
+        options = replace(options, kv_dtype=model.quantization.kv_dtype)
+    if not model.has_attention:
+        options = replace(options, prefix_caching=False)
     beside = min(DTYPE_REQUESTS, options.max_num_seqs)
     stages = model.stages(options.pp, options.cache_options())
     columns: dict[Side, Column] = {}
     missing: dict[Side, str] = {}
     for kind in TITLES:
         try:
+            if kind == "stock" and (lacking := served.stock_lacks(_formats(options))):
+                raise CacheConfigError(lacking)
             memory = divide(kind, model, stages, options, max_model_len)
         except CacheConfigError as error:
             if kind == "elastic":
@@ -157,6 +180,8 @@ def make_plan(
             missing[kind] = str(error)
             continue
         columns[kind] = _column(memory, options)
+    stock = columns["stock"].memory if "stock" in columns else None
+    assert stock is None or isinstance(stock, StockMemory)
     return CapacityPlan(
         model_name=model_name,
         source=source,
@@ -165,11 +190,38 @@ def make_plan(
         options=options,
         max_model_len=max_model_len,
         card=card,
-        latent=model.latent,
+        fallbacks=_fallbacks(model, options, card),
+        startup=startup_lines(stock, options.in_flight_tokens) if stock else [],
+        beyond=sorted({length for length in _lengths(options) if length > max_model_len}),
+        model_tokens=model.max_tokens,
         columns=columns,
         missing=missing,
         dtypes=[] if options.layer_kv_dtypes else _dtypes(model, options, max_model_len, beside),
         dtype_requests=beside,
+    )
+
+
+def _formats(options: PlanOptions) -> list[str]:
+    """KV cache dtypes, the general one first."""
+    return [options.kv_dtype, *dict.fromkeys(dtype for _, dtype in options.layer_kv_dtypes)]
+
+
+def _lengths(options: PlanOptions) -> list[int]:
+    return [*options.contexts, *(item.tokens for item in options.mix)]
+
+
+def _fallbacks(model: Model, options: PlanOptions, card: Card | None) -> list[str]:
+    return served.reasons(
+        gpu=card is not None,
+        hybrid=model.hybrid,
+        latent=model.latent,
+        formats=_formats(options),
+        prefix_caching=options.prefix_caching,
+        drafts=options.speculative_tokens > 0,
+        own_head=options.mtp,
+        family=model.model_type,
+        tp=options.tp,
+        pp=options.pp,
     )
 
 
@@ -227,12 +279,25 @@ def _column(memory: Memory, options: PlanOptions) -> Column:
             tokens: memory.requests_of(tokens) for tokens in options.contexts if tokens <= memory.max_model_len
         },
         max_requests=most,
+        max_decoding=_decoding(memory, options).requests_of(1),
         pinned_by_short=memory.pinned_by(SHORT_REQUEST),
         longest=memory.max_model_len if longest is None else min(longest, memory.max_model_len),
         admitted=admitted,
         account=account(memory, admitted, options.block_tokens),
         curve=[(count, memory.tokens_with(count) or 0) for count in _curve_counts(options.max_num_seqs)],
     )
+
+
+def _decoding(memory: Memory, options: PlanOptions) -> Memory:
+    """The same memory, of requests that hold no state for the prefix cache."""
+    copies = 1 + options.speculative_tokens
+    groups = (
+        replace(group, cache=replace(group.cache, copies=min(copies, group.cache.copies)))
+        if isinstance(group.cache, State)
+        else group
+        for group in memory.groups
+    )
+    return replace(memory, groups=tuple(groups))
 
 
 def _curve_counts(last: int) -> list[int]:
@@ -245,12 +310,16 @@ def _dtypes(model: Model, options: PlanOptions, max_model_len: int, requests: in
     """The same question for every KV cache type that the attention can have; one row for each size."""
     rows: dict[int, DtypeRow] = {}
     for kv_dtype in COMPARED_KV_DTYPES:
+        if kv_dtype == "auto" and model.quantization.kv_dtype:
+            continue
         try:
             stages = model.stages(options.pp, options.cache_options(kv_dtype))
         except ModelConfigError:
             continue
         memories: dict[Side, Memory] = {}
         for kind in TITLES:
+            if kind == "stock" and served.stock_lacks([kv_dtype]):
+                continue
             try:
                 memories[kind] = divide(kind, model, stages, options, max_model_len)
             except CacheConfigError:

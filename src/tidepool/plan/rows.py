@@ -50,6 +50,8 @@ def sections(plan: CapacityPlan) -> list[Section]:
 
     running = Section("Requests that run at once (* as many as --max-num-seqs allows)")
     running.add(plan, "of 1 token", lambda column: _limited(column, column.max_requests))
+    if plan.options.prefix_caching:
+        running.add(plan, "  while they cache no state", lambda column: _limited(column, column.max_decoding))
     for length in first.concurrency:
         running.add(plan, f"of {length:,} tokens", _concurrency, length)
     running.add(plan, "longest request, tokens", lambda column: f"{column.longest:,}")

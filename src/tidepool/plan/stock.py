@@ -108,6 +108,29 @@ def stock_memory(
     )
 
 
+def startup_lines(memory: StockMemory, in_flight_tokens: int) -> list[str]:
+    """What vLLM logs of its KV cache at start, as one could compare it with a server's own log.
+
+    Args:
+        memory: as it was divided.
+        in_flight_tokens: tokens under way at once at most, which windows hold beside them.
+    """
+    longest = memory.max_model_len
+    each = sum(_longest_request(group, longest, in_flight_tokens) for group in memory.groups)
+    requests = memory.pool_blocks / each
+    return [
+        f"GPU KV cache size: {int(requests * longest):,} tokens",
+        f"Maximum concurrency for {longest:,} tokens per request: {requests:.2f}x",
+    ]
+
+
+def _longest_request(group: PlannedGroup, tokens: int, in_flight_tokens: int) -> int:
+    """Blocks of a group that vLLM reckons for the longest request."""
+    if isinstance(group.cache, SlidingWindow):
+        return ceil(min(group.cache.window - 1 + in_flight_tokens, tokens) / group.block_tokens) + 1
+    return group.blocks_for(tokens)
+
+
 def _largest_token(layers: Mapping[str, LayerCache]) -> int:
     return max((cache.bytes_per_token for cache in layers.values() if isinstance(cache, FullAttention)), default=0)
 

@@ -21,13 +21,19 @@ def print_plan(plan: CapacityPlan, console: Console) -> None:
     weights = f"{plan.parameters / 1e9:.2f} B weights"
     console.print(Text.assemble((plan.model_name, "bold"), f"  {plan.family}, {weights}"))
     console.print(Text(formatting.budget(plan)))
+    if reserved := formatting.reserved(plan):
+        console.print(Text(reserved, style="dim"))
     console.print(Text(formatting.setting(plan)), Text(f"\nShapes: {plan.source}.", style="dim"), sep="")
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("", width=_LABEL)
     for title in TITLES.values():
         table.add_column(title, width=_CELL, justify="right")
+    table.add_row("  served by", *(formatting.serves(plan, kind) for kind in TITLES))
     console.print()
     console.print(table)
+    for line in plan.startup:
+        console.print(Text(f"  stock vLLM's log: {line}", style="dim"))
+    console.print()
     for section in sections(plan):
         console.print(Text(section.title, style="bold"))
         table = Table(box=None, show_header=False, show_edge=False, pad_edge=False)
@@ -44,12 +50,8 @@ def print_plan(plan: CapacityPlan, console: Console) -> None:
             Text(f"Tokens beside {formatting.requests(plan.dtype_requests)}, by KV cache dtype", style="bold")
         )
         console.print(_dtypes(plan))
-    if not plan.hybrid:
-        console.print(Text(f"\n{formatting.NO_STATES}", style="yellow"))
-    elif plan.latent:
-        console.print(Text(f"\n{formatting.LATENT}", style="yellow"))
-    for kind, reason in plan.missing.items():
-        console.print(Text(f"\n{TITLES[kind]}: {reason}", style="yellow"))
+    for note in formatting.notes(plan):
+        console.print(Text(f"\n{note}", style="yellow"))
 
 
 def _legend(plan: CapacityPlan) -> Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tidepool.models.config import Config, ModelConfigError
-from tidepool.models.families.common import attention, dense, layer_kinds, mixture, model_of
+from tidepool.models.families.common import attention, layer_kinds, model_of
 from tidepool.models.mixers import (
     GatedDelta,
     IndexerTail,
@@ -15,6 +15,7 @@ from tidepool.models.mixers import (
     PooledIndexer,
 )
 from tidepool.models.model import Layer, Model
+from tidepool.models.weights import dense, mixture
 
 _KINDS = {"linear_attention": "state", "full_attention": "attention", "indexed_attention": "attention"}
 
@@ -32,26 +33,33 @@ def qwen3_next(config: Config) -> Model:
         key_size=config.positive("linear_key_head_dim"),
         value_size=config.positive("linear_value_head_dim"),
         kernel=config.positive("linear_conv_kernel_dim"),
+        split=config.model_type != "qwen3_next",
     )
     gated = attention(config, gated=config.flag("attn_output_gate", default=True))
     if config.has("num_experts"):
-        feed_forward, experts = mixture(
+        feed_forward = mixture(
+            "mlp",
             hidden,
             config.positive("moe_intermediate_size"),
             config.positive("num_experts"),
             config.count("shared_expert_intermediate_size"),
+            shared_name="shared_expert",
         )
     else:
-        feed_forward, experts = dense(hidden, config.positive("intermediate_size")), 0
+        feed_forward = dense("mlp", hidden, config.positive("intermediate_size"))
     layers = [
-        Layer({"state": delta} if kind == "state" else {"attention": gated}, feed_forward, experts)
+        Layer({"state": delta} if kind == "state" else {"attention": gated}, feed_forward)
         for kind in _kinds(config, count)
     ]
     state_dtype = config.text("mamba_ssm_dtype") if config.has("mamba_ssm_dtype") else None
     model = model_of(config, "Gated DeltaNet and attention", layers, state_dtype)
     # vLLM takes one for granted, too.
     drafts = config.count("mtp_num_hidden_layers", "num_nextn_predict_layers", default=1)
-    return replace(model, draft_layers=(Layer({"attention": gated}, feed_forward, experts),) * drafts)
+    return replace(
+        model,
+        draft_layers=(Layer({"attention": gated}, feed_forward),) * drafts,
+        draft_joint=drafts * 2 * hidden * hidden,
+    )
 
 
 def kimi_linear(config: Config) -> Model:
@@ -63,20 +71,28 @@ def kimi_linear(config: Config) -> Model:
         linear.positive("num_heads"),
         linear.positive("head_dim"),
         linear.positive("short_conv_kernel_size"),
+        full_gate=linear.flag("use_full_rank_gate"),
     )
-    latent = _latent(config)
+    latent = _latent(config, gated=config.flag("mla_use_output_gate"))
     dense_layers = config.count("first_k_dense_replace")
     inner = config.positive("moe_intermediate_size")
-    feed_forward, experts = mixture(
-        hidden, inner, config.positive("num_experts"), inner * config.count("num_shared_experts")
+    feed_forward = mixture(
+        "mlp",
+        hidden,
+        inner,
+        config.positive("num_experts"),
+        inner * config.count("num_shared_experts"),
+        latent=config.positive("routed_expert_hidden_size") if config.has("routed_expert_hidden_size") else None,
+        latent_names=("routed_expert_down_proj", "routed_expert_up_proj"),
     )
     full = {index - 1 for index in linear.indices("full_attn_layers")}  # counted from 1
     layers = []
     for index in range(count):
         mixers: dict[str, Mixer] = {"attention": latent} if index in full else {"state": delta}
         is_dense = index < dense_layers
-        width = dense(hidden, config.positive("intermediate_size")) if is_dense else feed_forward
-        layers.append(Layer(mixers, width, 0 if is_dense else experts))
+        layers.append(
+            Layer(mixers, dense("mlp", hidden, config.positive("intermediate_size")) if is_dense else feed_forward)
+        )
     return model_of(config, "Kimi Delta Attention and latent attention", layers, "float32")
 
 
@@ -96,22 +112,23 @@ def glm5_next(config: Config) -> Model:
         "tail": IndexerTail(size, pool),
     }
     inner = config.positive("moe_intermediate_size")
-    feed_forward, experts = mixture(
-        hidden, inner, config.positive("n_routed_experts"), inner * config.count("n_shared_experts")
+    feed_forward = mixture(
+        "mlp", hidden, inner, config.positive("n_routed_experts"), inner * config.count("n_shared_experts")
     )
     dense_layers = config.count("first_k_dense_replace", default=3)
     layers = [
         Layer(
             {"state": delta} if kind == "state" else sparse,
-            dense(hidden, config.positive("intermediate_size")) if index < dense_layers else feed_forward,
-            0 if index < dense_layers else experts,
+            dense("mlp", hidden, config.positive("intermediate_size")) if index < dense_layers else feed_forward,
         )
         for index, kind in enumerate(_kinds(config, count))
     ]
-    return model_of(config, "Kimi Delta Attention and sparse latent attention", layers, "float32")
+    model = model_of(config, "Kimi Delta Attention and sparse latent attention", layers, "float32")
+    drafts = (Layer(sparse, feed_forward),) * config.count("num_nextn_predict_layers")
+    return replace(model, draft_layers=drafts, draft_joint=len(drafts) * 2 * hidden * hidden)
 
 
-def _latent(config: Config) -> LatentAttention:
+def _latent(config: Config, gated: bool = False) -> LatentAttention:
     return LatentAttention(
         hidden=config.positive("hidden_size"),
         heads=config.positive("num_attention_heads"),
@@ -120,6 +137,7 @@ def _latent(config: Config) -> LatentAttention:
         nope=config.positive("qk_nope_head_dim"),
         value=config.positive("v_head_dim"),
         query_latent=config.positive("q_lora_rank") if config.has("q_lora_rank") else None,
+        gated=gated,
     )
 
 

@@ -5,10 +5,13 @@ Nemotron-H, Falcon-H1, Granite 4 hybrids, Bamba, Jamba, Mamba2, LFM2.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tidepool.models.config import Config, ModelConfigError
-from tidepool.models.families.common import attention, dense, layer_kinds, mixture, model_of
+from tidepool.models.families.common import attention, layer_kinds, model_of
 from tidepool.models.mixers import Mamba1, Mamba2, Mixer, ShortConvolution
 from tidepool.models.model import Layer, Model
+from tidepool.models.weights import Linear, dense, mixture
 
 _PATTERN = {"M": "state", "*": "attention", "-": "mlp", "E": "moe"}
 _KINDS = {
@@ -35,6 +38,7 @@ def nemotron_h(config: Config) -> Model:
         groups=config.positive("n_groups"),
         state_size=config.positive("ssm_state_size"),
         kernel=config.positive("conv_kernel"),
+        module="mixer",
     )
     if config.has("hybrid_override_pattern"):
         pattern = config.text("hybrid_override_pattern")
@@ -43,25 +47,37 @@ def nemotron_h(config: Config) -> Model:
         kinds = [_PATTERN[letter] for letter in pattern]
     else:
         kinds = layer_kinds(config, _KINDS, "layers_block_type", "layer_types")
-    layers = []
-    for kind in kinds:
-        if kind == "state":
-            layers.append(Layer({"state": mamba}))
-        elif kind == "attention":
-            layers.append(Layer({"attention": attention(config)}))
-        elif kind == "mlp":
-            layers.append(Layer({}, dense(hidden, config.positive("intermediate_size"), gated=False)))
-        else:
-            weights = mixture(
-                hidden,
-                config.positive("moe_intermediate_size"),
-                config.positive("n_routed_experts"),
-                config.count("moe_shared_expert_intermediate_size") * config.count("n_shared_experts", default=1),
-                gated=False,
-            )
-            layers.append(Layer({}, *weights))
+    parts = {
+        "state": lambda: Layer({"state": mamba}),
+        "attention": lambda: Layer({"attention": attention(config, module="mixer")}),
+        "mlp": lambda: Layer({}, dense("mixer", hidden, config.positive("intermediate_size"), gated=False)),
+        "moe": lambda: Layer({}, _nemotron_experts(config)),
+    }
+    made = {kind: parts[kind]() for kind in dict.fromkeys(kinds)}
+    layers = [made[kind] for kind in kinds]
     state_dtype = config.text("mamba_ssm_cache_dtype", default="float32")
-    return model_of(config, "Mamba2 and attention", layers, state_dtype)
+    model = model_of(config, "Mamba2 and attention", layers, state_dtype)
+    heads = config.count("num_nextn_predict_layers")
+    head = (
+        [_PATTERN.get(letter) for letter in config.text("mtp_hybrid_override_pattern", default="*E")] if heads else []
+    )
+    if not set(head) <= set(parts):
+        raise ModelConfigError('"mtp_hybrid_override_pattern" of the config has unknown letters.')
+    drafts = tuple(parts[kind]() for kind in head if kind is not None) * heads
+    return replace(model, draft_layers=drafts, draft_joint=heads * 2 * hidden * hidden)
+
+
+def _nemotron_experts(config: Config) -> tuple[Linear, ...]:
+    """Experts without gates; of Super and Ultra they see a latent vector, ``moe_latent_size`` numbers of a token."""
+    return mixture(
+        "mixer",
+        config.positive("hidden_size"),
+        config.positive("moe_intermediate_size"),
+        config.positive("n_routed_experts"),
+        config.count("moe_shared_expert_intermediate_size") * config.count("n_shared_experts", default=1),
+        gated=False,
+        latent=config.positive("moe_latent_size") if config.has("moe_latent_size") else None,
+    )
 
 
 def falcon_h1(config: Config) -> Model:
@@ -69,22 +85,20 @@ def falcon_h1(config: Config) -> Model:
     hidden = config.positive("hidden_size")
     inner = config.positive("mamba_d_ssm", default=config.positive("mamba_expand", default=2) * hidden)
     mixers: dict[str, Mixer] = {"state": _mamba2(config, inner), "attention": attention(config)}
-    layer = Layer(mixers, dense(hidden, config.positive("intermediate_size")))
+    layer = Layer(mixers, dense("feed_forward", hidden, config.positive("intermediate_size")))
     return model_of(config, "Mamba2 beside attention", [layer] * config.positive("num_hidden_layers"))
 
 
 def granite_hybrid(config: Config) -> Model:
     """Granite 4 hybrids: Mamba2 or attention, each with experts and a shared feed-forward part."""
     hidden = config.positive("hidden_size")
-    feed_forward, experts = mixture(
-        hidden,
-        config.positive("intermediate_size"),
-        config.count("num_local_experts"),
-        config.count("shared_intermediate_size"),
-    )
+    shared, experts = config.count("shared_intermediate_size"), config.count("num_local_experts")
+    feed_forward = dense("shared_mlp", hidden, shared) if shared else ()
+    if experts:
+        feed_forward += mixture("block_sparse_moe", hidden, config.positive("intermediate_size"), experts)
     mamba = _mamba2(config, config.positive("mamba_expand", default=2) * hidden)
     layers = [
-        Layer({"state": mamba} if kind == "state" else {"attention": attention(config)}, feed_forward, experts)
+        Layer({"state": mamba} if kind == "state" else {"attention": attention(config)}, feed_forward)
         for kind in layer_kinds(config, _KINDS, "layer_types", "layers_block_type")
     ]
     return model_of(config, "Mamba2 and attention", layers)
@@ -98,7 +112,7 @@ def bamba(config: Config) -> Model:
     layers = [
         Layer(
             {"attention": attention(config)} if index in full else {"state": mamba},
-            dense(hidden, config.positive("intermediate_size")),
+            dense("feed_forward", hidden, config.positive("intermediate_size")),
         )
         for index in range(config.positive("num_hidden_layers"))
     ]
@@ -116,7 +130,7 @@ def jamba(config: Config) -> Model:
         step_rank=-(-hidden // 16),
     )
     inner = config.positive("intermediate_size")
-    feed_forward, experts = mixture(hidden, inner, config.positive("num_experts"), 0)
+    experts = mixture("feed_forward", hidden, inner, config.positive("num_experts"))
     attention_period, expert_period = (
         config.positive("attn_layer_period"),
         config.positive("expert_layer_period"),
@@ -128,8 +142,7 @@ def jamba(config: Config) -> Model:
         layers.append(
             Layer(
                 {"attention": attention(config)} if full else {"state": mamba},
-                feed_forward if mixed else dense(hidden, inner),
-                experts if mixed else 0,
+                experts if mixed else dense("feed_forward", hidden, inner),
             )
         )
     return model_of(config, "Mamba and attention", layers)
@@ -157,7 +170,7 @@ def lfm2(config: Config) -> Model:
         full = set(config.indices("full_attn_idxs"))
         kinds = ["attention" if index in full else "state" for index in range(count)]
     convolution = ShortConvolution(hidden, config.positive("conv_dim", default=hidden), config.positive("conv_L_cache"))
-    width = dense(hidden, _lfm2_width(config))
+    width = dense("feed_forward", hidden, _lfm2_width(config))
     layers = [
         Layer({"state": convolution} if kind == "state" else {"attention": attention(config)}, width) for kind in kinds
     ]
