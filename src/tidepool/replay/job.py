@@ -42,6 +42,8 @@ class Job:
     """What tidepool evicts by."""
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """How single attention layers keep their tokens, see `tidepool.models.CacheOptions`."""
+    drop_reasoning: float = 0.0
+    """Share of the answers that come back in no prompt, of those that would."""
 
     @property
     def side(self) -> Side:
