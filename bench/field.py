@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from multiprocessing import forkserver
@@ -298,7 +298,7 @@ def replayed(
 def generated(name: str, requests: int, rate: float = 1.0) -> list[TraceRequest]:
     """One of `tidepool replay`'s own workloads, its requests ``rate`` times as fast."""
     made = generate(name, requests, 0)
-    return [TraceRequest(r.arrival / rate, r.runs, r.input_tokens, r.output_tokens) for r in made]
+    return [replace(request, arrival=request.arrival / rate) for request in made]
 
 
 def light_load(requests: int = 120) -> list[TraceRequest]:

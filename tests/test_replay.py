@@ -1,8 +1,9 @@
 """The parts of a replay that need no vLLM: traces, generated workloads, the clock, figures, the page."""
 
+import gzip
 import json
 import random
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from tidepool.gpus import GPUS
 from tidepool.models import ModelConfigError, entry, model_from_config
 from tidepool.models.mixers import CacheOptions
+from tidepool.replay.answers import with_answers, with_own_tokens, without_reasoning
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import STEP_OVERHEAD, Work, cost_model
 from tidepool.replay.command import parse_modes, replay
@@ -24,12 +26,22 @@ from tidepool.replay.plot import round_step
 from tidepool.replay.report import Report, Setting, mean_uses
 from tidepool.replay.sampling import FEWEST, Sampler
 from tidepool.replay.statistics import median, percentile, spread
-from tidepool.replay.trace import GENERATED_TOKEN, TraceError, read_trace
+from tidepool.replay.trace import GENERATED_TOKEN, TraceError, TraceRequest, read_trace
+from tidepool.replay.workload import load_workload
 
 
 def write(path: Path, *lines: object) -> Path:
     path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), "utf-8")
     return path
+
+
+def read(path: Path, *lines: object) -> list[TraceRequest]:
+    """The requests of a trace, with their answers."""
+    return with_answers(read_trace(write(path / "t.jsonl", *lines)))
+
+
+def answer(request: TraceRequest) -> list[int]:
+    return [token for run in request.answer for token in run]
 
 
 # Traces.
@@ -38,7 +50,7 @@ def write(path: Path, *lines: object) -> Path:
 def test_hash_ids_stand_for_fixed_tokens(tmp_path: Path) -> None:
     first = {"timestamp": 1500, "input_length": 1000, "output_length": 7, "hash_ids": [0, 5]}
     second = {"timestamp": 500, "input_length": 1024, "output_length": 1, "hash_ids": [0, 6]}
-    late, early = read_trace(write(tmp_path / "t.jsonl", first, "", second))[::-1]
+    late, early = read(tmp_path, first, "", second)[::-1]
     assert (early.arrival, late.arrival) == (0.5, 1.5)
     assert (late.input_tokens, late.output_tokens) == (1000, 7)
     a, b = late.prompt(), early.prompt()
@@ -51,7 +63,7 @@ def test_hash_ids_stand_for_fixed_tokens(tmp_path: Path) -> None:
 def test_blocks_of_another_size_and_plain_tokens(tmp_path: Path) -> None:
     hashed = {"output_length": 2, "hash_ids": [3, 4], "block_size": 16}
     plain = {"output_length": 2, "token_ids": [9, 9, 8]}
-    one, two = read_trace(write(tmp_path / "t.jsonl", hashed, plain))
+    one, two = read(tmp_path, hashed, plain)
     assert one.input_tokens == len(set(one.prompt())) == 32
     assert two.prompt() == [9, 9, 8]
 
@@ -90,6 +102,171 @@ def test_an_empty_or_missing_trace_is_an_error(tmp_path: Path) -> None:
         read_trace(write(tmp_path / "t.jsonl", ""))
     with pytest.raises(TraceError, match="No such file"):
         read_trace(tmp_path / "missing.jsonl")
+
+
+def test_gzipped_traces_are_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", {"output_length": 2, "token_ids": [9, 9, 8]})
+    packed = tmp_path / "packed"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read_trace(packed) == read_trace(path)
+    for content in (packed.read_bytes()[:-9], packed.read_bytes()[:10] + b"\xff" * 30, b"\x1f\x8b"):
+        packed.write_bytes(content)
+        with pytest.raises(TraceError, match=r"Can't read .*gzip data is broken\.$"):
+            read_trace(packed)
+
+
+# Answers.
+
+SIZE = 16
+Turn = tuple[int, int, int]
+"""Tokens that a user adds, tokens of the answer, and which earlier turn is gone on from."""
+
+
+def hashed(tokens: list[int], ids: dict[tuple[int, ...], int]) -> list[int]:
+    """An id for each block of a prompt and all before it, the last one cut, as services record them."""
+    ends = [*range(SIZE, len(tokens), SIZE), len(tokens)]
+    return [ids.setdefault(tuple(tokens[:end]), len(ids)) for end in ends]
+
+
+def shared(one: list[int], other: list[int]) -> int:
+    """Tokens that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+turns = st.lists(st.tuples(st.integers(1, 3 * SIZE), st.integers(1, 3 * SIZE), st.integers(0, 5)), max_size=12)
+
+
+@given(st.integers(0, 2 * SIZE), turns, st.booleans())
+def test_what_a_conversation_recorded_is_found_again(
+    tmp_path_factory: pytest.TempPathFactory, system: int, turns: list[Turn], plain: bool
+) -> None:
+    """Conversations that go on from any of their turns, some several times, and others that begin beside them."""
+    fresh = iter(range(10_000))
+    common = [next(fresh) for _ in range(system)]
+    prompts: list[list[int]] = []
+    said: list[list[int]] = []
+    goes_on: list[int | None] = []
+    for added, length, back in [(2 * SIZE, 3, 0), *turns]:
+        earlier = len(prompts) - back if 0 < back <= len(prompts) else None
+        past = common if earlier is None else prompts[earlier] + said[earlier]
+        prompts.append([*past, *(next(fresh) for _ in range(added))])
+        said.append([next(fresh) for _ in range(length)])
+        goes_on.append(earlier)
+    ids: dict[tuple[int, ...], int] = {}
+    lines = [
+        {"timestamp": time, "output_length": len(a), "input_length": len(p), "block_size": SIZE}
+        | ({"token_ids": p} if plain else {"hash_ids": hashed(p, ids)})
+        for time, (p, a) in enumerate(zip(prompts, said, strict=True))
+    ]
+    made = read(tmp_path_factory.mktemp("trace"), *lines)
+    assert [r.input_tokens for r in made] == [len(r.prompt()) for r in made] == list(map(len, prompts))
+    found = [answer(r) for r in made]
+    assert all(len(a) in (0, len(s)) for a, s in zip(found, said, strict=True))
+    for later, earlier in enumerate(goes_on):
+        if earlier is None or len(prompts[earlier]) < system + SIZE:
+            continue
+        ancestors = {earlier}
+        while (before := goes_on[min(ancestors)]) is not None:
+            ancestors.add(before)
+        full = prompts[earlier][: len(prompts[earlier]) // SIZE * SIZE]
+        # From which of several prompts with the same full blocks it goes on isn't recorded.
+        if not any(prompts[other][: len(full)] == full for other in set(range(later)) - ancestors):
+            text = made[earlier].prompt() + found[earlier]
+            assert len(text) == len(prompts[earlier]) + len(said[earlier])
+            assert text == made[later].prompt()[: len(text)]
+    # Full blocks are shared as recorded.
+    for one, other in zip(made, prompts, strict=True):
+        for two, another in zip(made, prompts, strict=True):
+            assert shared(one.prompt(), two.prompt()) // SIZE == shared(other, another) // SIZE
+
+
+def test_an_answer_that_has_no_room_in_the_next_prompt_is_of_its_own_tokens(tmp_path: Path) -> None:
+    first = {"timestamp": 0, "input_length": 20, "block_size": 16, "hash_ids": [1, 2]}
+    later = {"timestamp": 1, "input_length": 40, "block_size": 16, "hash_ids": [1, 3, 4], "output_length": 5}
+    made = read(tmp_path, first | {"output_length": 20}, later)
+    assert answer(made[0]) == made[1].prompt()[20:40]
+    assert made[0].prompt() == made[1].prompt()[:20]
+    made = read(tmp_path, first | {"output_length": 21}, later)
+    assert answer(made[0]) == []
+    assert made[0].prompt() == made[1].prompt()[:20]
+    own = [answer(r) for r in with_own_tokens(made)]
+    assert list(map(len, own)) == [21, 5]
+    assert len({*own[0], *own[1]}) == 26
+    assert not {*own[0], *own[1]} & {token for r in made for token in r.prompt()}
+
+
+def recorded(tmp_path: Path, *prompts: tuple[list[int], int], block: int = 16) -> list[TraceRequest]:
+    """Requests by hash ids and lengths of their prompts, one a millisecond, with answers of 9 tokens."""
+    lines = [
+        {"timestamp": at, "hash_ids": ids, "input_length": tokens, "output_length": 9, "block_size": block}
+        for at, (ids, tokens) in enumerate(prompts)
+    ]
+    return read(tmp_path, *lines)
+
+
+def test_nobody_goes_on_from_a_shared_beginning(tmp_path: Path) -> None:
+    """A system prompt fills the only full block of the second prompt."""
+    made = recorded(tmp_path, ([1, 2, 3], 40), ([1, 4], 20), ([1, 5, 6], 47))
+    assert [answer(r) for r in made] == [[], [], []]
+    assert shared(made[1].prompt(), made[2].prompt()) == 16
+
+
+def test_of_equal_prompts_the_last_one_is_gone_on_from_first(tmp_path: Path) -> None:
+    made = recorded(tmp_path, ([1, 2], 20), ([1, 2], 20), ([1, 3], 32), ([1, 4], 32))
+    assert answer(made[1]) == made[2].prompt()[20:29]
+    assert answer(made[0]) == made[3].prompt()[20:29]
+    assert made[2].prompt()[:20] == made[3].prompt()[:20] == made[0].prompt()
+
+
+def test_a_shorter_prompt_goes_on_from_no_longer_one(tmp_path: Path) -> None:
+    longer, shorter, later = recorded(tmp_path, ([1, 2], 28), ([1, 3], 20), ([1, 4, 5], 40))
+    assert shared(longer.prompt(), shorter.prompt()) == 16
+    assert answer(shorter) == later.prompt()[20:29]
+
+
+def test_a_hash_id_may_stand_for_a_part_of_its_block(tmp_path: Path) -> None:
+    first, later, again = recorded(tmp_path, ([1, 2], 20), ([1, 2, 3], 40), ([1, 2], 27))
+    assert answer(first) == later.prompt()[20:29]
+    assert later.prompt()[:32] == [*range(1016, 1048)]
+    assert again.prompt() == later.prompt()[:27]
+
+
+def test_blocks_of_two_sizes_keep_apart(tmp_path: Path) -> None:
+    line: dict[str, object] = {"output_length": 9, "block_size": 16}
+    lines = [line | {"hash_ids": [0, 1]}, line | {"hash_ids": [0], "block_size": 32}, line | {"hash_ids": [0, 1, 2]}]
+    made = read(tmp_path, *[line | {"timestamp": at} for at, line in enumerate(lines)])
+    assert answer(made[0]) == made[2].prompt()[32:41]
+
+
+def test_recorded_tokens_must_be_equal_up_to_the_end(tmp_path: Path) -> None:
+    first = [*range(20)]
+    for last, found in ((19, True), (18, False)):
+        prompts = first, [*first[:-1], last, *range(30, 50)]
+        made = read(tmp_path, *[{"timestamp": at, "token_ids": p, "output_length": 9} for at, p in enumerate(prompts)])
+        assert [r.prompt() for r in made] == list(prompts)
+        assert answer(made[0]) == (prompts[1][20:29] if found else [])
+
+
+def test_reasoning_is_dropped_from_a_share_of_the_answers() -> None:
+    made = generate("chat", 400, 0)
+    few, many = (without_reasoning(made, share, 1) for share in (0.25, 0.75))
+    dropped = [{index for index, r in enumerate(each) if not r.answer} for each in (few, many)]
+    assert 0.2 < len(dropped[0]) / 400 < 0.3
+    assert 0.7 < len(dropped[1]) / 400 < 0.8
+    assert dropped[0] < dropped[1]
+    assert [r.runs for r in many] == [r.runs for r in made]
+    assert without_reasoning(made, 0, 1) == made
+
+
+def test_a_workload_is_loaded_with_answers(tmp_path: Path) -> None:
+    job = Job("stock", {}, "H100", 1, None, "chat", 50, 3, 1.0, 256, 8192)
+    assert load_workload(job) == generate("chat", 50, 3)
+    dropped = load_workload(replace(job, drop_reasoning=1.0))
+    assert not {t for r in dropped for t in answer(r)} & {t for r in dropped for t in r.prompt()}
+    path = write(tmp_path / "t.jsonl", {"output_length": 2, "token_ids": list(range(40))})
+    (request,) = load_workload(replace(job, workload=None, trace=str(path)))
+    assert answer(request) == [40, 41]
 
 
 # Generated workloads.
@@ -131,9 +308,10 @@ def test_workloads_share_what_their_names_say() -> None:
 
 def test_a_turn_contains_what_the_last_one_generated() -> None:
     chats = generate("chat", 300, 0)
+    told = {tuple(r.runs): r.answer for r in chats}
     later = [r for r in chats if len(r.runs) > 2]
     assert later
-    assert all(set(r.runs[2]) == {GENERATED_TOKEN} for r in later)
+    assert all(told[tuple(r.runs[:-2])] == (r.runs[-2],) for r in later)
 
 
 def test_an_unknown_workload_names_the_known() -> None:
@@ -329,6 +507,7 @@ def test_modes_are_known_and_once_each() -> None:
         (["--generate", "chat", "--eviction", "fifo"], "--eviction takes returns or lru"),
         (["--generate", "chat", "--requests", "0"], "--requests must be above zero"),
         (["--generate", "chat", "--rate", "-1"], "--rate must be above zero"),
+        (["--generate", "chat", "--drop-reasoning", "1.5"], "--drop-reasoning must be from 0 to 1"),
         (["--generate", "chat", "--json", "missing/x.json"], "no such directory"),
         (["--generate", "chat", "--model", "Qwen3.5-27B", "--gpu", "4090"], "leave nothing"),
     ],

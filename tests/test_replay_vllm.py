@@ -86,6 +86,15 @@ def test_prompts_that_part_before_their_ends_find_a_state() -> None:
     assert made[0].hit_rate > 0.45
 
 
+def test_answers_are_hit_by_the_next_turn() -> None:
+    """Attention of everything is kept. The chat's prompts are the same, whether answers are in them or others' text."""
+    asked = replace(job("bound"), workload="chat", kv_bytes=4 << 30, gpu="H100")
+    made, failures = run_jobs([asked, replace(asked, drop_reasoning=1.0)], REQUESTS, QUIET)
+    assert not failures
+    told, dropped = (result.hit_tokens / result.prompt_tokens for result in made)
+    assert dropped + 0.1 < told
+
+
 def test_too_little_memory_is_said() -> None:
     made, failures = run_jobs([replace(job("stock"), kv_bytes=50 << 20)], REQUESTS, QUIET)
     assert not made

@@ -150,7 +150,8 @@ class HostMachine(RuleBasedStateMachine):
         for group in range(len(GROUPS)):
             for key in self.held(group):
                 held = self.tier.find(group, key)
-                assert held and self.on_host[group, held.block] == key
+                assert held
+                assert self.on_host[group, held.block] == key
 
     @invariant()
     def references_are_the_copies(self) -> None:
@@ -183,18 +184,22 @@ def left(*keys: str, group: int = 1) -> list[Left]:
 def test_found_once_its_copy_has_ended() -> None:
     tier = make_tier(4)
     copy = tier.store("a", TurnClass.FIRST, left("x", "y"))
-    assert copy and copy.to_host and copy.bytes == 2 * SIZE // 4 == tier.bytes_under_way
+    assert copy
+    assert copy.to_host
+    assert copy.bytes == 2 * SIZE // 4 == tier.bytes_under_way
     assert tier.find(1, "x") is None
     tier.ended(copy.number)
     held = tier.find(1, "y")
-    assert held and held.tokens == 32
+    assert held
+    assert held.tokens == 32
 
 
 def test_only_what_the_host_lacks_is_copied() -> None:
     tier = make_tier(4)
     first = tier.store("a", TurnClass.FIRST, left("x", "y"))
     second = tier.store("b", TurnClass.SECOND, left("x", "y", "z"))
-    assert first and second
+    assert first
+    assert second
     assert len(second.blocks) == 1, "what is on its way isn't copied again"
     tier.ended(second.number)
     tier.ended(first.number)
@@ -222,7 +227,8 @@ def test_a_lowered_state_goes_first() -> None:
     tier.lower(0, "z")
     copy = tier.store("d", TurnClass.FIRST, left("new", group=0))
     assert copy
-    assert tier.find(0, "x") and tier.find(0, "y")
+    assert tier.find(0, "x")
+    assert tier.find(0, "y")
 
 
 def test_no_room_leaves_it_out() -> None:

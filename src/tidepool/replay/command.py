@@ -56,7 +56,10 @@ def replay(
     host_bandwidth: Annotated[
         str, typer.Option(help=f"Between the two, each way, like 50GB/s, or {', '.join(LINKS)}.")
     ] = "50GB/s",
-    seed: Annotated[int, typer.Option(help="Seed of --generate.")] = 0,
+    drop_reasoning: Annotated[
+        float, typer.Option(help="Share of the answers that later prompts lack, as thinking models' do; 0 to 1.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of --generate and --drop-reasoning.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
 ) -> None:
@@ -70,6 +73,8 @@ def replay(
         _require_positive(
             requests=requests, rate=rate, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
+        if not 0 <= drop_reasoning <= 1:
+            raise UsageError(f"--drop-reasoning must be from 0 to 1, not {drop_reasoning:g}.")
         if (trace is None) == (generate is None):
             raise TraceError("Name a trace, or a workload with --generate, and not both.")
         for file in (json_file, html):
@@ -101,6 +106,7 @@ def replay(
                 layer_kv_dtypes=layer_kv_dtypes,
                 host_bytes=parse_size(host_memory) if host_memory else 0,
                 host_bandwidth=parse_bandwidth(host_bandwidth),
+                drop_reasoning=drop_reasoning,
             )
             for mode in chosen
         ]
@@ -121,6 +127,7 @@ def replay(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         eviction=eviction,
+        drop_reasoning=drop_reasoning,
     )
     report = Report(setting, results, failures)
     print_report(report, Console(width=WIDTH if not sys.stdout.isatty() else None))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,12 @@ class GpuBlocks:
 
 
 class NoModelExecutor(Executor):  # type: ignore[misc]
-    """Builds the model on the meta device for its specs, and samples `GENERATED_TOKEN` for every request."""
+    """Builds the model on the meta device for its specs, and samples what `add_request` says."""
 
     shape: EngineShape
 
     def _init_executor(self) -> None:
+        self.answers = defaultdict(lambda: iter(()))
         build_on_meta_device(self.vllm_config)
         prepare_gpu_blocks(self.vllm_config)
         specs = layer_specs_of(self.vllm_config)
@@ -141,7 +143,8 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
         for req_id in scheduled:
             request = scheduler.requests[req_id]
             # num_computed_tokens has been advanced past this step's tokens already.
-            tokens.append([GENERATED_TOKEN] if request.num_computed_tokens >= request.num_tokens else [])
+            made = request.num_computed_tokens >= request.num_tokens
+            tokens.append([next(self.answers[req_id], GENERATED_TOKEN)] if made else [])
         return tokens
 
     scheduler: Any = None
@@ -150,6 +153,8 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
     """To host memory; set by the replay."""
     waited: float = 0.0
     """Seconds that the last step waited for the link before it began."""
+    answers: defaultdict[str, Iterator[int]]
+    """What each request will still generate."""
 
 
 class _Done:
@@ -224,8 +229,11 @@ def typed_layers(specs: Mapping[str, Any], layer_kv_dtypes: Sequence[tuple[int |
     return made
 
 
-def add_request(engine: EngineCore, req_id: str, prompt: list[int], output_tokens: int) -> None:
-    """Queue a request that will generate ``output_tokens`` tokens."""
+def add_request(
+    engine: EngineCore, req_id: str, prompt: list[int], output_tokens: int, answer: Iterable[int] = ()
+) -> None:
+    """Queue a request that will generate ``output_tokens`` tokens: those of ``answer``, as far as it goes."""
+    engine.model_executor.answers[req_id] = iter(answer)
     request = EngineCoreRequest(
         request_id=req_id,
         prompt_token_ids=prompt,

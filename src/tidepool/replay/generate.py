@@ -1,16 +1,16 @@
 """Workloads made up by rule, for what one trace doesn't show. The same seed makes the same requests.
 
-Tokens of different origin never meet: every piece of text is a run of numbers that no other piece has. What a request
-generates is `GENERATED_TOKEN` again and again, so a later turn of the same conversation contains just that.
+Tokens of different origin never meet: every piece of text is a run of numbers that no other piece has. The next turn of
+a conversation contains what the last one generated; of other workloads nothing comes back.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from tidepool.replay.trace import FIRST_TOKEN, GENERATED_TOKEN, TraceError, TraceRequest
+from tidepool.replay.trace import FIRST_TOKEN, Run, TraceError, TraceRequest
 
 REQUESTS = 1_000
 """How many requests are made where none are asked for."""
@@ -26,13 +26,16 @@ class Writer:
 
     def text(self, shortest: int, longest: int) -> range:
         """A run of new tokens, its length between the two."""
-        length = self.rng.randint(shortest, longest)
+        return self.new(self.rng.randint(shortest, longest))
+
+    def new(self, length: int) -> range:
+        """A run of new tokens."""
         self.next_token += length
         return range(self.next_token - length, self.next_token)
 
-    def request(self, arrival: float, runs: list[range | tuple[int, ...]], output_tokens: int) -> None:
+    def request(self, arrival: float, runs: list[Run], output_tokens: int, answer: Sequence[Run] = ()) -> None:
         """A request that arrives at ``arrival`` seconds."""
-        made = TraceRequest(arrival, tuple(runs), sum(map(len, runs)), output_tokens)
+        made = TraceRequest(arrival, tuple(runs), sum(map(len, runs)), output_tokens, answer)
         self.requests.append(made)
 
     def arrivals(self, rate: float) -> Iterator[float]:
@@ -70,7 +73,7 @@ def sharing_tree(writer: Writer, count: int) -> None:
     5 leaves each of 500; a request takes one path and adds 100 to 800 tokens of its own. 5 a second, leaves not
     equally often."""
     trunk = writer.text(1_000, 1_000)
-    paths: list[list[range | tuple[int, ...]]] = []
+    paths: list[list[Run]] = []
     for _ in range(4):
         branch = writer.text(2_000, 2_000)
         for _ in range(4):
@@ -134,7 +137,7 @@ def generate(workload: str, count: int | None, seed: int) -> list[TraceRequest]:
 def conversation(
     writer: Writer,
     began: float,
-    opening: list[range | tuple[int, ...]],
+    opening: list[Run],
     turns: tuple[int, int],
     added: tuple[int, int],
     output: tuple[int, int],
@@ -144,10 +147,10 @@ def conversation(
     20 ms later for each token that the last one generated."""
     now, past = began, opening
     for _ in range(writer.rng.randint(*turns)):
-        output_tokens = writer.rng.randint(*output)
-        writer.request(now, past, output_tokens)
-        now += writer.rng.expovariate(1 / pause) + 0.02 * output_tokens
-        past = [*past, (GENERATED_TOKEN,) * output_tokens, writer.text(*added)]
+        answer = writer.new(writer.rng.randint(*output))
+        writer.request(now, past, len(answer), (answer,))
+        now += writer.rng.expovariate(1 / pause) + 0.02 * len(answer)
+        past = [*past, answer, writer.text(*added)]
 
 
 def _first(times: Iterator[float], count: int) -> Iterator[float]:

@@ -46,6 +46,8 @@ class Job:
     """Host memory behind the device's; the bound has none."""
     host_bandwidth: float = 50e9
     """Bytes a second between the two, in each direction."""
+    drop_reasoning: float = 0.0
+    """Share of the answers that come back in no prompt, of those that would."""
 
     @property
     def side(self) -> Side:

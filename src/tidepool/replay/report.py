@@ -25,6 +25,8 @@ class Setting:
     max_num_batched_tokens: int
     eviction: str = "returns"
     """What tidepool evicts by."""
+    drop_reasoning: float = 0.0
+    """Share of the answers that later prompts lack."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,10 @@ def layout(result: Result) -> str:
 def describe(setting: Setting) -> str:
     """The setting in one line."""
     rate = "" if setting.rate == 1 else f", arrivals {setting.rate:g} times as fast"
+    dropped = f", {setting.drop_reasoning:.0%} of the answers dropped" if setting.drop_reasoning else ""
     policy = "" if setting.eviction == "returns" else f"; tidepool evicts by {setting.eviction}"
     return (
-        f"{setting.source}{rate}; {size(setting.kv_bytes)} of KV memory; clock of a {setting.gpu}; at most "
+        f"{setting.source}{rate}{dropped}; {size(setting.kv_bytes)} of KV memory; clock of a {setting.gpu}; at most "
         f"{setting.max_num_seqs:,} requests and {setting.max_num_batched_tokens:,} tokens a step{policy}"
     )
 

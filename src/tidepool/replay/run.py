@@ -6,6 +6,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from vllm.v1.engine.core import EngineCore
@@ -101,7 +102,8 @@ class Replay:
     def _let_arrive(self) -> None:
         while self.arrived < len(self.requests) and self.arrival(self.arrived) <= self.now:
             request = self.requests[self.arrived]
-            add_request(self.engine, str(self.arrived), request.prompt(), request.output_tokens)
+            answer = chain.from_iterable(request.answer)
+            add_request(self.engine, str(self.arrived), request.prompt(), request.output_tokens, answer)
             self.arrived += 1
 
     def _account(self, step: Step) -> None:

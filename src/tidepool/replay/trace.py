@@ -1,4 +1,4 @@
-"""What a replay is fed: requests with arrival times, prompts and output lengths, and the two file formats of them.
+"""What a replay is fed: requests with arrival times, prompts and answers, and the two file formats of recorded ones.
 
 A prompt is kept as runs of tokens, most of them `range`s, and turned into a list only when its request arrives: a
 conversation trace is tens of millions of tokens.
@@ -6,19 +6,27 @@ conversation trace is tens of millions of tokens.
 
 from __future__ import annotations
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+Run = range | tuple[int, ...]
+"""Tokens in a row."""
 TRACE_BLOCK = 512
 """Tokens for which a hash id stands where a line doesn't say."""
+TOKENS_BLOCK = 16
+"""Tokens that are compared at once where a line has them themselves."""
 GENERATED_TOKEN = 17
-"""The token that every request generates, again and again."""
+"""The token that a request generates, again and again, where nobody has said what."""
 FIRST_TOKEN = 1_000
 """Tokens made of hash ids start here, so that they are never `GENERATED_TOKEN`."""
+_GZIP = b"\x1f\x8b"
+"""What a gzip'd file begins with."""
 
 
 class TraceError(ValueError):
@@ -31,34 +39,51 @@ class TraceRequest:
 
     arrival: float
     """Seconds from the start."""
-    runs: Sequence[Sequence[int]]
+    runs: Sequence[Run]
     """The prompt's tokens, in order, cut into runs of any length."""
     input_tokens: int
     """Length of the prompt: all runs together."""
     output_tokens: int
     """Tokens that it generates."""
+    answer: Sequence[Run] = ()
+    """These tokens, likewise; () where they come back in no prompt."""
 
     def prompt(self) -> list[int]:
         """The prompt's tokens."""
         return list(chain.from_iterable(self.runs))
 
 
-def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
-    """Read the first ``limit`` requests of a trace, in the order of their arrival.
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A request as a line of a trace has it."""
+
+    arrival: float
+    """Seconds from the start of the recording."""
+    blocks: Sequence[Run]
+    """The prompt: a range of tokens for each hash id, or the tokens themselves. All but the last are full."""
+    block_tokens: int
+    """Tokens of a full block."""
+    input_tokens: int
+    output_tokens: int
+
+
+def read_trace(path: Path, limit: int | None = None) -> list[Recorded]:
+    """Read the first ``limit`` requests of a trace, gzip'd or not, in the order of their arrival.
 
     Raises:
         TraceError: the file can't be read, a line isn't of either format, or there are no requests.
     """
-    requests: list[TraceRequest] = []
+    requests: list[Recorded] = []
     try:
-        with path.open(encoding="utf-8") as lines:
+        with _open(path) as lines:
             for number, line in enumerate(lines, 1):
                 if limit is not None and len(requests) >= limit:
                     break
                 if line.strip():
                     requests.append(_request(line, f"{path}, line {number}"))
-    except OSError as error:
-        raise TraceError(f"Can't read {path}: {error.strerror}.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or "its gzip data is broken"
+        raise TraceError(f"Can't read {path}: {reason}.") from error
     except UnicodeDecodeError as error:
         raise TraceError(f"{path} isn't UTF-8 text.") from error
     if not requests:
@@ -77,7 +102,13 @@ def hashed_runs(hash_ids: Iterable[int], block_tokens: int, input_tokens: int) -
         left -= block_tokens
 
 
-def _request(line: str, where: str) -> TraceRequest:
+def _open(path: Path) -> IO[str]:
+    with path.open("rb") as file:
+        packed = file.read(len(_GZIP)) == _GZIP
+    return gzip.open(path, "rt", encoding="utf-8") if packed else path.open(encoding="utf-8")
+
+
+def _request(line: str, where: str) -> Recorded:
     try:
         fields = json.loads(line)
     except ValueError as error:
@@ -92,7 +123,8 @@ def _request(line: str, where: str) -> TraceRequest:
         tokens = _numbers(fields, "token_ids", where)
         if not tokens:
             raise TraceError(f'{where}: "token_ids" is empty.')
-        return TraceRequest(arrival / 1000, (tokens,), len(tokens), output_tokens)
+        parts = [tuple(tokens[start : start + TOKENS_BLOCK]) for start in range(0, len(tokens), TOKENS_BLOCK)]
+        return Recorded(arrival / 1000, parts, TOKENS_BLOCK, len(tokens), output_tokens)
     if "hash_ids" not in fields:
         raise TraceError(f'{where}: a request needs "token_ids" or "hash_ids".')
     hash_ids = _numbers(fields, "hash_ids", where)
@@ -102,7 +134,8 @@ def _request(line: str, where: str) -> TraceRequest:
         raise TraceError(
             f"{where}: {len(hash_ids)} hash ids of {block} tokens are too few for an input_length of {input_tokens}."
         )
-    return TraceRequest(arrival / 1000, tuple(hashed_runs(hash_ids, block, input_tokens)), input_tokens, output_tokens)
+    blocks = tuple(hashed_runs(hash_ids, block, input_tokens))
+    return Recorded(arrival / 1000, blocks, block, input_tokens, output_tokens)
 
 
 def _positive(fields: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
