@@ -60,7 +60,7 @@ def test_a_plan_survives_pickling_and_is_taken_off(plan: Any, core: Any) -> None
 
     specs = pickle.loads(pickle.dumps(from_worker(plan)))
     assert carries_plan(specs.values())
-    agree(core, [specs], [1 << 30])
+    agree(core, [specs])
     assert plan_of(core) == plan
     assert core.cache_config.mamba_block_size == 128
     assert [vars(spec) for spec in specs.values()] == [vars(spec) for spec in make_specs().values()]
@@ -72,7 +72,7 @@ def test_a_worker_that_falls_back_says_so(core: Any) -> None:
 
     specs = pickle.loads(pickle.dumps(from_worker(None)))
     assert not carries_plan(specs.values())
-    agree(core, [specs], [1 << 30])
+    agree(core, [specs])
     assert plan_of(core) is None
     assert core.cache_config.mamba_block_size is None
 
@@ -87,7 +87,7 @@ def test_word_that_is_lost_stops_the_engine(lost: list[str], served: bool, plan:
     specs |= {name: replace(specs[name]) for name in lost}
     words = "sent no word" if len(lost) == 2 else f"lost on the way from rank 1: 1 of 2 layers.*first '{lost[0]}'"
     with pytest.raises(CacheConfigError, match=words):
-        agree(core, [{}, specs], [1 << 30] * 2)
+        agree(core, [{}, specs])
 
 
 @pytest.mark.parametrize("known", ["not hybrid", "off", "unsupported", "noted plan", "noted reason"])
@@ -107,5 +107,5 @@ def test_no_word_is_expected(known: str, plan: Any, core: Any, monkeypatch: pyte
         note_plan(core, plan)
     else:
         fall_back(core, Settings(), "layers: not these")
-    agree(core, [make_specs()], [1 << 30])
+    agree(core, [make_specs()])
     assert plan_of(core) == (plan if known == "noted plan" else None)

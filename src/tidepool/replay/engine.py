@@ -100,8 +100,8 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
         """One worker's: the layout of tidepool's arena."""
         return [[KVCacheLayout.BLHNC.name]]
 
-    def set_kv_cache_layout(self, layout_name: str) -> None:
-        """As real executors do."""
+    def set_kv_cache_layout(self, layout_name: str, *interleave: int) -> None:
+        """As real executors do. vLLM 0.33 also tells how context parallelism interleaves tokens."""
         self.cache_config.kv_cache_layout = layout_name
 
     def initialize_from_config(self, kv_cache_configs: Any) -> None:
