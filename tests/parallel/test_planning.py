@@ -154,6 +154,7 @@ class TestAgreement:
         monkeypatch.setattr(deciding, "layer_specs_of", lambda config: {"s": self.specs()["s"]})
         monkeypatch.setattr(deciding, "_attention_backends", lambda platform, config: [])
         monkeypatch.setattr(deciding, "_smallest_kernel_block", lambda config, backends: 1)
+        monkeypatch.setattr(deciding, "state_export_tokens", lambda config: 1)
         monkeypatch.setattr(deciding, "unsupported_features", lambda config, allow: iter(()))
         monkeypatch.delenv("TIDEPOOL", raising=False)
         cache_config = SimpleNamespace(mamba_cache_mode="none", block_size=128, user_specified_block_size=False)

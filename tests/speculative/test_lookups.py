@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tidepool.testing.tiny import make_checkpoint
+from tidepool.vllm_plugin.versions import series_here
 
 pytestmark = pytest.mark.vllm
 UNIT = 16
@@ -40,7 +41,8 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         options={"speculative_config": dict(SPECULATIVE[request.param])},
     )
     made = make_engine(shape)
-    made.ahead = UNIT if request.param == "mtp" else 0
+    # From 0.33 on hashes look ahead in place of lookups.
+    made.ahead = UNIT if request.param == "mtp" and series_here() == "0.32" else 0
     return made
 
 

@@ -33,7 +33,9 @@ def test_the_installed_vllm_is_supported() -> None:
     assert any(series_here() in patch.series for patch in TABLES)
 
 
-@pytest.mark.parametrize("patch", [each for each in TABLES if series_here() in each.series], ids=lambda each: each.target)
+@pytest.mark.parametrize(
+    "patch", [each for each in TABLES if series_here() in each.series], ids=lambda each: each.target
+)
 def test_a_target_is_what_its_row_says(patch: Patch) -> None:
     """On every platform: vLLM's modules can be imported on any."""
     patch.check()

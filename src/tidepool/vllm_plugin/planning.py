@@ -42,7 +42,7 @@ from tidepool.cache import (
 from tidepool.capacity import Partition
 from tidepool.vllm_plugin.serving_plan import CHECKPOINT_TOKENS, ServingPlan, note_plan, plan_of
 from tidepool.vllm_plugin.settings import Eviction
-from tidepool.vllm_plugin.versions import plan_by_vllm
+from tidepool.vllm_plugin.versions import planner_of_vllm
 
 PROFILING_EXTENTS = 64
 """Extents at most in the KV cache that vLLM makes to measure CUDA graphs with, and throws away again: one for each
@@ -367,4 +367,7 @@ def stock_kv_cache_config(
         else replace(spec, block_size=stock.block_tokens)
         for name, spec in specs.items()
     }
-    return plan_by_vllm(stock_config, stock_specs, memory_bytes)
+    # Where these are patched, they go vLLM's way for a configuration without a plan.
+    vllm = planner_of_vllm()
+    groups = vllm.get_kv_cache_groups(stock_config, stock_specs)
+    return vllm.get_kv_cache_config_from_groups(stock_config, groups, memory_bytes)

@@ -6,7 +6,7 @@ Whoever takes tidepool to another version reads docs/versions.md, adds the versi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 SUPPORTED_VLLM = ("0.32.0", "0.33.0")
@@ -39,30 +39,15 @@ def unsupported_version(version: str) -> str | None:
 # Planning -----------------------------------------------------------------------------------------------------
 
 
-def plan_by_vllm(vllm_config: Any, specs: Mapping[str, Any], memory_bytes: int) -> Any:
-    """The KVCacheConfig that vLLM makes for one rank.
-
-    Args:
-        vllm_config: vLLM's configuration of an engine without a plan, so that patched functions go vLLM's way.
-        specs: layer name to KVCacheSpec.
-        memory_bytes: KV memory of the rank.
-
-    Raises:
-        ValueError: vLLM can't serve this model with pages of one size.
-        NotImplementedError: the same.
-    """
+def planner_of_vllm() -> Any:
+    """The module with vLLM's own ``get_kv_cache_groups`` and ``get_kv_cache_config_from_groups``."""
     if series_here() == "0.32":
         from vllm.v1.core import kv_cache_utils
 
-        groups = kv_cache_utils.get_kv_cache_groups(vllm_config, dict(specs))
-        return kv_cache_utils.get_kv_cache_config_from_groups(vllm_config, groups, memory_bytes)
+        return kv_cache_utils
     from vllm.v1.core import kv_cache_planning
-    from vllm.v1.core.kv_cache_config_builder import get_kv_cache_config_builder
 
-    builder = get_kv_cache_config_builder(vllm_config)
-    groups = kv_cache_planning.get_kv_cache_groups_from_builder(builder, vllm_config, dict(specs))
-    block_bytes = kv_cache_planning._pool_bytes_per_block_from_builder(builder, vllm_config, groups)
-    return builder.get_kv_cache_config_from_groups(vllm_config, groups, memory_bytes // block_bytes)
+    return kv_cache_planning
 
 
 def state_export_tokens(vllm_config: Any) -> int:
