@@ -245,7 +245,7 @@ def second_runner(runner: Any) -> None:
 @pytest.mark.parametrize("measure", [first_runner, second_runner])
 @pytest.mark.parametrize("partition", ["elastic", "fixed"])
 def test_memory_to_measure_graphs_with_is_small(engine: Any, partition: str, measure: Any) -> None:
-    """Both runners ask for a block for each request that may run, which are extents here; a worker has no memory yet."""
+    """Both runners ask for a block for each request that may run, which are extents here, before memory is planned."""
     from tidepool.vllm_plugin.planning import PROFILING_EXTENTS
     from tidepool.vllm_plugin.serving_plan import note_plan, plan_of
     from tidepool.vllm_plugin.worker import limit_requests

@@ -87,6 +87,10 @@ def test_other_models_say_that_tidepool_falls_back() -> None:
     from tidepool.vllm_plugin.serving_plan import fallback_reason
 
     register()
-    config = SimpleNamespace(model_config=SimpleNamespace(is_hybrid=False), additional_config={})
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(is_hybrid=False),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        additional_config={},
+    )
     current_platform.update_block_size_for_backend(config)
     assert fallback_reason(config) == "layers: the model doesn't keep states beside attention"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.report import Report, Setting
 from tidepool.replay.trace import TraceError
 from tidepool.replay.workload import load_workload
+from tidepool.running.unpacked import UnpackError, environment_with
 from tidepool.sizes import parse_size
 from tidepool.vllm_plugin.settings import EVICTIONS, Eviction
 
@@ -49,6 +51,9 @@ def replay(
     ] = EVICTIONS[0],
     layer_kv_dtype: Annotated[
         str | None, typer.Option(help="How single layers keep tokens: 3=fp8,7-11=528B; see docs/many-groups.md.")
+    ] = None,
+    vllm: Annotated[
+        str | None, typer.Option(help="The version of vLLM, where another is unpacked beside it; see docs/versions.md.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of --generate.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON.")] = None,
@@ -97,8 +102,9 @@ def replay(
             for mode in chosen
         ]
         workload = load_workload(jobs[0])
-        results, failures = run_jobs(jobs, len(workload), Console(stderr=True))
-    except (UsageError, ModelConfigError, TraceError) as error:
+        environ = environment_with(vllm, os.environ) if vllm else os.environ
+        results, failures = run_jobs(jobs, len(workload), Console(stderr=True), environ)
+    except (UsageError, ModelConfigError, TraceError, UnpackError) as error:
         fail(str(error), 2)
     if not results:
         for mode, reason in failures.items():
@@ -113,6 +119,7 @@ def replay(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         eviction=eviction,
+        vllm=vllm,
     )
     report = Report(setting, results, failures)
     print_report(report, Console(width=WIDTH if not sys.stdout.isatty() else None))

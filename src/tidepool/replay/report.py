@@ -25,6 +25,8 @@ class Setting:
     max_num_batched_tokens: int
     eviction: str = "returns"
     """What tidepool evicts by."""
+    vllm: str | None = None
+    """The version of vLLM that was asked for; None for the installed one."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def describe(setting: Setting) -> str:
     """The setting in one line."""
     rate = "" if setting.rate == 1 else f", arrivals {setting.rate:g} times as fast"
     policy = "" if setting.eviction == "returns" else f"; tidepool evicts by {setting.eviction}"
+    policy += f"; vLLM {setting.vllm}" if setting.vllm else ""
     return (
         f"{setting.source}{rate}; {size(setting.kv_bytes)} of KV memory; clock of a {setting.gpu}; at most "
         f"{setting.max_num_seqs:,} requests and {setting.max_num_batched_tokens:,} tokens a step{policy}"

@@ -1,7 +1,7 @@
 """The class that vLLM asks, from 0.33 on, how the KV memory of an engine that tidepool serves is laid out.
 
-vLLM's platform names it (`tidepool.vllm_plugin.wrappers.name_builder`). It is asked in the engine core, and by workers for
-the small cache that CUDA graphs are measured with.
+vLLM's platform names it (`tidepool.vllm_plugin.wrappers.name_builder`). It is asked in the engine core, and by workers
+for the small cache that CUDA graphs are measured with.
 """
 
 from __future__ import annotations
