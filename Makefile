@@ -26,6 +26,7 @@ run: $(VENV)/.cpu
 
 test: $(VENV)/.dev
 ifeq ($(ARGS),)
+	-$(BIN)/python -m tidepool.running.unpacked 0.33.0
 	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/parallel
 	$(BIN)/pytest tests/parallel
 	$(MAKE) test-0.33
