@@ -12,6 +12,19 @@ from quick_kernels import is_slow
 RUN_ALL = "TIDEPOOL_ALL_TESTS"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--vllm", help="The version of vLLM that these tests must find; see `make test-0.33`.")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (wanted := config.getoption("--vllm")) is None:
+        return
+    from vllm.version import __version__
+
+    if __version__ != wanted:
+        raise pytest.UsageError(f"These tests are for vLLM {wanted}, and Python finds {__version__}.")
+
+
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     if os.environ.get(RUN_ALL) or not is_slow():
         return

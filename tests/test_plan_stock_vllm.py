@@ -8,8 +8,9 @@ import pytest
 from tidepool.cache import FullAttention, LayerCache, State
 from tidepool.models import CacheOptions, Model, ModelConfigError, entry, names
 from tidepool.plan import PlanOptions, stock_layout, stock_memory
-from tidepool.plan.stock import attention_block, startup_lines
+from tidepool.plan.stock import attention_block, export_tokens, startup_lines
 from tidepool.vllm_plugin.compat import declare_torchvision_ops, hide_media_packages
+from tidepool.vllm_plugin.versions import planner_of_vllm, series_here
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -47,10 +48,13 @@ def planner_config(layout: str) -> Any:
         ),
         speculative_config=None,
         num_speculative_tokens=0,
+        num_prefill_lookahead_tokens=0,
     )
 
 
-def align(layers: dict[str, LayerCache], latent: bool, block_tokens: int, monkeypatch: Any) -> tuple[int, int | None]:
+def align(
+    layers: dict[str, LayerCache], latent: bool, block_tokens: int, monkeypatch: Any, export: int | None = None
+) -> tuple[int, int | None]:
     """vLLM's own inflation: tokens of an attention block, and the page that states are padded to."""
     import torch
     import vllm.model_executor.models as models
@@ -84,7 +88,8 @@ def align(layers: dict[str, LayerCache], latent: bool, block_tokens: int, monkey
         cache_config=SimpleNamespace(
             cache_dtype="auto",
             block_size=block_tokens,
-            mamba_cache_mode="none",
+            mamba_cache_mode="align" if export else "none",
+            mamba_block_size=None,
             mamba_page_size_padded=None,
             kv_cache_dtype_skip_layers=[],
         ),
@@ -97,6 +102,9 @@ def align(layers: dict[str, LayerCache], latent: bool, block_tokens: int, monkey
         ),
         parallel_config=None,
     )
+    if series_here() != "0.32":
+        name = "vllm.model_executor.layers.mamba.abstract.get_mamba_prefill_checkpoint_alignment"
+        monkeypatch.setattr(name, lambda config: export)
     Platform._align_hybrid_block_size(config, Backend)
     return config.cache_config.block_size, config.cache_config.mamba_page_size_padded
 
@@ -156,8 +164,7 @@ def specs_of(layers: dict[str, LayerCache], latent: bool, block_tokens: int, sta
 def test_closed_form_is_vllms_planning(
     name: str, kv_dtype: str, block_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.v1.core import kv_cache_utils
-
+    vllm = planner_of_vllm()
     model, layers = layers_of(name, kv_dtype)
     hybrid = {State, FullAttention} <= {type(cache) for cache in layers.values()}
     block, page = align(layers, model.latent, block_tokens, monkeypatch) if hybrid else (block_tokens, None)
@@ -167,10 +174,10 @@ def test_closed_form_is_vllms_planning(
     mixed = len(set(layout.pages.values())) > 1
     config = planner_config("BLNHC" if mixed else "LBNHC")
     specs = specs_of(layers, model.latent, block, page)
-    groups = kv_cache_utils.get_kv_cache_groups(config, dict(specs))
+    groups = vllm.get_kv_cache_groups(config, dict(specs))
     assert [sorted(g.layers) for g in layout.groups] == [sorted(g.layer_names) for g in groups]
 
-    planned = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, BUDGET)
+    planned = vllm.get_kv_cache_config_from_groups(config, groups, BUDGET)
     memory = stock_memory([layers], BUDGET, 256, 4096, block_tokens=block_tokens, latent=model.latent)
     assert memory.pool_blocks == planned.num_blocks
     attention = [g.kv_cache_spec.block_size for g in groups if g.layer_names[0].endswith(("attention", "window"))]
@@ -215,19 +222,18 @@ def test_start_up_lines_are_vllms(name: str, caching: bool, monkeypatch: pytest.
 @pytest.mark.parametrize("pp", [2, 4])
 @pytest.mark.parametrize("name", ["Qwen3.5-27B", "Nemotron-3-Nano-30B-A3B", "Falcon-H1-3B", "Gemma-3-4B"])
 def test_pipeline_stages_are_vllms(name: str, pp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.core import kv_cache_utils
-
+    vllm = planner_of_vllm()
     model, layers = layers_of(name, "auto")
     hybrid = {State, FullAttention} <= {type(cache) for cache in layers.values()}
     block, page = align(layers, model.latent, 16, monkeypatch) if hybrid else (16, None)
     config = planner_config("LBNHC")
     specs = specs_of(layers, model.latent, block, page)
-    groups = kv_cache_utils.get_kv_cache_groups(config, dict(specs))
+    groups = vllm.get_kv_cache_groups(config, dict(specs))
     stages = model.stages(pp, CacheOptions())
     blocks = [
-        kv_cache_utils.get_kv_cache_config_from_groups(
+        vllm.get_kv_cache_config_from_groups(
             config,
-            kv_cache_utils._project_kv_cache_groups_to_worker(groups, {n: specs[n] for n in stage}),
+            vllm._project_kv_cache_groups_to_worker(groups, {n: specs[n] for n in stage}),
             BUDGET,
         ).num_blocks
         for stage in stages
@@ -243,6 +249,22 @@ def test_stage_bounds_are_vllms(layers: int, pp: int) -> None:
     from tidepool.models.model import stage_bounds
 
     assert stage_bounds(layers, pp) == [get_pp_indices(layers, rank, pp) for rank in range(pp)]
+
+
+@pytest.mark.parametrize("block_tokens", [16, 48])
+@pytest.mark.parametrize("name", [name for name in names() if name.startswith("Qwen3.5")])
+def test_blocks_end_where_states_are_saved(name: str, block_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prefix caching on Hopper, where 0.33 has Gated DeltaNet save states inside steps."""
+    model, layers = layers_of(name, "auto")
+    export = export_tokens(model.family, series_here(), True)
+    assert export == (1 if series_here() == "0.32" else 64)
+    block, page = align(layers, model.latent, block_tokens, monkeypatch, export=export)
+    assert attention_block(layers, block_tokens, model.latent, export_tokens=export) == block
+    layout = stock_layout(layers, block_tokens, model.latent, export_tokens=export)
+    assert layout.pages[next(name for name, cache in layers.items() if isinstance(cache, State))] == page
+    assert export_tokens(model.family, series_here(), False) == 1
+    if (name, block_tokens) == ("Qwen3.5-4B", 16):
+        assert block == (528 if series_here() == "0.32" else 576)
 
 
 # What vLLM 0.32 was seen to do: tokens of an attention block and layers of each group.

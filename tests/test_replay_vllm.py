@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from tidepool.replay.job import Job, Mode, Result
 from tidepool.replay.parent import run_jobs
 from tidepool.replay.report import Report, Setting
 from tidepool.replay.table import print_report
+from tidepool.running.unpacked import UnpackError, environment_with
+from tidepool.vllm_plugin.versions import series_here
 
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
@@ -51,6 +54,21 @@ def test_every_byte_has_a_use(results: dict[Mode, Result]) -> None:
         assert max(sample.uses[1] for sample in result.samples) > 0
     assert max(sample.uses[0] for sample in results["bound"].samples) == 0
     assert max(sample.uses[0] for sample in results["elastic"].samples) > 0
+
+
+def test_another_version_hits_as_much(results: dict[Mode, Result]) -> None:
+    """On vLLM 0.33, whose Python files `make test` unpacks."""
+    if series_here() != "0.32":
+        pytest.skip("this runs beside the installed version")
+    try:
+        environ = environment_with("0.33.0", os.environ)
+    except UnpackError as error:
+        pytest.skip(str(error))
+    made, failures = run_jobs([job("stock"), job("elastic")], REQUESTS, QUIET, environ)
+    assert not failures
+    for result in made:
+        assert abs(result.hit_rate - results[result.mode].hit_rate) <= 0.005
+        assert result.groups == results[result.mode].groups, "the same plan"
 
 
 def test_the_bound_finds_the_hot_prefix(results: dict[Mode, Result]) -> None:

@@ -98,7 +98,7 @@ class HostMachine(RuleBasedStateMachine):
             return [self.on_device.get((each.group, each.device)) for each in copy.blocks]
         return [self.on_host.get((each.group, each.host)) for each in copy.blocks]
 
-    @precondition(lambda self: len(self.tier))
+    @precondition(lambda self: len(self.tier) > 0)
     @rule(data=st.data())
     def load(self, data: st.DataObject) -> None:
         """A request waits for some of what the host holds."""
@@ -139,7 +139,7 @@ class HostMachine(RuleBasedStateMachine):
         self.tier.forget_all()
         assert len(self.tier) == 0
 
-    @precondition(lambda self: len(self.tier))
+    @precondition(lambda self: len(self.tier) > 0)
     @rule(data=st.data())
     def lower(self, data: st.DataObject) -> None:
         group = data.draw(st.sampled_from([g for g in range(len(GROUPS)) if any(self.held(g))]))

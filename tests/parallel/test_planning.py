@@ -139,8 +139,8 @@ class TestAgreement:
         core = SimpleNamespace(additional_config={}, cache_config=SimpleNamespace(mamba_cache_mode="none"))
         for one, other in ((elastic, None), (None, elastic), (elastic, fixed)):
             with pytest.raises(CacheConfigError, match=r"rank 0: .*; rank 1: .*install the same tidepool"):
-                agree(core, [rank(one), rank(other)], [1 << 30, 1 << 30])
-        agree(core, [rank(None), {}, rank(None)], [1 << 30] * 3)
+                agree(core, [rank(one), rank(other)])
+        agree(core, [rank(None), {}, rank(None)])
         assert plan_of(core) is None
 
     def decide(self, monkeypatch: pytest.MonkeyPatch, others: list[Any], **environment: str) -> bool:
@@ -154,6 +154,7 @@ class TestAgreement:
         monkeypatch.setattr(deciding, "layer_specs_of", lambda config: {"s": self.specs()["s"]})
         monkeypatch.setattr(deciding, "_attention_backends", lambda platform, config: [])
         monkeypatch.setattr(deciding, "_smallest_kernel_block", lambda config, backends: 1)
+        monkeypatch.setattr(deciding, "state_export_tokens", lambda config: 1)
         monkeypatch.setattr(deciding, "unsupported_features", lambda config, allow: iter(()))
         monkeypatch.delenv("TIDEPOOL", raising=False)
         cache_config = SimpleNamespace(mamba_cache_mode="none", block_size=128, user_specified_block_size=False)

@@ -48,7 +48,8 @@ def test_what_was_loaded_gives_the_same_answers(run: Callable[..., Any], family:
     assert without["served"]
     assert tiered["served"]
     traffic = tiered["traffic"]
-    assert traffic["loads"] >= CHATS and traffic["failed"] == 0, traffic
+    assert traffic["loads"] >= CHATS, traffic
+    assert traffic["failed"] == 0, traffic
     assert tiered["cached"] > 1.5 * without["cached"], "the device's cache is far too small"
     assert tiered["in_use"] == tiered["host_in_use"] == 0, "blocks leaked"
     found = gaps(without, tiered)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tidepool.testing.tiny import make_checkpoint
+from tidepool.vllm_plugin.versions import series_here
 
 pytestmark = pytest.mark.vllm
 UNIT = 16
@@ -40,7 +41,10 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         options={"speculative_config": dict(SPECULATIVE[request.param])},
     )
     made = make_engine(shape)
-    made.ahead = UNIT if request.param == "mtp" else 0
+    # From 0.33 on hashes look one token ahead, in place of lookups that find a block more.
+    drafter, hashes_look_ahead = request.param == "mtp", series_here() != "0.32"
+    made.ahead = UNIT if drafter and not hashes_look_ahead else 0
+    made.hashed_ahead = int(drafter and hashes_look_ahead)
     return made
 
 
@@ -94,7 +98,7 @@ def test_prompts_that_part_hit_up_to_the_place(engine: Any) -> None:
     for shared in (700, 1000, 1008, 1030, 1500):
         beginning = some(rng, shared)
         hits = [ask(engine, beginning + some(rng, 400)) for _ in range(3)]
-        assert hits[2] == shared // UNIT * UNIT - engine.ahead, (shared, hits)
+        assert hits[2] == (shared - engine.hashed_ahead) // UNIT * UNIT - engine.ahead, (shared, hits)
 
 
 def test_a_conversation_goes_on_from_its_last_checkpoint(engine: Any) -> None:

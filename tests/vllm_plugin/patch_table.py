@@ -8,14 +8,17 @@ from typing import Any
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "design.md"
 MARK = "<!-- {} of tests/vllm_plugin/patch_table.py -->"
-HEAD = ("vLLM", "what tidepool does", "why a patch", "until")
+HEAD = ("vLLM", "series", "what tidepool does", "why a patch", "until")
 
 
 def rows_of(table: Iterable[Any]) -> list[str]:
+    from tidepool.vllm_plugin.versions import SERIES
+
     cells = [HEAD, ("---",) * len(HEAD)]
     for patch in table:
         device = f" ({patch.device} only)" if patch.device else ""
-        cells.append((f"`{patch.target.removeprefix('vllm.')}`{device}", patch.does, patch.why, patch.until))
+        series = "all" if patch.series == SERIES else ", ".join(patch.series)
+        cells.append((f"`{patch.target.removeprefix('vllm.')}`{device}", series, patch.does, patch.why, patch.until))
     return [f"| {' | '.join(row)} |" for row in cells]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -229,31 +230,81 @@ def test_a_refused_request_is_looked_up_again_when_a_block_came_free(
     assert lookups
 
 
+def first_runner(runner: Any) -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    GPUModelRunner._init_minimal_kv_cache_for_profiling(runner)
+
+
+def second_runner(runner: Any) -> None:
+    from vllm.v1.worker.gpu.cudagraph_utils import _init_minimal_kv_cache_for_profiling
+
+    _init_minimal_kv_cache_for_profiling(runner)
+
+
+@pytest.mark.parametrize("measure", [first_runner, second_runner])
 @pytest.mark.parametrize("partition", ["elastic", "fixed"])
-def test_memory_to_measure_graphs_with_is_small(
-    engine: Any, monkeypatch: pytest.MonkeyPatch, partition: Literal["elastic", "fixed"]
-) -> None:
-    """vLLM asks for a block for each request that may run, which are extents here."""
-    from tidepool.vllm_plugin.planning import PROFILING_EXTENTS, make_kv_cache_config
-    from tidepool.vllm_plugin.serving_plan import plan_of
+def test_memory_to_measure_graphs_with_is_small(engine: Any, partition: str, measure: Any) -> None:
+    """Both runners ask for a block for each request that may run, which are extents here, before memory is planned."""
+    from tidepool.vllm_plugin.planning import PROFILING_EXTENTS
+    from tidepool.vllm_plugin.serving_plan import note_plan, plan_of
     from tidepool.vllm_plugin.worker import limit_requests
 
-    vllm_config, groups = engine.vllm_config, engine.scheduler.kv_cache_config.kv_cache_groups
-    monkeypatch.setattr(vllm_config.cache_config, "num_gpu_blocks_override", 512)
-    monkeypatch.setattr(vllm_config.scheduler_config, "max_num_seqs", 512)
+    vllm_config = copy.copy(engine.vllm_config)
+    vllm_config.cache_config = copy.copy(engine.vllm_config.cache_config)
+    vllm_config.scheduler_config = copy.copy(engine.vllm_config.scheduler_config)
+    vllm_config.scheduler_config.max_num_seqs = 512
     plan = plan_of(vllm_config)
     assert plan is not None
-    config = make_kv_cache_config(vllm_config, plan._replace(partition=partition), groups, 0)
+    assert plan.memory_bytes == 100_000_000
+    note_plan(vllm_config, plan._replace(partition=partition, memory_bytes=None))  # type: ignore[arg-type]
+    made: list[Any] = []
+    runner = SimpleNamespace(
+        vllm_config=vllm_config,
+        cache_config=vllm_config.cache_config,
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=1024),
+        max_num_reqs=512,
+        get_kv_cache_spec=lambda: dict(engine.model_executor.specs),
+        initialize_kv_cache=lambda config, is_profiling: made.append(config),
+    )
+    measure(runner)
+    (config,) = made
     assert config.geometry is not None
     assert config.arena_bytes == PROFILING_EXTENTS * config.geometry.extent_bytes
+    assert vllm_config.cache_config.num_gpu_blocks == PROFILING_EXTENTS
     # Not more requests than there are states: vLLM's kernels would read past the memory.
-    runner = SimpleNamespace(vllm_config=vllm_config)
     limit_requests(runner, config)
     states = PROFILING_EXTENTS * config.geometry.layouts[0].blocks_per_extent - 1
     assert vllm_config.scheduler_config.max_num_seqs == states < 512
     # What was asked for counts again once the real memory is there.
-    limit_requests(runner, replace(config, num_blocks=1000))  # type: ignore[call-arg]
+    limit_requests(runner, replace(config, num_blocks=1000))
     assert vllm_config.scheduler_config.max_num_seqs == 512
+
+
+@pytest.mark.parametrize("partition", ["elastic", "fixed"])
+@pytest.mark.parametrize("override", [None, 300])
+def test_every_group_has_the_ids_below_num_blocks(engine: Any, partition: str, override: int | None) -> None:
+    """vLLM warms kernels up with made-up requests, whose ids are any below num_blocks, the same in all groups."""
+    from tidepool.vllm_plugin import planning
+    from tidepool.vllm_plugin.serving_plan import plan_of
+
+    vllm_config = copy.copy(engine.vllm_config)
+    vllm_config.cache_config = copy.copy(engine.vllm_config.cache_config)
+    vllm_config.cache_config.num_gpu_blocks_override = override
+    groups = engine.scheduler.kv_cache_config.kv_cache_groups
+    plan = plan_of(vllm_config)
+    assert plan is not None
+    plan = plan._replace(partition=partition, memory_bytes=1_000_000_000)  # type: ignore[arg-type]
+    config = planning.make_kv_cache_config(vllm_config, plan, groups, 300)
+    assert config.num_blocks <= min(config.pool_blocks)
+    for tensor in config.kv_cache_tensors:
+        group = next(i for i, each in enumerate(groups) if tensor.layers[0] in each.layer_names)
+        last = (config.num_blocks - 1) * config.strides[group] + config.block_bytes[group]
+        assert last <= config.arena_bytes == tensor.size
+    if partition == "fixed":
+        assert config.num_blocks == config.pool_blocks[0] < 300, "states: one each for max_num_seqs, and the null block"
+        extents = 300 * planning.extent_bytes(vllm_config, groups)
+        assert config.arena_bytes == (extents if override else plan.memory_bytes)
 
 
 def test_an_id_without_its_group_is_refused(engine: Any) -> None:

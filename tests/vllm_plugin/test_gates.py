@@ -10,8 +10,8 @@ from tidepool.vllm_plugin.gates import (
     unsupported_backends,
     unsupported_features,
     unsupported_layers,
-    unsupported_version,
 )
+from tidepool.vllm_plugin.versions import SUPPORTED_VLLM, unsupported_version
 
 
 def config() -> SimpleNamespace:
@@ -42,6 +42,7 @@ def config() -> SimpleNamespace:
         attention_config=SimpleNamespace(hisparse_config=None),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False, scheduler_cls=None, watermark=0.0),
         observability_config=SimpleNamespace(kv_cache_metrics=False),
+        aux_output_config=SimpleNamespace(enabled=False),
         device_config=SimpleNamespace(device_type="cpu"),
     )
 
@@ -69,6 +70,9 @@ IN_USE: dict[str, tuple[str, Any]] = {
     "kv-cache-metrics": ("observability_config.kv_cache_metrics", True),
     "encoder-decoder": ("model_config.is_encoder_decoder", True),
     "model-runner-v2": ("use_v2_model_runner", True),
+    "aux-output": ("aux_output_config.enabled", True),
+    "kv-cache-grouping": ("model_config.supports_kv_cache_grouping", True),
+    "hash-lookahead": ("num_hash_lookahead_tokens", 2),
     "device": ("device_config.device_type", "cuda"),
 }
 
@@ -130,9 +134,10 @@ def test_several_nodes_are_untested_whoever_starts_them() -> None:
 
 
 def test_version() -> None:
-    assert unsupported_version("0.32.0") is None
-    for version in ("0.31.2", "0.32.1", "0.33.0", "0.32.0.dev1"):
-        assert f"vLLM {version} hasn't been tested" in str(unsupported_version(version))
+    assert all(unsupported_version(version) is None for version in SUPPORTED_VLLM)
+    for version in ("0.31.2", "0.32.1", "0.34.0", "0.33.0.dev1"):
+        words = f"vllm-version: vLLM {version} hasn't been tested (tested: 0.32.0, 0.33.0)"
+        assert unsupported_version(version) == words
 
 
 @pytest.mark.vllm
@@ -219,8 +224,8 @@ class TestLayers:
         assert attention.page_bytes == 16 * per_token
         assert choose_geometry([attention, state]).padding < 0.01
         with pytest.raises(CacheConfigError, match="block of 256 tokens is more than the attention kernels take"):
-            make_kv_cache_config(engine, plan, groups(256), 1 << 30)
-        config = make_kv_cache_config(engine, plan, groups(128), 1 << 30)
+            make_kv_cache_config(engine, plan, groups(256), 1000)
+        config = make_kv_cache_config(engine, plan, groups(128), 1000)
         assert config.block_bytes[0] == 128 * per_token
         assert core_groups(engine, groups(2688))[0].block_tokens == 2688, "stock vLLM's, for the comparison in the log"
 

@@ -20,31 +20,31 @@ from vllm.version import __version__  # noqa: E402
 
 from tidepool.vllm_plugin import patching, wrappers  # noqa: E402
 from tidepool.vllm_plugin.compat import WORKAROUNDS  # noqa: E402
-from tidepool.vllm_plugin.gates import SUPPORTED_VLLM  # noqa: E402
 from tidepool.vllm_plugin.patches import PATCHES  # noqa: E402
 from tidepool.vllm_plugin.patching import Patch, PatchError  # noqa: E402
+from tidepool.vllm_plugin.versions import SERIES, SUPPORTED_VLLM, series_here  # noqa: E402
 
 TABLES = (*PATCHES, *WORKAROUNDS)
-SERIES = ".".join(__version__.split(".")[:2])
 
 
 def test_the_installed_vllm_is_supported() -> None:
     """Otherwise the tests below would have nothing to look at."""
     assert __version__ in SUPPORTED_VLLM
-    assert any(SERIES in patch.series for patch in TABLES)
+    assert any(series_here() in patch.series for patch in TABLES)
 
 
-@pytest.mark.parametrize("patch", [each for each in TABLES if SERIES in each.series], ids=lambda each: each.target)
+@pytest.mark.parametrize(
+    "patch", [each for each in TABLES if series_here() in each.series], ids=lambda each: each.target
+)
 def test_a_target_is_what_its_row_says(patch: Patch) -> None:
     """On every platform: vLLM's modules can be imported on any."""
     patch.check()
 
 
 def test_rows_are_complete_and_used() -> None:
-    for version in SUPPORTED_VLLM:
-        series = ".".join(version.split(".")[:2])
+    for series in SERIES:
         targets = [patch.target for patch in TABLES if series in patch.series]
-        assert len(targets) == len(set(targets)), f"two rows for one name of vLLM {version}"
+        assert len(targets) == len(set(targets)), f"two rows for one name of vLLM {series}"
         assert targets
     assert all(patch.does and patch.why and patch.until for patch in TABLES)
     made = {

@@ -65,7 +65,7 @@ def test_the_reason_is_named(loaded: None) -> None:
 def test_a_plugin_that_is_not_loaded_is_said(monkeypatch: pytest.MonkeyPatch, plugins: str | None, words: str) -> None:
     from vllm.version import __version__
 
-    from tidepool.vllm_plugin import gates, patches
+    from tidepool.vllm_plugin import patches, versions
     from tidepool.vllm_plugin.served import NotServedError, reason, require_plugin
 
     monkeypatch.setattr(patches, "is_installed", lambda: False)
@@ -75,7 +75,7 @@ def test_a_plugin_that_is_not_loaded_is_said(monkeypatch: pytest.MonkeyPatch, pl
     assert words in reason(SimpleNamespace(additional_config={}))
     with pytest.raises(NotServedError, match=words):
         require_plugin()
-    monkeypatch.setattr(gates, "SUPPORTED_VLLM", ())
+    monkeypatch.setattr(versions, "SUPPORTED_VLLM", ())
     assert reason(SimpleNamespace(additional_config={})).startswith(f"vllm-version: vLLM {__version__}")
 
 
@@ -87,6 +87,10 @@ def test_other_models_say_that_tidepool_falls_back() -> None:
     from tidepool.vllm_plugin.serving_plan import fallback_reason
 
     register()
-    config = SimpleNamespace(model_config=SimpleNamespace(is_hybrid=False), additional_config={})
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(is_hybrid=False),
+        compilation_config=SimpleNamespace(static_forward_context={}),
+        additional_config={},
+    )
     current_platform.update_block_size_for_backend(config)
     assert fallback_reason(config) == "layers: the model doesn't keep states beside attention"

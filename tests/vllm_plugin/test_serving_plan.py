@@ -60,7 +60,7 @@ def test_a_plan_survives_pickling_and_is_taken_off(plan: Any, core: Any) -> None
 
     specs = pickle.loads(pickle.dumps(from_worker(plan)))
     assert carries_plan(specs.values())
-    agree(core, [specs], [1 << 30])
+    agree(core, [specs])
     assert plan_of(core) == plan
     assert core.cache_config.mamba_block_size == 128
     assert [vars(spec) for spec in specs.values()] == [vars(spec) for spec in make_specs().values()]
@@ -72,7 +72,7 @@ def test_a_worker_that_falls_back_says_so(core: Any) -> None:
 
     specs = pickle.loads(pickle.dumps(from_worker(None)))
     assert not carries_plan(specs.values())
-    agree(core, [specs], [1 << 30])
+    agree(core, [specs])
     assert plan_of(core) is None
     assert core.cache_config.mamba_block_size is None
 
@@ -87,7 +87,7 @@ def test_word_that_is_lost_stops_the_engine(lost: list[str], served: bool, plan:
     specs |= {name: replace(specs[name]) for name in lost}
     words = "sent no word" if len(lost) == 2 else f"lost on the way from rank 1: 1 of 2 layers.*first '{lost[0]}'"
     with pytest.raises(CacheConfigError, match=words):
-        agree(core, [{}, specs], [1 << 30] * 2)
+        agree(core, [{}, specs])
 
 
 @pytest.mark.parametrize("known", ["not hybrid", "off", "unsupported", "noted plan", "noted reason"])
@@ -107,5 +107,39 @@ def test_no_word_is_expected(known: str, plan: Any, core: Any, monkeypatch: pyte
         note_plan(core, plan)
     else:
         fall_back(core, Settings(), "layers: not these")
-    agree(core, [make_specs()], [1 << 30])
+    agree(core, [make_specs()])
     assert plan_of(core) == (plan if known == "noted plan" else None)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "export", "block", "column", "spacing"),
+    [
+        (16, 1, 16, 128, 512),
+        (16, 64, 16, 128, 512),
+        (96, 64, 96, 192, 576),
+        (16, 256, 16, 256, 512),
+        (48, 1, 48, 48, 528),
+    ],
+)
+def test_columns_and_checkpoints_are_where_layers_save_states(
+    kernel: int, export: int, block: int, column: int, spacing: int
+) -> None:
+    from tidepool.vllm_plugin.deciding import _set_blocks
+    from tidepool.vllm_plugin.settings import Settings
+
+    cache = SimpleNamespace(
+        mamba_cache_mode="align",
+        block_size=16,
+        user_specified_block_size=False,
+        prefix_cache_retention_interval=None,
+        mamba_block_size=None,
+    )
+    config = SimpleNamespace(additional_config={}, cache_config=cache)
+    assert _set_blocks(config, Settings(), kernel, export) == spacing
+    assert (cache.block_size, cache.mamba_block_size) == (block, column)
+    assert column % export == spacing % column == column % block == 0
+    with pytest.raises(CacheConfigError, match=r"checkpoint_tokens \(\d+\) must be a multiple of the attention block"):
+        _set_blocks(config, Settings(checkpoint_tokens=max(kernel, export) + 8), kernel, export)
+    if export > 1:
+        with pytest.raises(CacheConfigError, match=f"and of the {export} at which layers save states"):
+            _set_blocks(config, Settings(checkpoint_tokens=kernel), kernel, export)

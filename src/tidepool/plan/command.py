@@ -17,6 +17,7 @@ from tidepool.models import KV_DTYPES, STATE_DTYPES, Model, ModelConfigError, fi
 from tidepool.plan.inputs import Card, parse_layer_dtypes, parse_lengths, parse_mix
 from tidepool.plan.planner import CapacityPlan, PlanOptions, make_plan
 from tidepool.plan.reserve import Step, default_step, reserve as model_reserve
+from tidepool.plan.stock import VLLM_VERSIONS
 from tidepool.sizes import parse_size, size
 
 
@@ -90,6 +91,9 @@ def plan(
     mix: Annotated[
         str, typer.Option(help="Requests whose place in memory is shown: how many x how many tokens.")
     ] = "32x2100,2x33k",
+    vllm_version: Annotated[
+        str, typer.Option(help=f"The vLLM that stock is, {' or '.join(VLLM_VERSIONS)}; see docs/versions.md.")
+    ] = VLLM_VERSIONS[0],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
 ) -> None:
@@ -130,6 +134,7 @@ def plan(
             mtp=mtp,
             contexts=tuple(parse_lengths(context)),
             mix=tuple(parse_mix(mix)),
+            vllm_version=vllm_version,
         )
         shapes.layer_caches(options.cache_options())
         card = None if found is None else _card(shapes, *found, step, given, options)

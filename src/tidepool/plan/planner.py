@@ -13,7 +13,7 @@ from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfig
 from tidepool.plan import served
 from tidepool.plan.account import Account, Requests, account, admit
 from tidepool.plan.inputs import Card
-from tidepool.plan.stock import startup_lines, stock_memory
+from tidepool.plan.stock import VLLM_VERSIONS, export_tokens, startup_lines, stock_memory
 from tidepool.sides import TITLES, Side
 
 SHORT_REQUEST = 12
@@ -49,6 +49,8 @@ class PlanOptions:
     """Whether the model's own head drafts them."""
     contexts: tuple[int, ...] = (1_000, 8_000, 32_000, 128_000)
     mix: tuple[Requests, ...] = (Requests(32, 2_100), Requests(2, 33_000))
+    vllm_version: str = VLLM_VERSIONS[0]
+    """Series of the vLLM that stock is."""
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
@@ -60,6 +62,8 @@ class PlanOptions:
             raise UsageError(f"max-model-len must be positive, not {self.max_model_len:,}.")
         if self.speculative_tokens < 0:
             raise UsageError(f"The number of speculative tokens can't be negative ({self.speculative_tokens}).")
+        if self.vllm_version not in VLLM_VERSIONS:
+            raise UsageError(f"vllm-version is {' or '.join(VLLM_VERSIONS)}, not {self.vllm_version!r}.")
         if self.mtp and not self.speculative_tokens:
             raise UsageError("Say with --speculative-tokens how many tokens --mtp drafts in a step.")
 
@@ -246,6 +250,7 @@ def divide(
             block_tokens=options.block_tokens,
             latent=model.latent,
             token_bytes=_token_bytes(model, options) if options.layer_kv_dtypes else None,
+            export_tokens=export_tokens(model.family, options.vllm_version, options.prefix_caching),
         )
         if not memory.holds([(1, 1)]):
             need = (1 + sum(memory.needs([(1, 1)]))) * memory.block_bytes

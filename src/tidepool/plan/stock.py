@@ -1,4 +1,4 @@
-"""What vLLM 0.32 makes of the same layers: its planning in closed form, without vLLM.
+"""What vLLM makes of the same layers: its planning in closed form, without vLLM.
 
 A test holds this together with vLLM's own functions for the whole catalogue. vLLM
 
@@ -8,6 +8,9 @@ A test holds this together with vLLM's own functions for the whole catalogue. vL
 3. puts layers of one kind into groups of equal size, so that all blocks of the one pool are equal: group
    padding is the room for layers that the last groups of a kind don't have.
 
+In 0.33 it does so, with prefix caching, in steps that the layers which save states inside a step take as well
+(`export_tokens`).
+
 Pages that still differ (a small index beside latent attention) are packed side by side in a block.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, lcm
 
 from tidepool.cache import FullAttention, LayerCache, SlidingWindow, State
 from tidepool.capacity.memory import PlannedGroup, StockMemory
@@ -23,6 +26,10 @@ from tidepool.capacity.predict import label
 
 LATENT_STEP = 128
 """Tokens in steps of which vLLM inflates the block of latent attention."""
+EXPORT_TOKENS = 64
+"""FlashInfer's prefill of Gated DeltaNet, which vLLM takes on Hopper and Blackwell, gives states at multiples of it."""
+VLLM_VERSIONS = ("0.32", "0.33")
+"""Series of versions whose planning is known here."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,24 @@ class StockLayout:
         return max(sum(self.pages[name] for name in group.layers if name in layers) for group in self.groups)
 
 
+def export_tokens(family: str, vllm_version: str, prefix_caching: bool) -> int:
+    """Tokens at multiples of which a model's layers save states inside a step, and vLLM's blocks of attention end.
+
+    Args:
+        family: the model's.
+        vllm_version: one of `VLLM_VERSIONS`. In 0.32 such layers set nothing.
+        prefix_caching: whether it is on.
+    """
+    exports = vllm_version != "0.32" and prefix_caching and family.startswith("Gated DeltaNet")
+    return EXPORT_TOKENS if exports else 1
+
+
 def attention_block(
-    layers: Mapping[str, LayerCache], block_tokens: int, latent: bool, token_bytes: int | None = None
+    layers: Mapping[str, LayerCache],
+    block_tokens: int,
+    latent: bool,
+    token_bytes: int | None = None,
+    export_tokens: int = 1,
 ) -> int:
     """Tokens of a block of attention after inflation.
 
@@ -56,20 +79,25 @@ def attention_block(
         latent: whether attention is latent, whose step is 128 tokens at least.
         token_bytes: what an attention layer keeps for a token, as vLLM thinks before it asks the layers; by default
             what the one that keeps the most does.
+        export_tokens: see `export_tokens`.
     """
     state = max((cache.bytes for cache in layers.values() if isinstance(cache, State)), default=0)
     token = token_bytes or _largest_token(layers)
     if not state or not token:
         return block_tokens
-    step = max(block_tokens, LATENT_STEP) if latent else block_tokens
+    step = lcm(max(block_tokens, LATENT_STEP) if latent else block_tokens, export_tokens)
     return max(block_tokens, step * ceil(state / (step * token)))
 
 
 def stock_layout(
-    layers: Mapping[str, LayerCache], block_tokens: int, latent: bool, token_bytes: int | None = None
+    layers: Mapping[str, LayerCache],
+    block_tokens: int,
+    latent: bool,
+    token_bytes: int | None = None,
+    export_tokens: int = 1,
 ) -> StockLayout:
     """Group all layers of the model as vLLM does; arguments as of `attention_block`."""
-    inflated = attention_block(layers, block_tokens, latent, token_bytes)
+    inflated = attention_block(layers, block_tokens, latent, token_bytes, export_tokens)
     hybrid = inflated != block_tokens or any(isinstance(cache, FullAttention) for cache in layers.values())
     token = token_bytes or _largest_token(layers)
     largest = max((cache.bytes for cache in layers.values() if isinstance(cache, State)), default=0)
@@ -91,10 +119,11 @@ def stock_memory(
     block_tokens: int,
     latent: bool,
     token_bytes: int | None = None,
+    export_tokens: int = 1,
 ) -> StockMemory:
     """Divide ``budget_bytes`` on every pipeline stage as vLLM does; the fewest blocks decide. See `attention_block`."""
     everything = {name: cache for stage in stages for name, cache in stage.items()}
-    layout = stock_layout(everything, block_tokens, latent, token_bytes)
+    layout = stock_layout(everything, block_tokens, latent, token_bytes, export_tokens)
     stage = max(stages, key=layout.block_bytes)
     block_bytes = layout.block_bytes(stage)
     blocks = budget_bytes // block_bytes

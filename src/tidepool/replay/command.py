@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.report import Report, Setting
 from tidepool.replay.trace import TraceError
 from tidepool.replay.workload import load_workload
+from tidepool.running.unpacked import UnpackError, environment_with
 from tidepool.sizes import parse_size
 from tidepool.vllm_plugin.settings import EVICTIONS, Eviction
 
@@ -60,6 +62,9 @@ def replay(
         float, typer.Option(help="Share of the answers that later prompts lack, as thinking models' do; 0 to 1.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of --generate and --drop-reasoning.")] = 0,
+    vllm: Annotated[
+        str | None, typer.Option(help="The version of vLLM, where another is unpacked beside it; see docs/versions.md.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
 ) -> None:
@@ -111,8 +116,9 @@ def replay(
             for mode in chosen
         ]
         workload = load_workload(jobs[0])
-        results, failures = run_jobs(jobs, len(workload), Console(stderr=True))
-    except (UsageError, ModelConfigError, TraceError) as error:
+        environ = environment_with(vllm, os.environ) if vllm else os.environ
+        results, failures = run_jobs(jobs, len(workload), Console(stderr=True), environ)
+    except (UsageError, ModelConfigError, TraceError, UnpackError) as error:
         fail(str(error), 2)
     if not results:
         for mode, reason in failures.items():
@@ -128,6 +134,7 @@ def replay(
         max_num_batched_tokens=max_num_batched_tokens,
         eviction=eviction,
         drop_reasoning=drop_reasoning,
+        vllm=vllm,
     )
     report = Report(setting, results, failures)
     print_report(report, Console(width=WIDTH if not sys.stdout.isatty() else None))

@@ -106,8 +106,8 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
         stock_host = self.shape.host_bytes and self.shape.side == "stock"
         return [[(KVCacheLayout.LBHNC if stock_host else KVCacheLayout.BLHNC).name]]
 
-    def set_kv_cache_layout(self, layout_name: str) -> None:
-        """As real executors do."""
+    def set_kv_cache_layout(self, layout_name: str, *interleave: int) -> None:
+        """As real executors do. vLLM 0.33 also tells how context parallelism interleaves tokens."""
         self.cache_config.kv_cache_layout = layout_name
 
     def initialize_from_config(self, kv_cache_configs: Any) -> None:

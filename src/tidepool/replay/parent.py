@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,16 @@ class ModeError(RuntimeError):
     """A mode that gave no result; the message says why."""
 
 
-def run_jobs(jobs: Sequence[Job], requests: int, console: Console) -> tuple[list[Result], dict[Mode, str]]:
+def run_jobs(
+    jobs: Sequence[Job], requests: int, console: Console, environ: Mapping[str, str] = os.environ
+) -> tuple[list[Result], dict[Mode, str]]:
     """Run every job, one after the other, so that their processor times compare.
 
     Args:
         jobs: what to run.
         requests: how many requests each of them serves.
         console: where the progress is shown.
+        environ: of their processes, without what each mode needs.
 
     Returns:
         (results of the modes that ran, and for the others what they or the end of their logs say).
@@ -47,7 +50,7 @@ def run_jobs(jobs: Sequence[Job], requests: int, console: Console) -> tuple[list
         for job, task in zip(jobs, tasks, strict=True):
             progress.start_task(task)
             try:
-                results.append(_run_job(job, partial(_show, progress, task)))
+                results.append(_run_job(job, partial(_show, progress, task), environ))
                 progress.update(task, completed=requests)
             except ModeError as error:
                 failures[job.mode] = str(error)
@@ -59,9 +62,9 @@ def _show(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
 
 
-def _run_job(job: Job, on_progress: Callable[[int], None]) -> Result:
+def _run_job(job: Job, on_progress: Callable[[int], None], environ: Mapping[str, str]) -> Result:
     # A quiet log, where the user hasn't asked for another: only its end is ever shown.
-    environ = {"VLLM_LOGGING_LEVEL": "WARNING"} | environment_of(job.side, os.environ)
+    environ = {"VLLM_LOGGING_LEVEL": "WARNING"} | environment_of(job.side, environ)
     with tempfile.TemporaryDirectory(prefix="tidepool-replay-") as folder:
         log = Path(folder, "log.txt")
         with Child("tidepool.replay.child", log, environ) as child:

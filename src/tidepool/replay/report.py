@@ -27,6 +27,8 @@ class Setting:
     """What tidepool evicts by."""
     drop_reasoning: float = 0.0
     """Share of the answers that later prompts lack."""
+    vllm: str | None = None
+    """The version of vLLM that was asked for; None for the installed one."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ def describe(setting: Setting) -> str:
     rate = "" if setting.rate == 1 else f", arrivals {setting.rate:g} times as fast"
     dropped = f", {setting.drop_reasoning:.0%} of the answers dropped" if setting.drop_reasoning else ""
     policy = "" if setting.eviction == "returns" else f"; tidepool evicts by {setting.eviction}"
+    policy += f"; vLLM {setting.vllm}" if setting.vllm else ""
     return (
         f"{setting.source}{rate}{dropped}; {size(setting.kv_bytes)} of KV memory; clock of a {setting.gpu}; at most "
         f"{setting.max_num_seqs:,} requests and {setting.max_num_batched_tokens:,} tokens a step{policy}"

@@ -7,7 +7,8 @@ Entry point of the group ``vllm.general_plugins``; vLLM calls `register` in each
 - `planning`, `ranks`: how its memory is laid out, on one rank and on several;
 - `pools`, `coordinator`, `states`, `events`: the scheduler's books;
 - `worker`: what workers do to blocks;
-- `patches`, `wrappers`, `patching`: how all this is put into vLLM; `compat` works around defects.
+- `patches`, `wrappers`, `patching`, `builder`: how all this is put into vLLM; `compat` works around defects;
+- `versions`: what differs between the versions of vLLM that are served.
 """
 
 import logging
@@ -31,8 +32,8 @@ def obstacle() -> str | None:
     """Why tidepool can't be put into this vLLM, as ``name: reason``, or None. Replaces nothing."""
     from vllm.version import __version__
 
-    from tidepool.vllm_plugin.gates import unsupported_version
     from tidepool.vllm_plugin.patching import PatchError
+    from tidepool.vllm_plugin.versions import unsupported_version
 
     if unsupported := unsupported_version(__version__):
         return unsupported

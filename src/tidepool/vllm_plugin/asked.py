@@ -20,7 +20,6 @@ WITHOUT_EFFECT = {
     "kv_offloading_backend": "nothing is offloaded without kv_offloading_size",
     "replayssm_buffer_len": "there are no rings without use_replayssm",
     "swa_bounded_replay": "it is for DeepSeek-V4.1 on vLLM's second model runner",
-    "prefill_schedule_interval": "it is for data parallelism",
     "cp_kv_cache_interleave_size": "it is for context parallelism",
     "dcp_kv_cache_interleave_size": "it is for context parallelism",
 }

@@ -395,6 +395,7 @@ _DRAFT_ROLLBACK = (
         "takes any number of drafts from each request",
         "vLLM's takes every request to have all its drafts",
         "0.33, where vLLM has mended it",
+        series=("0.32",),
         device="cpu",
     ),
 )

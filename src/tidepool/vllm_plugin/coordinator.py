@@ -26,6 +26,7 @@ from tidepool.vllm_plugin.planning import checkpoint_rules
 from tidepool.vllm_plugin.pools import ArenaBlockPool, GroupBlockPool, RequestContext, Serving
 from tidepool.vllm_plugin.settings import overcommit_requested, poison_requested
 from tidepool.vllm_plugin.states import StateManager
+from tidepool.vllm_plugin.versions import finds_one_more
 from tidepool.vllm_plugin.worker import encode
 
 
@@ -57,6 +58,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             enable_kv_cache_events=shared.enable_kv_cache_events,
             poison=poison_requested(),
             pool_class=TieredBlockPool if host else GroupBlockPool,
+            num_hash_lookahead_tokens=getattr(shared, "num_hash_lookahead_tokens", 0),
         )
         if host:
             self.block_pool.host = HostMemory(self.block_pool, self.kv_cache_config)
@@ -207,7 +209,7 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
                 [manager.kv_cache_spec for manager in states],
                 unit=self._cache_hit_alignment_tokens,
                 spacing=self.kv_cache_config.checkpoint_tokens,
-                drafter=bool(self.eagle_group_ids),
+                drafter=finds_one_more(self),
                 stock_block_tokens=self.kv_cache_config.stock_block_tokens,
                 interval=self.retention_interval,
             ),
@@ -299,15 +301,16 @@ class TidepoolKVCacheManager(KVCacheManager):
         self._lookups: dict[str, Lookup] = {}
         """By request that waits."""
 
-    def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
+    def get_computed_blocks(self, request: Request, *most: int | None) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's; it also plans where the request leaves checkpoints.
 
-        vLLM names the branch point up to which attention alone is cached.
+        vLLM names the branch point up to which attention alone is cached. From 0.33 on the scheduler also says how much
+        may be found at most, which it limits for auxiliary outputs alone.
         """
         name = request.request_id
         if self.refused_before(name) or (self.host and self.host.loads_for(name)):
             return self._lookups[name].found
-        blocks, tokens, branch = super().get_computed_blocks(request)
+        blocks, tokens, branch = super().get_computed_blocks(request, *most)
         if not self.enable_caching:
             return blocks, tokens, branch
         branch = self._retention.plan(name, request.block_hashes, request.num_prompt_tokens, tokens, branch)

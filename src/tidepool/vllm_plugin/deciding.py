@@ -27,6 +27,7 @@ from tidepool.vllm_plugin.serving_plan import (
     plan_of,
 )
 from tidepool.vllm_plugin.settings import Settings, read_settings
+from tidepool.vllm_plugin.versions import state_export_tokens
 
 COLUMN_TOKENS = 128
 """What a column of the states' block table stands for at most: vLLM's block size of states. Layers that save a state
@@ -44,6 +45,8 @@ class RankView:
     """The fewest tokens of an attention block that its kernels take; 1 without attention."""
     backends: tuple[str, ...] = ()
     """Names of its attention backends' classes."""
+    export_tokens: int = 1
+    """Its layers save states inside steps at multiples of so many tokens."""
 
 
 def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any], None] | None) -> bool:
@@ -74,7 +77,8 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
         fall_back(vllm_config, settings, reason)
         return False
     stock = _stock_blocks(vllm_config, inflate) if inflate else None
-    spacing = _set_blocks(vllm_config, settings, kernel=lcm(*(view.kernel_tokens for view in views)))
+    kernel, export = (lcm(*each) for each in zip(*((v.kernel_tokens, v.export_tokens) for v in views), strict=True))
+    spacing = _set_blocks(vllm_config, settings, kernel, export)
     note_plan(vllm_config, ServingPlan(settings.partition, settings.eviction, stock, spacing))
     return True
 
@@ -108,7 +112,13 @@ def _view(platform: Any, vllm_config: Any, settings: Settings) -> RankView:
         return RankView(settings, {}, 1)
     backends = _attention_backends(platform, vllm_config)
     names = tuple(backend.__name__ for backend in backends)
-    return RankView(settings, layer_specs_of(vllm_config), _smallest_kernel_block(vllm_config, backends), names)
+    return RankView(
+        settings,
+        layer_specs_of(vllm_config),
+        _smallest_kernel_block(vllm_config, backends),
+        names,
+        state_export_tokens(vllm_config),
+    )
 
 
 def _why_not(views: Sequence[RankView]) -> str | None:
@@ -169,13 +179,14 @@ def _stock_blocks(vllm_config: Any, inflate: Callable[[Any], None]) -> StockBloc
     return StockBlocks(stock_config.cache_config.block_size, stock_config.cache_config.mamba_page_size_padded)
 
 
-def _set_blocks(vllm_config: Any, settings: Settings, kernel: int) -> int:
+def _set_blocks(vllm_config: Any, settings: Settings, kernel: int, export: int) -> int:
     """Set the sizes of attention blocks and of states' columns.
 
     Args:
         vllm_config: vLLM's configuration of the engine; changed.
         settings: the user's.
         kernel: the fewest tokens of an attention block that all ranks' kernels take.
+        export: tokens at multiples of which layers save states inside steps.
 
     Returns:
         Tokens from one checkpoint to the next.
@@ -193,38 +204,43 @@ def _set_blocks(vllm_config: Any, settings: Settings, kernel: int) -> int:
         )
     spacing = CHECKPOINT_TOKENS
     if cache_config.mamba_cache_mode == "align":
-        spacing = _spacing(vllm_config, settings, block_tokens)
-        cache_config.mamba_block_size = _column_tokens(spacing, block_tokens)
+        spacing = _spacing(vllm_config, settings, block_tokens, export)
+        cache_config.mamba_block_size = _column_tokens(spacing, lcm(block_tokens, export))
     cache_config.block_size = block_tokens
     return spacing
 
 
-def _column_tokens(spacing: int, block_tokens: int) -> int:
-    """The widest column up to `COLUMN_TOKENS` (or else the attention block) of which checkpoints lie at multiples."""
-    blocks = spacing // block_tokens
-    widths = [width for width in range(1, blocks + 1) if blocks % width == 0 and width * block_tokens <= COLUMN_TOKENS]
-    return max(widths, default=1) * block_tokens
+def _column_tokens(spacing: int, unit: int) -> int:
+    """The widest column up to `COLUMN_TOKENS` (or else the unit) of which checkpoints lie at multiples."""
+    units = spacing // unit
+    widths = [width for width in range(1, units + 1) if units % width == 0 and width * unit <= COLUMN_TOKENS]
+    return max(widths, default=1) * unit
 
 
-def _spacing(vllm_config: Any, settings: Settings, block_tokens: int) -> int:
+def _spacing(vllm_config: Any, settings: Settings, block_tokens: int, export: int) -> int:
     """How far checkpoints lie apart, in tokens: as the user said, or about `CHECKPOINT_TOKENS`.
 
     Raises:
-        CacheConfigError: it isn't a multiple of the attention block, or doesn't divide the retention interval.
+        CacheConfigError: it isn't a multiple of the attention block and of ``export``, or doesn't divide the retention
+            interval.
     """
+    unit = lcm(block_tokens, export)
     interval = vllm_config.cache_config.prefix_cache_retention_interval
     named = {
         "checkpoint_tokens": settings.checkpoint_tokens,
         "--mamba-block-size": asked_of(vllm_config).mamba_block_size,
         "prefix_cache_retention_interval": interval,
     }
-    name, tokens = next(((name, tokens) for name, tokens in named.items() if tokens), ("", block_tokens))
-    if tokens % block_tokens:
-        raise CacheConfigError(f"{name} ({tokens}) must be a multiple of the attention block ({block_tokens} tokens).")
+    name, tokens = next(((name, tokens) for name, tokens in named.items() if tokens), ("", unit))
+    if tokens % unit:
+        layers = f" and of the {export} at which layers save states" if export > 1 else ""
+        raise CacheConfigError(
+            f"{name} ({tokens}) must be a multiple of the attention block ({block_tokens} tokens){layers}."
+        )
     if not name:
-        return -(-CHECKPOINT_TOKENS // block_tokens) * block_tokens
+        return -(-CHECKPOINT_TOKENS // unit) * unit
     if interval and name == "prefix_cache_retention_interval":
-        return spacing_within(interval, block_tokens, CHECKPOINT_TOKENS)
+        return spacing_within(interval, unit, CHECKPOINT_TOKENS)
     if interval and interval % tokens:
         raise CacheConfigError(f"prefix_cache_retention_interval ({interval}) must be a multiple of {name} ({tokens}).")
     return tokens

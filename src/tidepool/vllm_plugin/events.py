@@ -17,10 +17,11 @@ from vllm.v1.core.kv_cache_utils import (
     BlockHash,
     BlockHashWithGroupId,
     KVCacheBlock,
-    generate_block_hash_extra_keys,
     maybe_convert_block_hash,
 )
 from vllm.v1.request import Request
+
+from tidepool.vllm_plugin.versions import event_details
 
 
 class ExactEvents(BlockPool if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -107,7 +108,7 @@ class ExactEvents(BlockPool if TYPE_CHECKING else object):  # type: ignore[misc]
                     end_token_idx=run[-1],
                     block_size=tokens,
                     kv_cache_group_id=self.group,
-                    extra_keys_list=[generate_block_hash_extra_keys(request, e - tokens, e, 0)[0] for e in run],
+                    **event_details(self, request, run, tokens),
                 )
             )
 

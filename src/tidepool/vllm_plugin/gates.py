@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tidepool.vllm_plugin.notes import can_note
+from tidepool.vllm_plugin.versions import hash_lookahead_of
 
 NO_STATES = "layers: the model doesn't keep states beside attention"
-SUPPORTED_VLLM = ("0.32.0",)
-"""Versions whose seams were read and tested."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +90,12 @@ GATES: tuple[Gate, ...] = (
     Gate("kv-cache-metrics", "block residency metrics tell blocks apart by an id of one pool: leave kv_cache_metrics out", lambda c: bool(c.observability_config.kv_cache_metrics)),
     Gate("encoder-decoder", "encoder-decoder models are untested", lambda c: bool(c.model_config.is_encoder_decoder)),
     Gate("model-runner-v2", "vLLM's second model runner is untested on the CPU", lambda c: bool(c.use_v2_model_runner) and c.device_config.device_type == "cpu"),
+    Gate("aux-output", "auxiliary outputs (routed experts) are filed by the block hashes of one pool", lambda c: c.aux_output_config.enabled),
+    Gate("kv-cache-grouping", "the model groups its layers itself", lambda c: getattr(c.model_config, "supports_kv_cache_grouping", False)),
+    Gate("hash-lookahead", "block hashes that look more than one token ahead are untested", lambda c: hash_lookahead_of(c) > 1),
     Gate("additional-config", "vLLM's platform keeps something else than a table there", lambda c: not can_note(c)),
     Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] serves others)", lambda c: c.device_config.device_type != "cpu"),
 )  # fmt: skip
-
-
-def unsupported_version(version: str) -> str | None:
-    """Why this version of vLLM is unsupported, or None."""
-    if version in SUPPORTED_VLLM:
-        return None
-    return f"vllm-version: vLLM {version} hasn't been tested (tested: {', '.join(SUPPORTED_VLLM)})"
 
 
 def unsupported_features(vllm_config: Any, allow: Sequence[str] = ()) -> Iterator[str]:

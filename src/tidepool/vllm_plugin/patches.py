@@ -1,6 +1,6 @@
 """The patches that let vLLM serve engines on tidepool's memory: where vLLM offers no other way in.
 
-docs/design.md shows this table, and docs/porting.md says how to take it to another version of vLLM.
+docs/design.md shows this table, and docs/versions.md says how to take it to another version of vLLM.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from tidepool.vllm_plugin import states, wrappers
 from tidepool.vllm_plugin.compat import WORKAROUNDS
 from tidepool.vllm_plugin.patching import Patch, apply, check, needed_here
 
-_BUILDER = "0.33: Platform.get_kv_cache_config_builder_cls"
+_OLD, _NEW = ("0.32",), ("0.33",)
+_BUILDER = "0.33, which asks the builder"
 _NATURAL = "vLLM plans natural pages"
 _GROUPED_IDS = "vLLM's lists of block ids name groups"
 _ONE_COUNT = "vLLM takes every group to have num_blocks blocks"
@@ -74,11 +75,39 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "vllm.v1.engine.core:get_kv_cache_configs",
-        wrappers.get_kv_cache_configs,
+        wrappers.take_over_and_plan,
         "vllm_config, kv_cache_specs, available_memory",
         "takes over the plan, and settles what all ranks have in common",
         "vLLM plans each rank by itself and lowers num_blocks, which fixed shares don't follow",
-        "0.33: get_global_kv_cache_groups, for what doesn't depend on memory",
+        "0.33, where two rows share this",
+        series=_OLD,
+    ),
+    Patch(
+        "vllm.v1.engine.core:get_global_kv_cache_groups",
+        wrappers.take_over,
+        "vllm_config, kv_cache_specs",
+        "takes over the plan",
+        "nobody else sees the specs that come from the workers",
+        "the engine core plans by what it knows itself",
+        series=_NEW,
+    ),
+    Patch(
+        "vllm.v1.engine.core:get_kv_cache_configs",
+        wrappers.plan_memory,
+        "vllm_config, kv_cache_specs, available_memory, global_kv_cache_groups",
+        "settles what all ranks have in common",
+        "vLLM plans each rank by itself and lowers num_blocks, which fixed shares don't follow",
+        "the builder is told every rank's memory",
+        series=_NEW,
+    ),
+    Patch(
+        "platform:get_kv_cache_config_builder_cls",
+        wrappers.name_builder,
+        "cls, vllm_config",
+        "names the builder of the memory of engines that tidepool serves",
+        "the hook is a method of the platform, and a general plugin isn't one",
+        "plugins can name a builder",
+        series=_NEW,
     ),
     Patch(
         "vllm.v1.core.kv_cache_utils:get_kv_cache_groups",
@@ -87,6 +116,7 @@ PATCHES: tuple[Patch, ...] = (
         "one group for each layer cache",
         "vLLM splits layers into groups of one size",
         _BUILDER,
+        series=_OLD,
     ),
     Patch(
         "vllm.v1.core.kv_cache_utils:_pool_bytes_per_block",
@@ -95,6 +125,7 @@ PATCHES: tuple[Patch, ...] = (
         "an extent's bytes",
         "vLLM has one size of blocks",
         _BUILDER,
+        series=_OLD,
     ),
     Patch(
         "vllm.v1.core.kv_cache_utils:get_kv_cache_config_from_groups",
@@ -103,6 +134,7 @@ PATCHES: tuple[Patch, ...] = (
         "lays out the arena",
         "vLLM gives every group the same blocks",
         _BUILDER,
+        series=_OLD,
     ),
     Patch(
         "vllm.v1.core.kv_cache_utils:_max_memory_usage_bytes_from_groups",
@@ -111,6 +143,16 @@ PATCHES: tuple[Patch, ...] = (
         "counts a request in whole extents",
         "vLLM counts its blocks, which groups don't share",
         "the builder is asked for it too",
+        series=_OLD,
+    ),
+    Patch(
+        "vllm.v1.core.kv_cache_planning:_max_memory_usage_bytes_from_groups",
+        wrappers.bytes_of_longest_request,
+        "builder, vllm_config, kv_cache_groups",
+        "counts a request in whole extents",
+        "vLLM counts its blocks, which groups don't share",
+        "the builder is asked for it too",
+        series=_NEW,
     ),
     Patch(
         "vllm.v1.core.kv_cache_utils:get_max_concurrency_for_kv_cache_config",
@@ -153,6 +195,18 @@ PATCHES: tuple[Patch, ...] = (
         "makes a coordinator with a pool for each group",
         "vLLM's has one pool",
         "vLLM lets a KVCacheConfig name its coordinator",
+        series=_OLD,
+    ),
+    Patch(
+        "vllm.v1.core.kv_cache_manager:get_kv_cache_coordinator",
+        wrappers.make_kv_cache_coordinator,
+        "kv_cache_config, max_model_len, max_in_flight_tokens, use_eagle, enable_caching, enable_kv_cache_events, "
+        "dcp_world_size, pcp_world_size, scheduler_block_size, hash_block_size, metrics_collector=, "
+        "num_hash_lookahead_tokens=, num_prefill_lookahead=, allow_partial_hash_hits=",
+        "makes a coordinator with a pool for each group",
+        "vLLM's has one pool",
+        "vLLM lets a KVCacheConfig name its coordinator",
+        series=_NEW,
     ),
     Patch(
         "vllm.v1.core.sched.scheduler:KVCacheManager",
@@ -163,6 +217,19 @@ PATCHES: tuple[Patch, ...] = (
         "makes a manager whose block ids carry their group",
         _GROUPED_IDS.replace("name", "don't name"),
         _GROUPED_IDS,
+        series=_OLD,
+    ),
+    Patch(
+        "vllm.v1.core.sched.scheduler:KVCacheManager",
+        wrappers.make_kv_cache_manager,
+        "kv_cache_config, max_model_len, scheduler_block_size, hash_block_size, max_in_flight_tokens=, "
+        "enable_caching=, use_eagle=, num_hash_lookahead_tokens=, num_prefill_lookahead=, log_stats=, "
+        "enable_kv_cache_events=, dcp_world_size=, pcp_world_size=, metrics_collector=, watermark=, "
+        "enable_mamba_shared_prefix_checkpoint=",
+        "makes a manager whose block ids carry their group",
+        _GROUPED_IDS.replace("name", "don't name"),
+        _GROUPED_IDS,
+        series=_NEW,
     ),
     Patch(
         "vllm.distributed.kv_transfer.kv_connector.factory:KVConnectorFactory.create_connector",

@@ -1,6 +1,6 @@
 """How names of vLLM's are replaced: all of a table's, after each was found to be what the table says, or none.
 
-A table has a row for each name, so that a reader of the next vLLM knows what to look at: docs/porting.md.
+A table has a row for each name, so that a reader of the next vLLM knows what to look at: docs/versions.md.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SERIES = ("0.32",)
-"""Series of vLLM's versions that a row is for which doesn't say otherwise."""
+from tidepool.vllm_plugin.versions import SERIES, series_here
+
 _WRAPPER = "_tidepool_wrapper"
 
 
@@ -125,9 +125,7 @@ def apply(rows: Iterable[Patch]) -> None:
 
 def needed_here(rows: Iterable[Patch]) -> tuple[Patch, ...]:
     """The rows for this process's vLLM and platform."""
-    from vllm.version import __version__
-
-    series = ".".join(__version__.split(".")[:2])
+    series = series_here()
     return tuple(row for row in rows if series in row.series and (row.device is None or _is_on(row.device)))
 
 

@@ -1,7 +1,8 @@
 """Seam 1, in the engine core: how the KV memory of an engine that tidepool serves is laid out.
 
-A served engine's ``KVCacheConfig.num_blocks`` counts *extents*: vLLM's memory check, its override and its minimum over
-ranks then work unchanged with the extent as the block that they divide memory by.
+In an elastic partition ``KVCacheConfig.num_blocks`` counts *extents*: vLLM's memory check, its override and its minimum
+over ranks then work unchanged with the extent as the block that they divide memory by. In a fixed one it is the number
+of block ids that every group has, since vLLM warms kernels up with made-up requests, whose ids are any below it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import Any
 
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     KVCacheConfig,
@@ -42,6 +42,7 @@ from tidepool.cache import (
 from tidepool.capacity import Partition
 from tidepool.vllm_plugin.serving_plan import CHECKPOINT_TOKENS, ServingPlan, note_plan, plan_of
 from tidepool.vllm_plugin.settings import Eviction
+from tidepool.vllm_plugin.versions import planner_of_vllm
 
 PROFILING_EXTENTS = 64
 """Extents at most in the KV cache that vLLM makes to measure CUDA graphs with, and throws away again: one for each
@@ -52,7 +53,10 @@ STATES_ROLE = "tidepool-states"
 
 @dataclass
 class TidepoolKVCacheConfig(KVCacheConfig):
-    """A KVCacheConfig whose groups have pools of their own over one arena; ``num_blocks`` counts extents."""
+    """A KVCacheConfig whose groups have pools of their own over one arena.
+
+    ``num_blocks`` counts extents, or in a fixed partition the block ids that every group has.
+    """
 
     partition: Partition = "elastic"
     eviction: Eviction = "returns"
@@ -166,9 +170,15 @@ def checkpoint_rules(
 
 
 def make_kv_cache_config(
-    vllm_config: Any, plan: ServingPlan, groups: list[KVCacheGroupSpec], memory_bytes: int
+    vllm_config: Any, plan: ServingPlan, groups: list[KVCacheGroupSpec], extents: int
 ) -> TidepoolKVCacheConfig:
-    """Plan the arena and its views for ``memory_bytes`` of KV memory.
+    """Plan the arena and its views for so many extents of KV memory.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+        plan: the engine's. Without ``memory_bytes`` this is for CUDA graphs to be measured with, and thrown away again.
+        groups: one for each layer cache.
+        extents: as vLLM divides the memory. A fixed partition takes what is beyond the last whole one as well.
 
     Raises:
         CacheConfigError: no geometry fits these sizes, a fixed partition doesn't fit this memory, or blocks are larger
@@ -179,20 +189,18 @@ def make_kv_cache_config(
     _name_managers(groups)
     core = core_groups(vllm_config, groups)
     geometry = _geometry(plan, core)
-    override = cache_config.num_gpu_blocks_override
-    extents = override if override is not None else memory_bytes // geometry.extent_bytes
-    profiling = override is not None and memory_bytes == 0
-    if profiling:
+    if plan.memory_bytes is None:
         extents = min(extents, PROFILING_EXTENTS)
-    arena_bytes = extents * geometry.extent_bytes
+    num_blocks, arena_bytes = extents, extents * geometry.extent_bytes
     shares: tuple[Share, ...] = ()
-    if plan.partition == "fixed" and not profiling:
-        # A fixed partition isn't cut into extents, so it needn't end with a whole one.
-        available = arena_bytes if override is not None else memory_bytes
+    if plan.partition == "fixed" and plan.memory_bytes is not None:
+        # It isn't cut into extents, so it needn't end with a whole one.
+        available = plan.memory_bytes if cache_config.num_gpu_blocks_override is None else arena_bytes
         shares, arena_bytes = _fixed_partition(vllm_config, plan, core, available)
-    host_extents = 0 if profiling else host_bytes_of_rank(vllm_config) // geometry.extent_bytes
+        num_blocks = min(share.first + share.blocks for share in shares)
+    host_extents = 0 if plan.memory_bytes is None else host_bytes_of_rank(vllm_config) // geometry.extent_bytes
     return TidepoolKVCacheConfig(
-        num_blocks=extents,
+        num_blocks=num_blocks,
         kv_cache_tensors=_tensors(groups, core, shares or geometry.layouts, arena_bytes),
         kv_cache_groups=groups,
         prefix_cache_retention_interval=cache_config.prefix_cache_retention_interval,
@@ -381,6 +389,7 @@ def stock_kv_cache_config(
         else replace(spec, block_size=stock.block_tokens)
         for name, spec in specs.items()
     }
-    # Patched as they are, these go vLLM's way for a configuration without a plan.
-    groups = kv_cache_utils.get_kv_cache_groups(stock_config, stock_specs)
-    return kv_cache_utils.get_kv_cache_config_from_groups(stock_config, groups, memory_bytes)
+    # Where these are patched, they go vLLM's way for a configuration without a plan.
+    vllm = planner_of_vllm()
+    groups = vllm.get_kv_cache_groups(stock_config, stock_specs)
+    return vllm.get_kv_cache_config_from_groups(stock_config, groups, memory_bytes)

@@ -84,6 +84,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
         self.medium = memory.medium
         self.enable_caching = enable_caching
         self.hash_block_size = hash_block_size
+        self.num_hash_lookahead_tokens = memory.num_hash_lookahead_tokens
         self.blocks = [KVCacheBlock(index, pool=self) for index in range(num_blocks)]
         self.null_block = self.blocks[0]
         self.null_block.is_null = True
@@ -248,6 +249,7 @@ class ArenaBlockPool:
         enable_kv_cache_events: bool,
         poison: bool,
         pool_class: type[GroupBlockPool] = GroupBlockPool,
+        num_hash_lookahead_tokens: int = 0,
     ) -> None:
         self.groups = len(config.kv_cache_groups)
         self.poison = poison
@@ -255,6 +257,8 @@ class ArenaBlockPool:
         """Poisoning for the workers to do before their next step, in order; see `tidepool.vllm_plugin.worker`."""
         self.enable_caching = enable_caching
         self.enable_kv_cache_events = enable_kv_cache_events
+        self.num_hash_lookahead_tokens = num_hash_lookahead_tokens
+        """Tokens behind a block that its hash covers as well; vLLM's managers and events ask."""
         self.kv_event_queue: list[KVCacheEvent] = []
         self.num_gpu_blocks = config.num_blocks
         specs = [group.kv_cache_spec for group in config.kv_cache_groups]

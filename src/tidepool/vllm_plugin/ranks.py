@@ -24,26 +24,41 @@ from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, core_groups, gr
 from tidepool.vllm_plugin.serving_plan import ServingPlan, detach_plans, fallback_reason, note_plan, plan_of
 
 
-def agree(
-    vllm_config: Any, specs_of_ranks: Sequence[Mapping[str, KVCacheSpec]], memory_of_ranks: Sequence[int]
-) -> None:
-    """In the engine core: take over the plan that came with the specs, before each rank's memory is planned by itself.
+def agree(vllm_config: Any, specs_of_ranks: Sequence[Mapping[str, KVCacheSpec]]) -> None:
+    """In the engine core: take over the plan that came with the specs, before any memory is planned.
 
     Args:
         vllm_config: vLLM's configuration of the engine; `plan_of` tells the plan from now on.
         specs_of_ranks: layer name to KVCacheSpec, for each rank.
-        memory_of_ranks: bytes of KV memory of each rank.
 
     Raises:
-        CacheConfigError: tidepool serves only some ranks, their word was lost, or there is no plan that suits all.
+        CacheConfigError: tidepool serves only some ranks, or their word was lost.
     """
     plans = detach_plans(specs_of_ranks)
     _require_word(vllm_config, specs_of_ranks, plans)
     _require_one_plan(plans)
     _take_over(vllm_config, plans, specs_of_ranks)
+
+
+def settle(
+    vllm_config: Any, specs_of_ranks: Sequence[Mapping[str, KVCacheSpec]], memory_of_ranks: Sequence[int]
+) -> None:
+    """In the engine core: add to the plan what depends on memory, before each rank's is planned by itself.
+
+    Args:
+        vllm_config: vLLM's configuration of the engine.
+        specs_of_ranks: layer name to KVCacheSpec, for each rank.
+        memory_of_ranks: bytes of KV memory of each rank.
+
+    Raises:
+        CacheConfigError: there is no plan that suits all ranks.
+    """
     plan = plan_of(vllm_config)
-    if plan is not None and len(specs_of_ranks) > 1:
-        note_plan(vllm_config, _plan_for_all(vllm_config, plan, specs_of_ranks, memory_of_ranks))
+    if plan is None:
+        return
+    if len(specs_of_ranks) > 1:
+        plan = _plan_for_all(vllm_config, plan, specs_of_ranks, memory_of_ranks)
+    note_plan(vllm_config, plan._replace(memory_bytes=min(memory_of_ranks)))
 
 
 def _require_word(

@@ -50,6 +50,9 @@ class ServingPlan(NamedTuple):
     """Blocks of each group in an extent, where several pipeline stages share them."""
     places: tuple[tuple[int, int], ...] = ()
     """(first block, blocks) of each group's fixed share, where several ranks share them."""
+    memory_bytes: int | None = None
+    """KV memory of the smallest rank, once the engine core plans it. Who plans without has a small cache in mind, for
+    CUDA graphs to be measured with."""
 
 
 # In the configuration: the rest of the process, and copies of the configuration -------------------------------

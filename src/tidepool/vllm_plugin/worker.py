@@ -158,17 +158,17 @@ def states_within_steps(vllm_config: Any, plan: ServingPlan, spec: Any, batch: A
     Returns:
         vLLM's MambaPrefillCheckpointMetadata; None if no state is saved.
     """
-    from vllm.model_executor.layers.mamba.checkpoint import MambaPrefillCheckpointMetadata
     from vllm.utils.torch_utils import async_tensor_h2d
     from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
 
     from tidepool.vllm_plugin.planning import checkpoint_rules
+    from tidepool.vllm_plugin.versions import checkpoint_metadata, hash_lookahead_of
 
     cache_config, speculative = vllm_config.cache_config, vllm_config.speculative_config
     unit = cache_config.cache_hit_alignment_tokens
     if cache_config.mamba_cache_mode != "align" or not spec.num_prefill_checkpoint_blocks or unit is None:
         return None
-    drafter = speculative is not None and speculative.use_eagle_block_drop()
+    drafter = speculative is not None and speculative.use_eagle_block_drop() and not hash_lookahead_of(vllm_config)
     rules = checkpoint_rules([spec], unit=unit, spacing=plan.checkpoint_tokens, drafter=drafter)
     lengths = batch.query_start_loc_cpu.diff().tolist()
     ends = batch.seq_lens_cpu_upper_bound.tolist()
@@ -180,10 +180,11 @@ def states_within_steps(vllm_config: Any, plan: ServingPlan, spec: Any, batch: A
     device = batch.query_start_loc.device
     row_indices, column_indices = _indices(rows, device), _indices(columns, device)
     blocks = batch.block_table_tensor[row_indices, column_indices]
-    return MambaPrefillCheckpointMetadata(
+    return checkpoint_metadata(
         async_tensor_h2d(offsets, dtype=torch.int32, device=device),
         torch.where(column_indices >= 0, blocks, NULL_BLOCK_ID),
         offsets=offsets,
+        query_lens=[lengths[row] for row in rows],
         request_rows=row_indices,
         block_cols=column_indices,
     )

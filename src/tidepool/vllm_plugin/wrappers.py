@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.request import RequestStatus
 
 from tidepool.cache import LARGE_STEP
@@ -21,7 +20,7 @@ from tidepool.vllm_plugin.coordinator import make_coordinator
 from tidepool.vllm_plugin.deciding import keep_pages_natural
 from tidepool.vllm_plugin.gates import NO_STATES
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, own_connector
-from tidepool.vllm_plugin.ranks import agree, over_stages
+from tidepool.vllm_plugin.ranks import agree, over_stages, settle
 from tidepool.vllm_plugin.serving_plan import attach_plan, carries_plan, fall_back, plan_of
 from tidepool.vllm_plugin.settings import check_kv, read_settings
 from tidepool.vllm_plugin.startup import log_start
@@ -106,12 +105,31 @@ def resolve_layout(original: Function, vllm_config: Any, supported_layouts: Any,
     return original(vllm_config, supported_layouts, kv_cache_specs)
 
 
-def get_kv_cache_configs(original: Function, vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
+def take_over_and_plan(original: Function, vllm_config: Any, kv_cache_specs: Any, available_memory: Any) -> Any:
     """Take over the workers' plan, and settle what all ranks have in common."""
-    agree(vllm_config, kv_cache_specs, available_memory)
+    agree(vllm_config, kv_cache_specs)
+    return plan_memory(original, vllm_config, kv_cache_specs, available_memory)
+
+
+def take_over(original: Function, vllm_config: Any, kv_cache_specs: Any) -> Any:
+    """Take over the workers' plan, before anyone asks how the layers are grouped."""
+    agree(vllm_config, kv_cache_specs)
+    return original(vllm_config, kv_cache_specs)
+
+
+def plan_memory(original: Function, vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *groups: Any) -> Any:
+    """Settle what all ranks have in common."""
+    settle(vllm_config, kv_cache_specs, available_memory)
     if plan_of(vllm_config) is not None:
         own_connector(vllm_config)
-    return original(vllm_config, kv_cache_specs, available_memory)
+    return original(vllm_config, kv_cache_specs, available_memory, *groups)
+
+
+def name_builder(original: Function, platform: Any, vllm_config: Any) -> str:
+    """tidepool's builder, for the engines that it serves."""
+    if plan_of(vllm_config) is None:
+        return str(original(platform, vllm_config))
+    return "tidepool.vllm_plugin.builder.TidepoolBuilder"
 
 
 def get_kv_cache_groups(original: Function, vllm_config: Any, kv_cache_spec: Any) -> Any:
@@ -128,12 +146,12 @@ def bytes_per_block(original: Function, vllm_config: Any, kv_cache_groups: Any) 
     return planning.extent_bytes(vllm_config, kv_cache_groups)
 
 
-def bytes_of_longest_request(original: Function, vllm_config: Any, kv_cache_groups: Any) -> int:
-    """In whole extents."""
+def bytes_of_longest_request(original: Function, *arguments: Any) -> int:
+    """In whole extents. From 0.33 on a builder comes before the configuration and the groups."""
+    vllm_config, groups = arguments[-2:]
     if plan_of(vllm_config) is None:
-        return int(original(vllm_config, kv_cache_groups))
-    extents = planning.extents_of_longest_request(vllm_config, kv_cache_groups)
-    return extents * int(kv_cache_utils._pool_bytes_per_block(vllm_config, kv_cache_groups))
+        return int(original(*arguments))
+    return planning.extents_of_longest_request(vllm_config, groups) * planning.extent_bytes(vllm_config, groups)
 
 
 def get_kv_cache_config(original: Function, vllm_config: Any, kv_cache_groups: Any, available_memory: int) -> Any:
@@ -141,7 +159,10 @@ def get_kv_cache_config(original: Function, vllm_config: Any, kv_cache_groups: A
     plan = plan_of(vllm_config)
     if plan is None:
         return original(vllm_config, kv_cache_groups, available_memory)
-    return planning.make_kv_cache_config(vllm_config, plan, kv_cache_groups, available_memory)
+    extents = vllm_config.cache_config.num_gpu_blocks_override
+    if extents is None:
+        extents = available_memory // planning.extent_bytes(vllm_config, kv_cache_groups)
+    return planning.make_kv_cache_config(vllm_config, plan, kv_cache_groups, extents)
 
 
 def get_max_concurrency(original: Function, vllm_config: Any, kv_cache_config: Any) -> float:
