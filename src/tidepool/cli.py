@@ -17,6 +17,8 @@ from tidepool.plan.command import plan
 from tidepool.replay.command import replay
 from tidepool.verify.command import verify
 
+PASSED_ON = {"ignore_unknown_options": True}
+"""For commands that take options of vLLM's."""
 app = typer.Typer(
     name="tidepool",
     help="Per-group KV cache pools at natural page sizes for hybrid models on vLLM.",
@@ -28,10 +30,10 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(compare)
 app.command()(replay)
-app.command()(verify)
+app.command(context_settings=PASSED_ON)(verify)
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@app.command(context_settings=PASSED_ON | {"help_option_names": ["--help"]})
 def serve(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL ...", help="The model and any options of vllm serve.")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tidepool.certificates import Setup, nearest
 from tidepool.vllm_plugin.notes import can_note
 
 NO_STATES = "layers: the model doesn't keep states beside attention"
@@ -42,11 +43,11 @@ def _other_drafter(config: Any) -> bool:
     return speculative.method != "mtp" or speculative.draft_model_config.hf_config.model_type != "qwen3_5_mtp"
 
 
-def _drafts_elsewhere(config: Any) -> bool:
-    """Whether drafts meet what they haven't been run with."""
+def _drafts_on_ranks(config: Any) -> bool:
+    """Whether drafts meet several ranks."""
     parallel = config.parallel_config
     several = parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1
-    return config.speculative_config is not None and (several or config.device_config.device_type != "cpu")
+    return config.speculative_config is not None and several
 
 
 def _parallel(field: str) -> Callable[[Any], bool]:
@@ -62,7 +63,7 @@ GATES: tuple[Gate, ...] = (
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
     Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] serves others)", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp") or c.parallel_config.nnodes > 1),
     Gate("speculative-decoding", "of speculative decoding only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run", _other_drafter),
-    Gate("speculative-ranks", "speculative decoding has been run in one process on the CPU only", _drafts_elsewhere),
+    Gate("speculative-ranks", "speculative decoding has been run in one process only", _drafts_on_ranks),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "a KV cache dtype of one's own is untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
     Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
@@ -76,7 +77,6 @@ GATES: tuple[Gate, ...] = (
     Gate("encoder-decoder", "encoder-decoder models are untested", lambda c: bool(c.model_config.is_encoder_decoder)),
     Gate("model-runner-v2", "vLLM's second model runner is untested on the CPU", lambda c: bool(c.use_v2_model_runner) and c.device_config.device_type == "cpu"),
     Gate("additional-config", "vLLM's platform keeps something else than a table there", lambda c: not can_note(c)),
-    Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] serves others)", lambda c: c.device_config.device_type != "cpu"),
 )  # fmt: skip
 
 
@@ -125,6 +125,30 @@ def unsupported_layers(specs: Mapping[str, Any]) -> str | None:
         elif spec.sliding_window is not None or spec.attention_chunk_size is not None:
             return "layers: windowed or chunked attention that keeps every token is untested beside states"
     return None
+
+
+def unsupported_setup(
+    setup: Setup, proven: Sequence[Setup], command: str, allow: Sequence[str] = (), *, drafts: bool = False
+) -> str | None:
+    """Why an engine on a device that needs a certificate is unsupported, or None.
+
+    Args:
+        setup: the engine's.
+        proven: the setups that every rank has found a certificate for.
+        command: what would make one for this setup.
+        allow: names of gates that are passed over; drafts have one of their own.
+        drafts: whether the engine has speculative decoding.
+    """
+    if setup in proven or ("device" in allow and ("drafts" in allow or not drafts)):
+        return None
+    closest = nearest(setup, proven)
+    other = f" (the nearest is for another {', '.join(setup.differences(closest))})" if closest else ""
+    kernels = "; ".join(filter(None, (setup.attention, setup.states, setup.kv_dtype)))
+    name = "drafts" if "device" in allow else "device"
+    return (
+        f"{name}: no certificate covers this engine on {setup.device} with {kernels}{other}. To verify this machine and "
+        f"make one, run: {command}"
+    )
 
 
 def unsupported_backends(backends: Sequence[str]) -> str | None:

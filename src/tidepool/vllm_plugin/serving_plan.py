@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from tidepool.cache import CacheConfigError
 from tidepool.capacity import Partition
+from tidepool.certificates import Setup
 from tidepool.vllm_plugin.notes import read_note, write_note
 from tidepool.vllm_plugin.settings import Eviction, Settings
 
@@ -50,6 +51,8 @@ class ServingPlan(NamedTuple):
     """Blocks of each group in an extent, where several pipeline stages share them."""
     places: tuple[tuple[int, int], ...] = ()
     """(first block, blocks) of each group's fixed share, where several ranks share them."""
+    setup: Setup | None = None
+    """What the engine is in a certificate's terms."""
 
 
 # In the configuration: the rest of the process, and copies of the configuration -------------------------------
