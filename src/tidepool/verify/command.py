@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,27 @@ def verify(
     scenarios(console, [*words, *_vllm_options(ngram, mtp, tp)], workdir / "verify", quick=quick, json_file=json_file)
 
 
+CERTIFIED_OPTIONS = frozenset(
+    """--attention-backend --block-size --dtype --gdn-prefill-backend --kv-cache-dtype --mamba-backend --mamba-cache-dtype
+    --mamba-ssm-cache-dtype --pipeline-parallel-size -pp --speculative-config -sc --tensor-parallel-size -tp""".split()
+)
+"""Options of vLLM's, each with a value, that a certificate depends on."""
+
+
+def verify_for(arguments: Sequence[str], workdir: Path = Path(".cache/tidepool")) -> None:
+    """Run the scenarios with those of ``vllm serve``'s arguments that a certificate depends on.
+
+    Raises:
+        typer.Exit: something doesn't hold.
+    """
+    words = [word for argument in arguments for word in (argument.split("=", 1) if argument[:1] == "-" else [argument])]
+    options: list[str] = []
+    for option, value in pairwise(words):
+        if option.replace("_", "-") in CERTIFIED_OPTIONS:
+            options += [option.replace("_", "-"), value]
+    scenarios(Console(width=None if os.isatty(1) else WIDTH, highlight=False), options, workdir / "verify")
+
+
 def scenarios(
     console: Console, options: Sequence[str], directory: Path, *, quick: bool = False, json_file: Path | None = None
 ) -> None:
@@ -108,5 +130,5 @@ def _vllm_options(ngram: int, mtp: int, tp: int) -> list[str]:
 def _ranks(options: Sequence[str]) -> int:
     """Whether there are several ranks, as far as their number says so."""
     sizes = ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp")
-    named = [value for option, value in zip(options, options[1:], strict=False) if option in sizes]
+    named = [value for option, value in pairwise(options) if option in sizes]
     return max([int(value) for value in named if value.isdigit()], default=1)

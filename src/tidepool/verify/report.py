@@ -162,7 +162,9 @@ def _wrong(part: Part, outcome: Outcome, prompts: Sequence[Prompt], stock: Outco
     if part.scenario.model == "trained":
         return [n for n, answer in outcome.answers.items() if not prompts[int(n)].question.is_right(answer)]
     gaps = {
-        n: first_gap(stock.answers[n], stock.logprobs[n], a) for n, a in outcome.answers.items() if n in stock.answers
+        n: first_gap(stock.answers[n], stock.logprobs.get(n, []), a)
+        for n, a in outcome.answers.items()
+        if n in stock.answers
     }
     return [n for n, gap in gaps.items() if gap is not None and gap > BFLOAT16_GAP]
 

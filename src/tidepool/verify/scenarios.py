@@ -117,7 +117,11 @@ def _again() -> list[Prompt]:
 
 def _batches() -> list[Prompt]:
     """As many as there may be at once and more, of many lengths: batches shrink one by one as they end."""
-    return [prompt for length in range(40, 400, 12) for prompt in make_prompts(length, length=length, stories=1)]
+    return [
+        prompt
+        for length in range(60, 400, 24)
+        for prompt in make_prompts(length, length=length, stories=1, questions=2)
+    ]
 
 
 def _drafted() -> list[Prompt]:
