@@ -62,8 +62,22 @@ def verify(
 
 
 CERTIFIED_OPTIONS = frozenset(
-    """--attention-backend --block-size --dtype --gdn-prefill-backend --kv-cache-dtype --mamba-backend --mamba-cache-dtype
-    --mamba-ssm-cache-dtype --pipeline-parallel-size -pp --speculative-config -sc --tensor-parallel-size -tp""".split()
+    [
+        "--attention-backend",
+        "--block-size",
+        "--dtype",
+        "--gdn-prefill-backend",
+        "--kv-cache-dtype",
+        "--mamba-backend",
+        "--mamba-cache-dtype",
+        "--mamba-ssm-cache-dtype",
+        "--pipeline-parallel-size",
+        "-pp",
+        "--speculative-config",
+        "-sc",
+        "--tensor-parallel-size",
+        "-tp",
+    ]
 )
 """Options of vLLM's, each with a value, that a certificate depends on."""
 
