@@ -148,7 +148,6 @@ def print_report(results: Results, rows: Sequence[Row], console: Console) -> Non
         "evicted: cached blocks. moves: of extents, from one group to another. copies left out, offsets cut: controls "
         "with damage done on purpose, which have to give wrong answers.",
         style="dim",
-        soft_wrap=True,
     )
     found = failures(results, rows)
     for failure in found:
