@@ -132,7 +132,11 @@ def printed(results: drive.Results) -> str:
 
 
 def test_the_table_fits() -> None:
-    results = drive.Results(MACHINE, {part: outcome_of(part.scenario, replace(MANY, aborted=0)) for part in PARTS})
+    outcomes = {part: outcome_of(part.scenario, replace(MANY, aborted=0)) for part in PARTS}
+    for part, outcome in outcomes.items():
+        if part.fault:
+            del outcome.answers["0"][-1]
+    results = drive.Results(MACHINE, outcomes)
     lines = printed(results).splitlines()
     assert max(map(len, lines)) <= command.WIDTH
     assert len([line for line in lines if line.rstrip().endswith((" ok", " FAILED"))]) == len(PARTS)
