@@ -68,6 +68,17 @@ def test_serve_passes_everything_through(executed: list[list[str]], arguments: l
     assert executed == [["elastic", "serve", *arguments]]
 
 
+def test_serve_verifies_first_with_what_a_certificate_depends_on(
+    executed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("tidepool.verify.command.scenarios", lambda console, options, folder: asked.append(options))
+    served = ["some/model", "--port", "80", "--kv_cache_dtype=fp8", "-tp", "2", "--max-num-seqs", "8"]
+    assert runner.invoke(cli.app, ["serve", "--verify", *served]).exit_code == 0
+    assert asked == [["--kv-cache-dtype", "fp8", "-tp", "2"]]
+    assert executed == [["elastic", "serve", *served]]
+
+
 def test_serve_takes_the_partition_out(executed: list[list[str]]) -> None:
     arguments = ["serve", "--port", "80", "--partition", "fixed", "some/model"]
     assert runner.invoke(cli.app, arguments).exit_code == 0

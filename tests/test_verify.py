@@ -19,13 +19,27 @@ from tidepool.command_line import NO_VLLM
 from tidepool.running import process
 from tidepool.verify import command, drive, report
 from tidepool.verify.messages import Counts, Machine, Outcome
-from tidepool.verify.scenarios import ABORTS, MOVES, PARTS, PREEMPTED, QUICK_PARTS, SCENARIOS, SHARED, Part, Scenario
+from tidepool.verify.scenarios import (
+    ABORTS,
+    FAR,
+    GPU_PARTS,
+    MOVES,
+    OTHER,
+    PARTS,
+    PREEMPTED,
+    QUICK_PARTS,
+    SCENARIOS,
+    SHARED,
+    Part,
+    Scenario,
+    choose_parts,
+)
 from tidepool.verify.task import ANSWER_TOKENS, MAX_TOKENS
 from wrapped_python import run_first
 
-MACHINE = Machine("0.32.0", "2.13.0+cpu", "CPU (x86_64, 2 cores)", gated=False)
+MACHINE = Machine("0.32.0", "2.13.0+cpu", "CPU (x86_64, 2 cores)", certifies=False)
 PYTHON = sys.executable
-MANY = Counts(12, 123, 45, 1_234_567, 8_901, 0)
+MANY = Counts(12, 123, 45, 1_234_567, 8_901, 0, 9_000_000_000, 7)
 
 # Scenarios.
 
@@ -34,15 +48,17 @@ MANY = Counts(12, 123, 45, 1_234_567, 8_901, 0)
 def test_requests_are_the_same_every_time_and_fit(scenario: Scenario) -> None:
     requests = scenario.requests()
     assert requests == scenario.requests()
-    assert len({tuple(request.tokens) for request in requests}) == len(requests) > 10
+    again = scenario.requests in (FAR.requests, OTHER.requests)
+    assert len({tuple(request.tokens) for request in requests}) * (1 + again) == len(requests) > 10
     assert max(len(request.tokens) for request in requests) + ANSWER_TOKENS <= MAX_TOKENS
     assert {request.question.kind for request in requests} == {"fact", "register"}
 
 
 def test_every_part_has_its_reference() -> None:
-    for parts in (PARTS, QUICK_PARTS):
+    for parts in (PARTS, QUICK_PARTS, choose_parts(gpu=True, drafts="ngram"), choose_parts(drafts="mtp")):
         assert len(set(parts)) == len(parts)
-        assert {part.scenario for part in parts if part.side == "stock"} == {part.scenario for part in parts}
+        stock = {(part.scenario, part.runner) for part in parts if part.side == "stock"}
+        assert stock == {(part.scenario, part.runner) for part in parts}
     assert {part.side for part in PARTS} == {"stock", "elastic", "fixed"}
     assert any(part.poison for part in PARTS)
 
@@ -53,7 +69,7 @@ def test_every_part_has_its_reference() -> None:
 def outcome_of(scenario: Scenario, counts: Counts = MANY) -> Outcome:
     """All right."""
     answers = {str(number): list(prompt.question.answer) for number, prompt in enumerate(scenario.requests())}
-    return Outcome(answers, counts, usage_at_end=0.0, seconds=1.0)
+    return Outcome(answers, counts, {}, None, usage_at_end=0.0, seconds=1.0)
 
 
 def problems_of(outcome: Outcome, *, side: str = "elastic", scenario: Scenario = PREEMPTED) -> tuple[str, ...]:
@@ -116,7 +132,11 @@ def printed(results: drive.Results) -> str:
 
 
 def test_the_table_fits() -> None:
-    results = drive.Results(MACHINE, {part: outcome_of(part.scenario, replace(MANY, aborted=0)) for part in PARTS})
+    outcomes = {part: outcome_of(part.scenario, replace(MANY, aborted=0)) for part in PARTS}
+    for part, outcome in outcomes.items():
+        if part.fault:
+            del outcome.answers["0"][-1]
+    results = drive.Results(MACHINE, outcomes)
     lines = printed(results).splitlines()
     assert max(map(len, lines)) <= command.WIDTH
     assert len([line for line in lines if line.rstrip().endswith((" ok", " FAILED"))]) == len(PARTS)
@@ -124,10 +144,34 @@ def test_the_table_fits() -> None:
     assert any("elastic, poison" in line for line in lines)
 
 
-def test_an_opened_gate_is_told() -> None:
-    results = drive.Results(replace(MACHINE, gated=True), {Part(PREEMPTED, "elastic"): outcome_of(PREEMPTED)})
-    assert '"allow": ["device"]' in printed(results)
-    assert "Holds: " in printed(results)
+def test_what_needs_a_gpu_is_not_counted_as_passed() -> None:
+    lines = printed(drive.Results(MACHINE, {Part(PREEMPTED, "elastic"): outcome_of(PREEMPTED)})).splitlines()
+    (graphs,) = [line for line in lines if line.startswith("CUDA graphs")]
+    assert graphs.rstrip().endswith("not run: needs a GPU")
+    assert not any(part in PARTS for part in GPU_PARTS)
+
+
+def test_a_control_that_nobody_notices_fails() -> None:
+    control, stock = Part(FAR, "elastic", fault="offsets"), Part(FAR, "stock")
+    damaged = outcome_of(FAR)
+    results = drive.Results(MACHINE, {stock: outcome_of(FAR), control: damaged})
+    (problem,) = report.judge(results)[1].problems
+    assert problem == "every answer is right in spite of the damage, so this proves nothing"
+    damaged.answers["3"] = [0, 0, 0, 0]
+    assert report.judge(results)[1].problems == ()
+
+
+def test_random_weights_may_part_where_stock_was_of_two_minds() -> None:
+    stock = replace(outcome_of(OTHER), answers={"0": [1, 2]}, logprobs={"0": [{"1": -0.1}, {"2": -0.5, "3": -0.9}]})
+    counts = replace(MANY, aborted=len(OTHER.requests()) - 1)
+
+    def problems(answer: list[int]) -> tuple[str, ...]:
+        outcome = replace(stock, answers={"0": answer}, counts=counts)
+        parts = {Part(OTHER, "stock"): replace(stock, counts=counts), Part(OTHER, "elastic"): outcome}
+        return report.judge(drive.Results(MACHINE, parts))[1].problems
+
+    assert problems([1, 3]) == ()
+    assert problems([1, 4]) == ("1 part from stock vLLM's where that was sure of another token",)
 
 
 # The command.
@@ -135,7 +179,8 @@ def test_an_opened_gate_is_told() -> None:
 
 def run_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, results: drive.Results) -> Result:
     monkeypatch.setattr("tidepool.command_line.find_spec", lambda name: object())
-    monkeypatch.setattr(drive, "run", lambda parts, directory, progress: results)
+    monkeypatch.setattr(drive, "run", lambda parts, directory, progress, options: results)
+    monkeypatch.setattr(command, "runs_on_gpu", lambda: False)
     return CliRunner().invoke(app, ["verify", "--json", str(tmp_path / "out.json")])
 
 
@@ -262,7 +307,7 @@ def running_workers(tmp_path: Path) -> list[list[str]]:
 
 def verify(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *parts: Part) -> Result:
     pytest.importorskip("vllm")
-    monkeypatch.setattr(command, "PARTS", parts)
+    monkeypatch.setattr(command, "choose_parts", lambda **options: parts)
     return CliRunner().invoke(app, ["verify", "--workdir", str(tmp_path)])
 
 

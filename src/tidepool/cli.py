@@ -15,8 +15,10 @@ from tidepool.command_line import NO_VLLM, fail, has_vllm
 from tidepool.compare.command import compare
 from tidepool.plan.command import plan
 from tidepool.replay.command import replay
-from tidepool.verify.command import verify
+from tidepool.verify.command import verify, verify_for
 
+PASSED_ON = {"ignore_unknown_options": True}
+"""For commands that take options of vLLM's."""
 app = typer.Typer(
     name="tidepool",
     help="Per-group KV cache pools at natural page sizes for hybrid models on vLLM.",
@@ -28,10 +30,10 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(compare)
 app.command()(replay)
-app.command()(verify)
+app.command(context_settings=PASSED_ON)(verify)
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})
+@app.command(context_settings=PASSED_ON | {"help_option_names": ["--help"]})
 def serve(
     arguments: Annotated[
         list[str] | None, typer.Argument(metavar="MODEL ...", help="The model and any options of vllm serve.")
@@ -40,16 +42,22 @@ def serve(
         str | None,
         typer.Option(help="elastic or fixed; by default what the environment variable TIDEPOOL says, else elastic."),
     ] = None,
+    verify_first: Annotated[
+        bool, typer.Option("--verify", help="First check this machine, as tidepool verify does, with these options.")
+    ] = False,
 ) -> None:
     """Serve a model: vllm serve with tidepool on. All other options go to vllm serve."""
+    arguments = list(arguments or ())
     if not arguments:
         fail("Name a model: tidepool serve MODEL, followed by options of vllm serve.", 2)
     if partition not in (None, "elastic", "fixed"):
         fail(f"There is no partition {partition!r}: choose elastic or fixed.", 2)
     if not has_vllm():
         fail(NO_VLLM, 1)
-    switch_on(os.environ, partition, arguments or ())
-    run_vllm(["serve", *(arguments or ())])
+    if verify_first:
+        verify_for(arguments)
+    switch_on(os.environ, partition, arguments)
+    run_vllm(["serve", *arguments])
 
 
 @app.command()

@@ -156,6 +156,8 @@ class TestAgreement:
         monkeypatch.setattr(deciding, "_smallest_kernel_block", lambda config, backends: 1)
         monkeypatch.setattr(deciding, "state_export_tokens", lambda config: 1)
         monkeypatch.setattr(deciding, "unsupported_features", lambda config, allow: iter(()))
+        monkeypatch.setattr(deciding, "setup_of", lambda config, specs, tokens: None)
+        monkeypatch.setattr(deciding, "needs_certificate", lambda config: False)
         monkeypatch.delenv("TIDEPOOL", raising=False)
         cache_config = SimpleNamespace(mamba_cache_mode="none", block_size=128, user_specified_block_size=False)
         config = SimpleNamespace(additional_config={}, cache_config=cache_config)

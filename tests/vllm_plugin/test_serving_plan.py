@@ -50,6 +50,7 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Any:
     return SimpleNamespace(
         additional_config={},
         model_config=SimpleNamespace(is_hybrid=True),
+        device_config=SimpleNamespace(device_type="cpu"),
         cache_config=SimpleNamespace(mamba_cache_mode="align", mamba_block_size=None),
     )
 

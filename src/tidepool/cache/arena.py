@@ -176,6 +176,16 @@ class Arena:
             on_evict=on_evict,
         )
 
+    def begin_at_the_end(self) -> None:
+        """Hand out the last extents first, and the last blocks of fixed shares; a test of addresses.
+
+        Nothing has been allocated yet.
+        """
+        self._unowned.reverse()
+        for extent in (extent for pool in self.pools for extent in pool.extents.values()):
+            extent.never_used = extent.blocks
+            extent.returned = list(range(extent.first, extent.first + extent.blocks))
+
     @property
     def now(self) -> int:
         """The time by which cached memory ages: bytes handed out, by this arena or by the one that it goes by."""

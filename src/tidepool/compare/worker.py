@@ -16,7 +16,7 @@ from tidepool.compare.messages import Facts, Job, Run
 from tidepool.compare.workloads import MAX_MODEL_LEN, Turn, Workload, make_conversations
 from tidepool.running.agreement import ALTERNATIVES
 from tidepool.running.child import ALIVE, Answer, run
-from tidepool.running.engine import add_request, core_of, preemptions_of, start_engine
+from tidepool.running.engine import add_request, core_of, likeliest, preemptions_of, start_engine
 
 BATCHED_TOKENS = 65536
 """Tokens of one step: all prompts at once, so that none is cut; where it is cut, bfloat16 rounds differently."""
@@ -105,9 +105,7 @@ def _run(engine: Any, conversations: Sequence[Sequence[Turn]], at_once: int | No
         for result in finished:
             answer = result.outputs[0]
             outputs[result.request_id] = list(answer.token_ids)
-            logprobs[result.request_id] = [
-                {str(token): entry.logprob for token, entry in likely.items()} for likely in answer.logprobs
-            ]
+            logprobs[result.request_id] = likeliest(answer.logprobs)
             hit_tokens += result.num_cached_tokens or 0
             conversation, turn = map(int, result.request_id.split("."))
             if turn + 1 < len(conversations[conversation]):

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
 
+from tidepool.command_line import UsageError
 from tidepool.sides import Side
 from tidepool.vllm_plugin.served import require_served
 
 
-def start_engine(side: Side, **arguments: Any) -> Any:
+def start_engine(side: Side, options: Sequence[str] = (), **arguments: Any) -> Any:
     """A vLLM LLMEngine, which the environment has made one of this side.
 
     Args:
         side: whose memory it uses.
-        arguments: of vLLM's EngineArgs.
+        options: of vLLM's command line.
+        arguments: of vLLM's EngineArgs; they win.
 
     Raises:
         NotServedError: its memory is another's.
+        UsageError: vLLM has no such options.
     """
-    from vllm import EngineArgs, LLMEngine
+    from vllm import LLMEngine
 
-    engine = LLMEngine.from_engine_args(EngineArgs(seed=0, enforce_eager=True, disable_log_stats=True, **arguments))
+    wanted = {"seed": 0, "enforce_eager": True, "disable_log_stats": True} | arguments
+    engine = LLMEngine.from_engine_args(engine_arguments(options, **wanted))
     require_side(side, core_of(engine))
     return engine
+
+
+def engine_arguments(options: Sequence[str], *, model: str, **arguments: Any) -> Any:
+    """vLLM's EngineArgs of a command line, with some set otherwise.
+
+    Raises:
+        UsageError: vLLM has no such options.
+    """
+    from vllm import EngineArgs
+
+    if not options:
+        return EngineArgs(model=model, **arguments)
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"vLLM doesn't take these options: {message}.")
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    parser.error = refuse
+    return replace(EngineArgs.from_cli_args(parser.parse_args(["--model", model, *options])), **arguments)
 
 
 def require_side(side: Side, core: Any) -> None:
@@ -44,6 +69,11 @@ def preemptions_of(scheduler: Any) -> dict[str, int]:
     """How often each request under way has been preempted, of those that have been."""
     requests = scheduler.requests.values()
     return {request.request_id: request.num_preemptions for request in requests if request.num_preemptions}
+
+
+def likeliest(logprobs: Sequence[Mapping[int, Any]]) -> list[dict[str, float]]:
+    """The log-probabilities of an answer, one entry a token, as `tidepool.running.agreement` wants them."""
+    return [{str(token): each.logprob for token, each in likely.items()} for likely in logprobs]
 
 
 def add_request(engine: Any, name: str, prompt: Sequence[int], output_tokens: int, logprobs: int | None = None) -> None:

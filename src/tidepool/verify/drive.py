@@ -1,4 +1,7 @@
-"""Runs the sides, each in a worker process of its own, side by side if there are cores for it."""
+"""Runs the parts in worker processes: a process for each side, and side by side if there are cores for it.
+
+On a GPU a scenario that takes all memory has a process of its own, while no other runs.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
+from typing import Any
 
+from tidepool.certificates import Setup
 from tidepool.running.environment import environment_of
 from tidepool.running.process import Child, ChildError
 from tidepool.sides import Side
 from tidepool.verify.messages import Counts, Machine, Outcome
 from tidepool.verify.scenarios import Part
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """What one process runs."""
+
+    side: Side
+    runner: int
+    alone: str
+    """The scenario that has the whole device, if it is one."""
+
+    @property
+    def name(self) -> str:
+        """Of its log, and in errors."""
+        return self.side + f"-runner{self.runner}" * bool(self.runner) + f"-{self.alone}" * bool(self.alone)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """The environment of its process."""
+        chosen = {"VLLM_USE_V2_MODEL_RUNNER": str(self.runner - 1)} if self.runner else {}
+        return environment_of(self.side, os.environ) | chosen
 
 
 @dataclass
@@ -26,36 +52,38 @@ class Results:
     """Why a side ended early, a sentence each; the other sides were then ended too."""
 
 
-def run(parts: Sequence[Part], directory: Path, progress: Callable[[str], None]) -> Results:
+def run(
+    parts: Sequence[Part], directory: Path, progress: Callable[[str], None], options: Sequence[str] = ()
+) -> Results:
     """Run all parts.
 
     Args:
-        parts: those of one side are run one after the other.
-        directory: for the workers' logs.
+        parts: those of one process are run one after the other.
+        directory: for the workers' logs, and for models that they write.
         progress: told what ended, after each part.
+        options: of vLLM's, for every engine.
     """
-    sides = list(dict.fromkeys(part.side for part in parts))
+    lanes: dict[_Lane, list[Part]] = {}
+    for part in parts:
+        alone = part.scenario.name if part.scenario.far and part.runner else ""
+        lanes.setdefault(_Lane(part.side, part.runner, alone), []).append(part)
     results, stop = Results(), Event()
     children: list[Child] = []
-    with ThreadPoolExecutor(min(len(sides), os.cpu_count() or 1)) as pool:
+
+    def run_lane(lane: _Lane) -> None:
+        if not stop.is_set():
+            _run_lane(lane, lanes[lane], directory, options, results, stop, progress, children)
+
+    beside = [lane for lane in lanes if not lane.alone]
+    with ThreadPoolExecutor(max(1, min(len(beside), os.cpu_count() or 1))) as pool:
         try:
-            sides_done = [
-                pool.submit(
-                    _run_side,
-                    side,
-                    [part for part in parts if part.side == side],
-                    directory / f"{side}.log",
-                    results,
-                    stop,
-                    progress,
-                    children,
-                )
-                for side in sides
-            ]
-            for done in sides_done:
+            for done in [pool.submit(run_lane, lane) for lane in beside]:
                 done.result()
+            for lane in lanes:
+                if lane.alone:
+                    run_lane(lane)
         except BaseException:
-            # Ctrl-C, above all: nobody waits for the sides to end by themselves.
+            # Ctrl-C, above all: nobody waits for the workers to end by themselves.
             stop.set()
             for child in children:
                 child.kill()
@@ -63,30 +91,35 @@ def run(parts: Sequence[Part], directory: Path, progress: Callable[[str], None])
     return results
 
 
-def _run_side(
-    side: Side,
+def _run_lane(
+    lane: _Lane,
     parts: Sequence[Part],
-    log: Path,
+    directory: Path,
+    options: Sequence[str],
     results: Results,
     stop: Event,
     progress: Callable[[str], None],
     children: list[Child],
 ) -> None:
-    if stop.is_set():
-        return
-    with Child("tidepool.verify.worker", log, environment_of(side, os.environ)) as child:
+    with Child("tidepool.verify.worker", directory / f"{lane.name}.log", lane.environ) as child:
         children.append(child)
-        child.send({"side": side, "parts": [part.key for part in parts]})
+        told = [{"scenario": part.scenario.name, "poison": part.poison, "fault": part.fault} for part in parts]
+        models = str(directory / "models" / lane.name)
+        child.send({"side": lane.side, "parts": told, "options": list(options), "models": models})
         try:
             if stop.is_set():
                 return
             results.machine = Machine(**child.receive())
             for part in parts:
-                content = child.receive()
-                results.outcomes[part] = Outcome(**content | {"counts": Counts(**content["counts"])})
+                results.outcomes[part] = _outcome(child.receive())
                 progress(f"{part.scenario.title}, {part.memory}")
                 if stop.is_set():
                     return
         except ChildError as error:
-            results.errors.append(f"{side}: {error}")
+            results.errors.append(f"{lane.name}: {error}")
             stop.set()
+
+
+def _outcome(content: dict[str, Any]) -> Outcome:
+    setup = content["setup"]
+    return Outcome(**content | {"counts": Counts(**content["counts"]), "setup": setup and Setup(*setup)})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tidepool.certificates import Setup
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -12,8 +14,8 @@ class Machine:
     vllm: str
     torch: str
     device: str
-    gated: bool
-    """Whether tidepool falls back to vLLM on this device unless a user opens the gate, as the worker does."""
+    certifies: bool
+    """Whether tidepool serves here only with a certificate."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Counts:
     """Cached blocks that were evicted."""
     aborted: int = 0
     """Requests that were aborted while they held memory."""
+    far: int = 0
+    """Byte of the lowest block handed out, null blocks aside, where a scenario wants all far from the start and they
+    were."""
+    accepted: int = 0
+    """Tokens that were drafted and accepted."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ class Outcome:
     answers: dict[str, list[int]]
     """Token ids of every request that wasn't aborted, by its place in the order of sending."""
     counts: Counts
+    logprobs: dict[str, list[dict[str, float]]]
+    """Where answers are neither right nor wrong, as `tidepool.running.agreement` wants them."""
+    setup: Setup | None
+    """What the engine was in a certificate's terms; None for stock vLLM's."""
     usage_at_end: float
     """Share of the memory in use when all requests had ended; 0 unless something leaked."""
     seconds: float

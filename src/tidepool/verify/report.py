@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tidepool import __version__
+from tidepool.running.agreement import BFLOAT16_GAP, first_gap
 from tidepool.sides import SIDES
 from tidepool.verify.drive import Results
 from tidepool.verify.messages import Machine, Outcome
-from tidepool.verify.scenarios import Count, Part
+from tidepool.verify.scenarios import GPU_PARTS, Count, Part
 from tidepool.verify.task import ANSWER_TOKENS, Prompt, to_text
 
 WORDS: dict[Count, str] = {
@@ -23,6 +24,8 @@ WORDS: dict[Count, str] = {
     "hit_tokens": "tokens hit",
     "evictions": "evicted",
     "aborted": "aborted",
+    "accepted": "drafts accepted",
+    "far": "bytes from the start",
     "moves": "moves",
 }
 MISSING: dict[Count, str] = {
@@ -31,6 +34,8 @@ MISSING: dict[Count, str] = {
     "hit_tokens": "no token was found in the cache",
     "evictions": "no block was evicted",
     "aborted": "no running request was aborted",
+    "accepted": "no draft was accepted",
+    "far": "not all blocks lay far from the start",
     "moves": "no extent changed hands",
 }
 
@@ -42,7 +47,7 @@ class Row:
     part: Part
     outcome: Outcome
     right: int
-    """Right answers."""
+    """Right answers, or those of random weights that go with stock vLLM's."""
     problems: tuple[str, ...]
     """What should hold and doesn't."""
 
@@ -53,11 +58,18 @@ def judge(results: Results) -> list[Row]:
     requests = {scenario: scenario.requests() for scenario in scenarios}
     rows = []
     for part in sorted(
-        results.outcomes, key=lambda part: (scenarios.index(part.scenario), SIDES.index(part.side), part.poison)
+        results.outcomes,
+        key=lambda part: (
+            scenarios.index(part.scenario),
+            -part.runner,
+            SIDES.index(part.side),
+            part.poison,
+            part.fault,
+        ),
     ):
         outcome, prompts = results.outcomes[part], requests[part.scenario]
-        wrong = [n for n, answer in outcome.answers.items() if not prompts[int(n)].question.is_right(answer)]
-        stock = results.outcomes.get(Part(part.scenario, "stock"), outcome)
+        stock = results.outcomes.get(Part(part.scenario, "stock", runner=part.runner), outcome)
+        wrong = _wrong(part, outcome, prompts, stock)
         problems = tuple(_problems(part, outcome, prompts, wrong, stock))
         rows.append(Row(part, outcome, len(outcome.answers) - len(wrong), problems))
     return rows
@@ -81,6 +93,8 @@ def to_json(results: Results, rows: Sequence[Row]) -> dict[str, Any]:
                 "scenario": row.part.scenario.name,
                 "memory": row.part.side,
                 "poison": row.part.poison,
+                "fault": row.part.fault,
+                "runner": row.part.runner,
                 "kv_bytes": row.part.scenario.kv_bytes,
                 "answers": len(row.outcome.answers),
                 "right": row.right,
@@ -106,8 +120,6 @@ def versions(machine: Machine | None) -> dict[str, str]:
 def print_report(results: Results, rows: Sequence[Row], console: Console) -> None:
     """Print versions, the table and the verdict."""
     console.print(", ".join(f"{name} {version}" for name, version in versions(results.machine).items()), soft_wrap=True)
-    if results.machine is not None and results.machine.gated:
-        console.print('Elsewhere tidepool falls back to vLLM on this device unless "allow": ["device"] is set.')
     console.print("A trained model answers questions about texts: the same for each kind of memory, on the same bytes.")
     console.print()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
@@ -127,9 +139,16 @@ def print_report(results: Results, rows: Sequence[Row], console: Console) -> Non
             "FAILED" if row.problems else "ok",
         )
         before = title
+    for scenario in dict.fromkeys(part.scenario for part in GPU_PARTS):
+        if scenario not in {row.part.scenario for row in rows}:
+            table.add_row(scenario.title, "", "", "not run: needs a GPU", "")
     console.print(table)
     console.print()
-    console.print("evicted: cached blocks. moves: of extents, from one group to another.", style="dim")
+    console.print(
+        "evicted: cached blocks. moves: of extents, from one group to another. copies left out, offsets cut: controls "
+        "with damage done on purpose, which have to give wrong answers.",
+        style="dim",
+    )
     found = failures(results, rows)
     for failure in found:
         console.print(f"FAILED: {failure}", style="red", soft_wrap=True)
@@ -137,18 +156,37 @@ def print_report(results: Results, rows: Sequence[Row], console: Console) -> Non
         console.print("Holds: every answer is right and equal to stock vLLM's, and no memory is left in use.")
 
 
+def _wrong(part: Part, outcome: Outcome, prompts: Sequence[Prompt], stock: Outcome) -> list[str]:
+    """Numbers of the answers that aren't right: of random weights those that differ where stock vLLM was sure."""
+    if part.scenario.model == "trained":
+        return [n for n, answer in outcome.answers.items() if not prompts[int(n)].question.is_right(answer)]
+    gaps = {
+        n: first_gap(stock.answers[n], stock.logprobs.get(n, []), a)
+        for n, a in outcome.answers.items()
+        if n in stock.answers
+    }
+    return [n for n, gap in gaps.items() if gap is not None and gap > BFLOAT16_GAP]
+
+
 def _happened(row: Row) -> Iterator[str]:
     """The counts that the scenario is about; extents move everywhere."""
     for name, words in WORDS.items():
         count = getattr(row.outcome.counts, name)
-        if _must(row.part, name) or (name == "moves" and count):
+        if _must(row.part, name) or (count and name in (*row.part.scenario.must, "moves")):
             yield f"{count:,} {words}"
 
 
 def _problems(
     part: Part, outcome: Outcome, prompts: Sequence[Prompt], wrong: Sequence[str], stock: Outcome
 ) -> Iterator[str]:
-    if wrong:
+    trained = part.scenario.model == "trained"
+    if part.fault:
+        if not wrong:
+            yield "every answer is right in spite of the damage, so this proves nothing"
+        return
+    if wrong and not trained:
+        yield f"{len(wrong)} part from stock vLLM's where that was sure of another token"
+    elif wrong:
         question, answer = prompts[int(wrong[0])].question, outcome.answers[wrong[0]]
         yield (
             f"{len(wrong)} wrong, the first to {to_text(question.tokens)!r}: "
@@ -156,7 +194,9 @@ def _problems(
         )
     if missing := len(prompts) - len(outcome.answers) - outcome.counts.aborted:
         yield f"{missing} without an answer"
-    if differing := sum(stock.answers.get(number, answer) != answer for number, answer in outcome.answers.items()):
+    if trained and (
+        differing := sum(stock.answers.get(number, answer) != answer for number, answer in outcome.answers.items())
+    ):
         yield f"{differing} different from stock vLLM's"
     for name in part.scenario.must:
         if _must(part, name) and not getattr(outcome.counts, name):
@@ -166,5 +206,7 @@ def _problems(
 
 
 def _must(part: Part, name: Count) -> bool:
-    """Whether a count has to be more than 0; only the elastic partition has extents."""
+    """Whether a count has to be more than 0: only elastic has extents, and what stock vLLM caches is its own matter."""
+    if part.side == "stock" and name in ("far", "hit_tokens", "evictions"):
+        return False
     return name in part.scenario.must and (name != "moves" or part.side == "elastic")

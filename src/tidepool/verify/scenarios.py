@@ -2,22 +2,33 @@
 
 In most scenarios memory is so small that what they are named for has to happen, and `Scenario.must` names the counts
 that prove it. All sides get the same bytes and requests. Texts are few and short, since two cores without AVX-512 read
-400 tokens a second each.
+400 tokens a second each. Controls are parts with damage done on purpose: they have to fail.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
 from tidepool.sides import Side
-from tidepool.verify.task import Prompt, make_prompts
+from tidepool.verify.task import ANSWER_TOKENS, Prompt, make_prompts
 
-Count = Literal["cut", "preemptions", "moves", "hit_tokens", "evictions", "aborted"]
+Count = Literal["cut", "preemptions", "moves", "hit_tokens", "evictions", "aborted", "far", "accepted"]
 """Something that happens to requests or memory, see `tidepool.verify.messages.Counts`."""
 
+Model = Literal["trained", "nemotron-h"]
+"""The trained model, whose answers are right or wrong, or one of random weights (`tidepool.testing.tiny`), whose
+answers are compared with stock vLLM's."""
+
+Fault = Literal["", "copies", "offsets"]
+FAULTS: dict[Fault, str] = {"copies": "copies left out", "offsets": "offsets cut"}
+"""Damage that a control does on purpose: states that prefix hits continue from aren't copied, or they are copied from
+and to what is left of an address when its highest bits are cut off."""
+
+RANDOM_TOKENS = 16
+"""Tokens of an answer of random weights."""
 MAX_NUM_SEQS = 32
 """Requests that may run at once."""
 
@@ -45,6 +56,16 @@ class Scenario:
     """Requests that may run at once in the fixed partition, which sets their states aside."""
     aborts: bool = False
     """Whether every third request is aborted while it runs."""
+    model: Model = "trained"
+    far: bool = False
+    """Whether blocks are handed out from the end of the memory; on a GPU of as much as vLLM would take."""
+    graph_sizes: tuple[int, ...] = ()
+    """Batch sizes for which CUDA graphs are captured, if not vLLM's own; only a GPU has any."""
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens of each answer."""
+        return ANSWER_TOKENS if self.model == "trained" else RANDOM_TOKENS
 
 
 def _plain() -> list[Prompt]:
@@ -88,6 +109,25 @@ def _aborts() -> list[Prompt]:
     return prompts
 
 
+def _again() -> list[Prompt]:
+    """Questions about two texts, and all of them a second time when the first have been answered."""
+    prompts = make_prompts(21, length=700, stories=2, questions=6)
+    return [*prompts, *prompts]
+
+
+def _batches() -> list[Prompt]:
+    """As many as there may be at once and more, of many lengths: batches shrink one by one as they end."""
+    return [
+        prompt
+        for length in range(60, 400, 24)
+        for prompt in make_prompts(length, length=length, stories=1, questions=2)
+    ]
+
+
+def _drafted() -> list[Prompt]:
+    return make_prompts(5, length=300, stories=4, questions=4)
+
+
 MB = 1_000_000
 PLAIN = Scenario("plain", "plain batch", _plain, 100 * MB)
 CUT = tuple(
@@ -109,7 +149,33 @@ SHARED = Scenario(
 ABORTS = Scenario(
     "aborts", "aborts", _aborts, 18 * MB, must=("aborted",), caching=True, step_tokens=512, at_once=8, aborts=True
 )
-SCENARIOS = {each.name: each for each in (PLAIN, *CUT, PREEMPTED, MOVES, SHARED, ABORTS)}
+FAR = Scenario(
+    "far",
+    "far: from the end of the memory",
+    _again,
+    60 * MB,
+    must=("hit_tokens", "far"),
+    caching=True,
+    at_once=6,
+    fixed_seqs=8,
+    far=True,
+)
+OTHER = Scenario(
+    "mamba2",
+    "Mamba2 states, random weights",
+    _again,
+    30 * MB,
+    must=("hit_tokens", "evictions"),
+    caching=True,
+    at_once=6,
+    model="nemotron-h",
+)
+OTHER_FAR = replace(FAR, name="mamba2-far", title="Mamba2 states, far", model="nemotron-h", kv_bytes=80 * MB)
+GRAPHS = Scenario("graphs", "CUDA graphs of few sizes", _batches, 200 * MB, graph_sizes=(1, 2, 4, 8, 16), at_once=24)
+DRAFTS = Scenario("drafts", "drafts", _drafted, 60 * MB, must=("hit_tokens", "accepted"), caching=True)
+SCENARIOS = {
+    each.name: each for each in (PLAIN, *CUT, PREEMPTED, MOVES, SHARED, ABORTS, FAR, OTHER, OTHER_FAR, GRAPHS, DRAFTS)
+}
 
 
 @dataclass(frozen=True)
@@ -120,27 +186,61 @@ class Part:
     side: Side
     poison: bool = False
     """Whether freed and moved memory is filled with values that show up wherever they are read."""
-
-    @property
-    def key(self) -> str:
-        """How a worker is told what to run."""
-        return self.scenario.name + "+poison" * self.poison
+    fault: Fault = ""
+    """What a control damages."""
+    runner: int = 0
+    """vLLM's first or second model runner; 0 for the one that vLLM chooses."""
 
     @property
     def memory(self) -> str:
         """The side, for people."""
-        return self.side + ", poison" * self.poison
+        words = (self.side, "poison" * self.poison, FAULTS.get(self.fault, ""), self.runner and f"runner {self.runner}")
+        return ", ".join(str(word) for word in words if word)
 
 
-def _on(side: Side, *scenarios: Scenario, poison: bool = False) -> tuple[Part, ...]:
-    return tuple(Part(scenario, side, poison) for scenario in scenarios)
+def _on(side: Side, *scenarios: Scenario, poison: bool = False, fault: Fault = "") -> tuple[Part, ...]:
+    return tuple(Part(scenario, side, poison, fault) for scenario in scenarios)
 
 
+_ALL = tuple(each for each in SCENARIOS.values() if each not in (GRAPHS, DRAFTS))
 PARTS = (
-    *_on("elastic", *SCENARIOS.values()),
+    *_on("elastic", *_ALL),
     *_on("elastic", MOVES, SHARED, poison=True),
-    *_on("stock", *SCENARIOS.values()),
-    *_on("fixed", SHARED),
+    *_on("elastic", SHARED, fault="copies"),
+    # What random weights answer hardly depends on a state that is merely another one.
+    *_on("elastic", OTHER, poison=True, fault="copies"),
+    *_on("elastic", FAR, fault="offsets"),
+    *_on("stock", *_ALL),
+    *_on("fixed", SHARED, FAR, OTHER_FAR),
 )
-"""All there is, the side with most to do first."""
+"""All that runs everywhere, the side with most to do first."""
+DRAFT_PARTS = (*_on("elastic", DRAFTS), *_on("elastic", DRAFTS, poison=True), *_on("stock", DRAFTS))
+GPU_PARTS = (
+    *_on("elastic", GRAPHS),
+    *_on("elastic", GRAPHS, poison=True),
+    *_on("stock", GRAPHS),
+    *_on("fixed", GRAPHS),
+)
+RUNNERS = (2, 1)
+"""vLLM's model runners on a GPU; the CPU has the first alone."""
 QUICK_PARTS = (*_on("elastic", PREEMPTED, MOVES, SHARED), *_on("stock", PREEMPTED, MOVES, SHARED))
+
+
+def choose_parts(*, quick: bool = False, gpu: bool = False, drafts: str = "", ranks: int = 1) -> tuple[Part, ...]:
+    """What to run.
+
+    Args:
+        quick: three scenarios on stock vLLM and elastic.
+        gpu: whether on a GPU, with both model runners.
+        drafts: ``ngram`` or ``mtp`` where drafts are proposed, in all scenarios; only Qwen3.5 has a head for ``mtp``.
+        ranks: with several, damage can't be done to workers in processes of their own.
+    """
+    parts = QUICK_PARTS if quick else PARTS + DRAFT_PARTS * bool(drafts)
+    if gpu:
+        chosen = parts if quick else parts + GPU_PARTS
+        parts = tuple(replace(part, runner=runner) for runner in RUNNERS for part in chosen)
+    return tuple(
+        part
+        for part in parts
+        if (ranks == 1 or not part.fault) and (drafts != "mtp" or part.scenario.model == "trained")
+    )

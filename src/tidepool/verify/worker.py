@@ -1,7 +1,7 @@
 """One side of the verification: real vLLM in a process of its own.
 
-It is told its side and parts, named by `Part.key`, runs them one after the other, each on an engine of its own, and
-answers with what it runs on, then with an outcome for each part.
+It is told its side, its parts and what of vLLM's options the user has named, runs them one after the other, each on an
+engine of its own, and answers with what it runs on, then with an outcome for each part.
 """
 
 from __future__ import annotations
@@ -11,16 +11,22 @@ import platform
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from random import Random
 from typing import Any
 
+from tidepool.cache import Arena
+from tidepool.running.agreement import ALTERNATIVES
 from tidepool.running.child import ALIVE, Answer, run
-from tidepool.running.engine import add_request, core_of, preemptions_of, start_engine
+from tidepool.running.engine import add_request, core_of, likeliest, preemptions_of, start_engine
 from tidepool.sides import Side
+from tidepool.verify.checkpoints import checkpoint_of
 from tidepool.verify.messages import Counts, Machine, Outcome
-from tidepool.verify.scenarios import MAX_NUM_SEQS, SCENARIOS, Scenario
-from tidepool.verify.task import ANSWER_TOKENS, MODEL, Prompt
+from tidepool.verify.scenarios import MAX_NUM_SEQS, SCENARIOS, Fault, Scenario
+from tidepool.verify.task import Prompt
+from tidepool.vllm_plugin.settings import certificate_requested
 
 ABORT_STEPS = 4
 """Steps that a request to be aborted runs for at most: its prompt and all but the last token of its answer."""
@@ -34,15 +40,16 @@ def main() -> None:
 def _verify(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
     job = next(messages)
     answer(asdict(_machine()))
-    evictions = _EvictionCount()
+    evictions, places = _EvictionCount(), _Places()
     engines = []  # An engine that is collected takes vLLM's process-wide state with it.
     for part in job["parts"]:
-        name, _, poison = part.partition("+")
-        os.environ["TIDEPOOL_POISON"] = "1" if poison else "0"
-        scenario, prompts = SCENARIOS[name], SCENARIOS[name].requests()
+        os.environ["TIDEPOOL_POISON"] = "1" if part["poison"] else "0"
+        scenario = SCENARIOS[part["scenario"]]
+        prompts = scenario.requests()
         os.environ["TIDEPOOL_OVERCOMMIT"] = "1" if "preemptions" in scenario.must else "0"
-        engines.append(_start(job["side"], scenario, prompts))
-        answer(asdict(_run(engines[-1], scenario, prompts, evictions, lambda: answer(ALIVE))))
+        engines.append(_start(job, scenario, prompts))
+        with _damage(part["fault"]):
+            answer(asdict(_run(engines[-1], scenario, prompts, evictions, places, lambda: answer(ALIVE))))
 
 
 def _machine() -> Machine:
@@ -55,31 +62,42 @@ def _machine() -> Machine:
         vllm=vllm.__version__,
         torch=torch.__version__,
         device=f"CPU ({cpu})" if current_platform.is_cpu() else current_platform.get_device_name(),
-        gated=bool(_gates_to_open()) and not current_platform.is_cpu(),
+        certifies=certificate_requested() or not current_platform.is_cpu(),
     )
 
 
-def _gates_to_open() -> list[str]:
-    """To find out whether a device works is what this command is for."""
-    from tidepool.vllm_plugin.gates import GATES
+def _start(job: dict[str, Any], scenario: Scenario, prompts: Sequence[Prompt]) -> Any:
+    from vllm.platforms import current_platform
 
-    return [gate.name for gate in GATES if gate.name == "device"]
-
-
-def _start(side: Side, scenario: Scenario, prompts: Sequence[Prompt]) -> Any:
-    allow = _gates_to_open()
-    return start_engine(
+    side: Side = job["side"]
+    gpu = not current_platform.is_cpu()
+    arguments: dict[str, Any] = {"kv_cache_memory_bytes": scenario.kv_bytes, "gpu_memory_utilization": 0.1}
+    if gpu and scenario.far and side != "stock":
+        arguments = {}
+    if scenario.graph_sizes:
+        arguments["compilation_config"] = {"cudagraph_capture_sizes": list(scenario.graph_sizes)}
+    engine = start_engine(
         side,
-        model=str(MODEL),
-        kv_cache_memory_bytes=scenario.kv_bytes,
-        gpu_memory_utilization=0.1,
-        max_model_len=max(len(prompt.tokens) for prompt in prompts) + ANSWER_TOKENS,
+        job["options"],
+        model=str(checkpoint_of(scenario.model, Path(job["models"]), head="mtp" in " ".join(job["options"]))),
+        enforce_eager=not gpu,
+        max_model_len=max(len(prompt.tokens) for prompt in prompts) + scenario.answer_tokens,
         max_num_seqs=scenario.fixed_seqs if side == "fixed" else MAX_NUM_SEQS,
         max_num_batched_tokens=scenario.step_tokens,
         long_prefill_token_threshold=scenario.chunk_tokens,
         enable_prefix_caching=scenario.caching,
-        additional_config={"tidepool": {"allow": allow}} if allow else {},
+        # To find out whether a device works is what this command is for.
+        additional_config={"tidepool": {"allow": ["device", "drafts"]}},
+        **arguments,
     )
+    if scenario.far and (arena := _arena_of(engine)):
+        arena.begin_at_the_end()
+    return engine
+
+
+def _arena_of(engine: Any) -> Arena | None:
+    """tidepool's arena; None on stock vLLM."""
+    return getattr(core_of(engine).scheduler.kv_cache_manager.block_pool, "arena", None)
 
 
 def _run(
@@ -87,10 +105,14 @@ def _run(
     scenario: Scenario,
     prompts: Sequence[Prompt],
     evictions: _EvictionCount,
+    places: _Places,
     stepped: Callable[[], None],
 ) -> Outcome:
     """Ask everything, in order, with ``at_once`` requests under way; ``stepped`` is called after each step."""
+    from tidepool.vllm_plugin.serving_plan import plan_of
+
     evictions.count, began = 0, time.perf_counter()
+    places.lowest.clear()
     asking = _Asking(engine, scenario, prompts)
     while asking.waiting or asking.ran:
         asking.send()
@@ -98,8 +120,8 @@ def _run(
         stepped()
         asking.look()
         asking.abort()
-    block_pool = asking.scheduler.kv_cache_manager.block_pool
-    arena = getattr(block_pool, "arena", None)
+    block_pool, arena = asking.scheduler.kv_cache_manager.block_pool, _arena_of(engine)
+    plan = plan_of(core_of(engine).vllm_config)
     counts = Counts(
         cut=len(asking.cut),
         preemptions=sum(asking.preempted.values()),
@@ -107,8 +129,17 @@ def _run(
         hit_tokens=asking.hit_tokens,
         evictions=evictions.count,
         aborted=asking.aborted,
+        far=places.far(arena, asking.scheduler) if arena and scenario.far else 0,
+        accepted=asking.accepted,
     )
-    return Outcome(asking.answers, counts, block_pool.get_usage(), time.perf_counter() - began)
+    return Outcome(
+        asking.answers,
+        counts,
+        asking.logprobs,
+        plan.setup if plan else None,
+        block_pool.get_usage(),
+        time.perf_counter() - began,
+    )
 
 
 class _Asking:
@@ -124,22 +155,30 @@ class _Asking:
         self.ran: dict[int, int] = {}
         """Steps that each request under way has run for."""
         self.answers: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[dict[str, float]]] = {}
+        self.alternatives = ALTERNATIVES if scenario.model != "trained" else None
         self.preempted: dict[str, int] = {}
         self.cut: set[str] = set()
-        self.hit_tokens = self.aborted = 0
+        self.hit_tokens = self.aborted = self.accepted = 0
+        _count_accepted(self)
 
     def send(self) -> None:
         """Keep ``at_once`` requests under way."""
         while self.waiting and len(self.ran) < self.scenario.at_once:
             number = self.waiting.popleft()
-            add_request(self.engine, str(number), self.prompts[number].tokens, ANSWER_TOKENS)
+            add_request(
+                self.engine, str(number), self.prompts[number].tokens, self.scenario.answer_tokens, self.alternatives
+            )
             self.ran[number] = 0
 
     def step(self) -> None:
         """Run the engine for a step, and take the answers that it completes."""
         for result in self.engine.step():
             if result.finished:
-                self.answers[result.request_id] = list(result.outputs[0].token_ids)
+                completion = result.outputs[0]
+                self.answers[result.request_id] = list(completion.token_ids)
+                if completion.logprobs:
+                    self.logprobs[result.request_id] = likeliest(completion.logprobs)
                 self.hit_tokens += result.num_cached_tokens or 0
                 del self.ran[int(result.request_id)]
 
@@ -165,6 +204,70 @@ def _abort_times(scenario: Scenario, requests: int) -> dict[int, int]:
     """Which requests are aborted, and after how many steps."""
     rng = Random(0)
     return {number: rng.randint(1, ABORT_STEPS) for number in range(0, requests, 3)} if scenario.aborts else {}
+
+
+def _count_accepted(asking: _Asking) -> None:
+    """Count the drafted tokens that the scheduler is told were accepted."""
+    make_stats = asking.scheduler.make_spec_decoding_stats
+
+    def counted(stats: Any, drafted: int, accepted: int, *args: Any, **kwargs: Any) -> Any:
+        asking.accepted += accepted
+        return make_stats(stats, drafted, accepted, *args, **kwargs)
+
+    asking.scheduler.make_spec_decoding_stats = counted
+
+
+@contextmanager
+def _damage(fault: Fault) -> Iterator[None]:
+    """Do a control's damage for a while."""
+    from tidepool.vllm_plugin.worker import ArenaBytes
+
+    copy, block = ArenaBytes.copy, ArenaBytes.block
+
+    def cut(self: ArenaBytes, group: int, index: int) -> Any:
+        # Of a small arena as many bits are cut that no far block is found any more, of a large one those beyond 32.
+        bits = min(32, (self.arena.numel() // 2).bit_length() - 1)
+        # What is left is rounded to a block, as blocks that overlap can't be copied to each other.
+        start = index * self.strides[group] % (1 << bits) // self.strides[group] * self.strides[group]
+        return self.arena[start : start + self.block_bytes[group]]
+
+    if fault == "copies":
+        ArenaBytes.copy = lambda self, copies: None  # type: ignore[method-assign]
+    elif fault == "offsets":
+        ArenaBytes.block = cut  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        ArenaBytes.copy, ArenaBytes.block = copy, block  # type: ignore[method-assign]
+
+
+class _Places:
+    """Where the blocks lie that an arena hands out."""
+
+    def __init__(self) -> None:
+        self.lowest: dict[int, int] = {}
+        """By group, the lowest block handed out."""
+        allocate = Arena.allocate
+
+        def noted(arena: Arena, group: int, *args: Any, **kwargs: Any) -> list[int]:
+            blocks = allocate(arena, group, *args, **kwargs)
+            if blocks:
+                self.lowest[group] = min(*blocks, self.lowest.get(group, blocks[0]))
+            return blocks
+
+        Arena.allocate = noted  # type: ignore[method-assign, assignment]
+
+    def far(self, arena: Arena, scheduler: Any) -> int:
+        """Byte of the lowest block handed out; 0 unless all were beyond 8 GiB, or half of a smaller arena.
+
+        Beyond 8 GiB offsets exceed 2^31 elements of every dtype of a cache. The states of the fixed partition lie at
+        the start, whatever one does, and don't count.
+        """
+        fixed = scheduler.kv_cache_config.partition == "fixed"
+        pools = scheduler.kv_cache_manager.block_pool.pools
+        counted = [group for group in self.lowest if not (fixed and pools[group].holds_states)]
+        lowest = min((arena.address(group, self.lowest[group]) for group in counted), default=0)
+        return lowest if lowest >= min(8 << 30, arena.total_bytes // 2) else 0
 
 
 class _EvictionCount:

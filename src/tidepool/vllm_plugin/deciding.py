@@ -16,8 +16,14 @@ from typing import Any
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from tidepool.cache import CacheConfigError, spacing_within
+from tidepool.certificates import Setup, proven
 from tidepool.vllm_plugin.asked import asked_of
-from tidepool.vllm_plugin.gates import unsupported_backends, unsupported_features, unsupported_layers
+from tidepool.vllm_plugin.gates import (
+    unsupported_backends,
+    unsupported_features,
+    unsupported_layers,
+    unsupported_setup,
+)
 from tidepool.vllm_plugin.serving_plan import (
     CHECKPOINT_TOKENS,
     ServingPlan,
@@ -27,6 +33,7 @@ from tidepool.vllm_plugin.serving_plan import (
     plan_of,
 )
 from tidepool.vllm_plugin.settings import Settings, read_settings
+from tidepool.vllm_plugin.setups import command_for, needs_certificate, setup_of, setup_of_ranks
 from tidepool.vllm_plugin.versions import state_export_tokens
 
 COLUMN_TOKENS = 128
@@ -47,6 +54,10 @@ class RankView:
     """Names of its attention backends' classes."""
     export_tokens: int = 1
     """Its layers save states inside steps at multiples of so many tokens."""
+    setup: Setup | None = None
+    """Its part of the engine's; None where it is switched off."""
+    proven: tuple[Setup, ...] = ()
+    """The setups that it finds certificates for, where it needs one."""
 
 
 def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any], None] | None) -> bool:
@@ -72,14 +83,16 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
     reason = next(unsupported_features(vllm_config, settings.allow), None)
     # Gates look at the configuration, which is the same on every rank; the environment and the layers may not be.
     views = [] if reason else views_of_ranks(vllm_config, _view(platform, vllm_config, settings))
-    reason = reason or _why_not(views)
+    setups = [view.setup for view in views if view.setup]
+    setup = setup_of_ranks(setups) if setups else None
+    reason = reason or _why_not(views) or _uncertified(vllm_config, settings, setup, views)
     if reason or not settings.enabled:
         fall_back(vllm_config, settings, reason)
         return False
     stock = _stock_blocks(vllm_config, inflate) if inflate else None
     kernel, export = (lcm(*each) for each in zip(*((v.kernel_tokens, v.export_tokens) for v in views), strict=True))
     spacing = _set_blocks(vllm_config, settings, kernel, export)
-    note_plan(vllm_config, ServingPlan(settings.partition, settings.eviction, stock, spacing))
+    note_plan(vllm_config, ServingPlan(settings.partition, settings.eviction, stock, spacing, setup=setup))
     return True
 
 
@@ -88,7 +101,9 @@ def may_be_served(vllm_config: Any) -> bool:
     settings = read_settings(vllm_config.additional_config)
     if not settings.enabled or not vllm_config.model_config.is_hybrid:
         return False
-    return next(unsupported_features(vllm_config, settings.allow), None) is None
+    if next(unsupported_features(vllm_config, settings.allow), None) is not None:
+        return False
+    return not needs_certificate(vllm_config) or "device" in settings.allow or bool(proven())
 
 
 # What the ranks know -----------------------------------------------------------------------------------------
@@ -112,13 +127,10 @@ def _view(platform: Any, vllm_config: Any, settings: Settings) -> RankView:
         return RankView(settings, {}, 1)
     backends = _attention_backends(platform, vllm_config)
     names = tuple(backend.__name__ for backend in backends)
-    return RankView(
-        settings,
-        layer_specs_of(vllm_config),
-        _smallest_kernel_block(vllm_config, backends),
-        names,
-        state_export_tokens(vllm_config),
-    )
+    specs, kernel = layer_specs_of(vllm_config), _smallest_kernel_block(vllm_config, backends)
+    setup = setup_of(vllm_config, specs, _block_tokens(vllm_config, settings, kernel))
+    certified = proven() if needs_certificate(vllm_config) else ()
+    return RankView(settings, specs, kernel, names, state_export_tokens(vllm_config), setup, certified)
 
 
 def _why_not(views: Sequence[RankView]) -> str | None:
@@ -131,6 +143,15 @@ def _why_not(views: Sequence[RankView]) -> str | None:
         raise CacheConfigError("TIDEPOOL isn't the same on every node: set it alike, or TIDEPOOL=off on all.")
     layers = {name: spec for view in views for name, spec in view.specs.items()}
     return unsupported_layers(layers) or unsupported_backends([name for view in views for name in view.backends])
+
+
+def _uncertified(vllm_config: Any, settings: Settings, setup: Setup | None, views: Sequence[RankView]) -> str | None:
+    """Why an engine isn't served for want of a certificate, or None. Every rank must have found it."""
+    if setup is None or not needs_certificate(vllm_config):
+        return None
+    found = tuple(each for each in views[0].proven if all(each in view.proven for view in views))
+    drafts = vllm_config.speculative_config is not None
+    return unsupported_setup(setup, found, command_for(vllm_config, setup), settings.allow, drafts=drafts)
 
 
 def layer_specs_of(vllm_config: Any) -> dict[str, KVCacheSpec]:
@@ -195,8 +216,7 @@ def _set_blocks(vllm_config: Any, settings: Settings, kernel: int, export: int) 
         CacheConfigError: a size that the user set doesn't go with the others.
     """
     cache_config = vllm_config.cache_config
-    default = cache_config.block_size if cache_config.user_specified_block_size else kernel
-    block_tokens = settings.block_tokens or default
+    block_tokens = _block_tokens(vllm_config, settings, kernel)
     if block_tokens % kernel:
         raise CacheConfigError(
             f"An attention block of {block_tokens} tokens isn't a multiple of the {kernel} that the attention kernels "
@@ -208,6 +228,12 @@ def _set_blocks(vllm_config: Any, settings: Settings, kernel: int, export: int) 
         cache_config.mamba_block_size = _column_tokens(spacing, lcm(block_tokens, export))
     cache_config.block_size = block_tokens
     return spacing
+
+
+def _block_tokens(vllm_config: Any, settings: Settings, kernel: int) -> int:
+    """Tokens of an attention block: as the user said, or the fewest that the kernels take."""
+    cache_config = vllm_config.cache_config
+    return settings.block_tokens or (cache_config.block_size if cache_config.user_specified_block_size else kernel)
 
 
 def _column_tokens(spacing: int, unit: int) -> int:

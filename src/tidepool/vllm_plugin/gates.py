@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tidepool.certificates import Setup, nearest
 from tidepool.vllm_plugin.notes import can_note
 from tidepool.vllm_plugin.versions import hash_lookahead_of
 
@@ -41,11 +42,11 @@ def _other_drafter(config: Any) -> bool:
     return speculative.method != "mtp" or speculative.draft_model_config.hf_config.model_type != "qwen3_5_mtp"
 
 
-def _drafts_elsewhere(config: Any) -> bool:
-    """Whether drafts meet what they haven't been run with."""
+def _drafts_on_ranks(config: Any) -> bool:
+    """Whether drafts meet several ranks."""
     parallel = config.parallel_config
     several = parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1
-    return config.speculative_config is not None and (several or config.device_config.device_type != "cpu")
+    return config.speculative_config is not None and several
 
 
 def _offloads(config: Any) -> bool:
@@ -77,7 +78,7 @@ GATES: tuple[Gate, ...] = (
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
     Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] serves others)", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp") or c.parallel_config.nnodes > 1),
     Gate("speculative-decoding", "of speculative decoding only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run", _other_drafter),
-    Gate("speculative-ranks", "speculative decoding has been run in one process on the CPU only", _drafts_elsewhere),
+    Gate("speculative-ranks", "speculative decoding has been run in one process only", _drafts_on_ranks),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "a KV cache dtype of one's own is untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
     Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
@@ -94,7 +95,6 @@ GATES: tuple[Gate, ...] = (
     Gate("kv-cache-grouping", "the model groups its layers itself", lambda c: getattr(c.model_config, "supports_kv_cache_grouping", False)),
     Gate("hash-lookahead", "block hashes that look more than one token ahead are untested", lambda c: hash_lookahead_of(c) > 1),
     Gate("additional-config", "vLLM's platform keeps something else than a table there", lambda c: not can_note(c)),
-    Gate("device", "only the CPU backend has been run (the setting allow: [\"device\"] serves others)", lambda c: c.device_config.device_type != "cpu"),
 )  # fmt: skip
 
 
@@ -136,6 +136,30 @@ def unsupported_layers(specs: Mapping[str, Any]) -> str | None:
         elif spec.sliding_window is not None or spec.attention_chunk_size is not None:
             return "layers: windowed or chunked attention that keeps every token is untested beside states"
     return None
+
+
+def unsupported_setup(
+    setup: Setup, proven: Sequence[Setup], command: str, allow: Sequence[str] = (), *, drafts: bool = False
+) -> str | None:
+    """Why an engine on a device that needs a certificate is unsupported, or None.
+
+    Args:
+        setup: the engine's.
+        proven: the setups that every rank has found a certificate for.
+        command: what would make one for this setup.
+        allow: names of gates that are passed over; drafts have one of their own.
+        drafts: whether the engine has speculative decoding.
+    """
+    if setup in proven or ("device" in allow and ("drafts" in allow or not drafts)):
+        return None
+    closest = nearest(setup, proven)
+    other = f" (the nearest is for another {', '.join(setup.differences(closest))})" if closest else ""
+    kernels = "; ".join(filter(None, (setup.attention, setup.states, setup.kv_dtype)))
+    name = "drafts" if "device" in allow else "device"
+    return (
+        f"{name}: no certificate covers this engine on {setup.device} with {kernels}{other}. To verify this machine and "
+        f"make one, run: {command}"
+    )
 
 
 def unsupported_backends(backends: Sequence[str]) -> str | None:

@@ -129,7 +129,12 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
     if isinstance(spec, SlidingWindowSpec):
         # What is computed in a step is held beside the window until the step has ended.
         cache = SlidingWindow(per_token, spec.sliding_window, vllm_config.max_in_flight_tokens)
-    return Group(cache, names, spec.block_size, block_align(spec.page_size_bytes), page_bytes=spec.page_size_bytes)
+    align = block_align(spec.page_size_bytes)
+    plan = plan_of(vllm_config)
+    if plan and plan.setup and "FLASHINFER" in plan.setup.attention:
+        # Its XQA kernels count the distance of blocks in heads, and round it down.
+        align = lcm(align, spec.head_size * spec.dtype.itemsize)
+    return Group(cache, names, spec.block_size, align, page_bytes=spec.page_size_bytes)
 
 
 def checkpoint_rules(

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from tidepool.cache import CacheConfigError
 from tidepool.capacity import Partition
+from tidepool.certificates import Setup
 from tidepool.vllm_plugin.notes import read_note, write_note
 from tidepool.vllm_plugin.settings import Eviction, Settings
 
@@ -53,6 +54,8 @@ class ServingPlan(NamedTuple):
     memory_bytes: int | None = None
     """KV memory of the smallest rank, once the engine core plans it. Who plans without has a small cache in mind, for
     CUDA graphs to be measured with."""
+    setup: Setup | None = None
+    """What the engine is in a certificate's terms."""
 
 
 # In the configuration: the rest of the process, and copies of the configuration -------------------------------

@@ -15,6 +15,7 @@ EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
 ENV_SWITCH = "TIDEPOOL"
 ENV_POISON = "TIDEPOOL_POISON"
 ENV_OVERCOMMIT = "TIDEPOOL_OVERCOMMIT"
+ENV_CERTIFY_CPU = "TIDEPOOL_CERTIFY_CPU"
 _SWITCHES = ("elastic", "fixed", "off")
 
 
@@ -41,9 +42,9 @@ class Settings(BaseModel):
     """How attention keeps keys and values: a format of `tidepool.tqkv`, on the CPU; also without tidepool's memory."""
     host_memory: float | None = Field(default=None, gt=0)
     """GiB of host memory behind the pools, of all ranks together: as --kv-offloading-size."""
-    allow: tuple[Literal["device", "executor"], ...] = ()
-    """What to serve unsupported, at one's own risk: ``device`` stands for devices other than the CPU, ``executor`` for
-    several nodes and Ray's workers."""
+    allow: tuple[Literal["device", "drafts", "executor"], ...] = ()
+    """What to serve unsupported, at one's own risk: ``device`` stands for a GPU without a certificate, ``drafts`` for
+    speculative decoding there, ``executor`` for several nodes and Ray's workers."""
 
 
 def read_settings(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -114,6 +115,11 @@ def poison_requested(environ: Mapping[str, str] = os.environ) -> bool:
 def overcommit_requested(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether requests are to be admitted without leaving room to those that run (a test of preemption)."""
     return _on(ENV_OVERCOMMIT, environ)
+
+
+def certificate_requested(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the CPU needs a certificate, too (a test of certificates)."""
+    return _on(ENV_CERTIFY_CPU, environ)
 
 
 def _on(switch: str, environ: Mapping[str, str]) -> bool:
