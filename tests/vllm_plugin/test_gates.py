@@ -24,6 +24,8 @@ def config() -> SimpleNamespace:
         use_v2_model_runner=False,
         cache_config=SimpleNamespace(
             kv_offloading_size=None,
+            kv_offloading_backend="native",
+            enable_prefix_caching=True,
             cache_dtype="auto",
             mamba_cache_mode="align",
             use_replayssm=False,
@@ -52,6 +54,7 @@ IN_USE: dict[str, tuple[str, Any]] = {
     "kv-connector": ("kv_transfer_config", object()),
     "ec-connector": ("ec_transfer_config", object()),
     "kv-offload": ("cache_config.kv_offloading_size", 4.0),
+    "host-memory": ("cache_config.kv_offloading_size", 4.0),
     "data-parallel": ("parallel_config.data_parallel_size", 2),
     "decode-context-parallel": ("parallel_config.decode_context_parallel_size", 2),
     "prefill-context-parallel": ("parallel_config.prefill_context_parallel_size", 2),
@@ -86,6 +89,10 @@ def test_each_gate_finds_its_feature_alone(gate: Any) -> None:
     engine = config()
     if gate.name == "speculative-decoding":
         engine.parallel_config.tensor_parallel_size = engine.parallel_config.pipeline_parallel_size = 1
+    if gate.name == "kv-offload":
+        engine.cache_config.kv_offloading_backend = "lmcache"
+    if gate.name == "host-memory":
+        engine.device_config.device_type = "cuda"
     *owners, field = path.split(".")
     owner: Any = engine
     for name in owners:

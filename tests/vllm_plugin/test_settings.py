@@ -41,6 +41,8 @@ WRONG: list[tuple[Any, str]] = [
     ({"checkpoint_tokens": 1.5}, "'checkpoint_tokens'.*can't be 1.5"),
     ({"checkpoint_tokens": -512}, "'checkpoint_tokens'.*can't be -512"),
     ({"eviction": "oldest"}, "'eviction'.*can't be 'oldest': Input should be 'returns' or 'lru'"),
+    ({"host_memory": "64GiB"}, "'host_memory'.*can't be '64GiB'"),
+    ({"host_memory": 0}, "'host_memory'.*can't be 0"),
     ({"allow": ["everything"]}, "can't be 'everything'"),
     ({"allow": "device"}, "'allow'.*can't be 'device'"),
     ({"kv": "tqkv-k5v4"}, r"'kv'.*can't be 'tqkv-k5v4': String should match pattern '\^tqkv-k"),

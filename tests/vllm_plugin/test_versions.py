@@ -24,7 +24,8 @@ def test_a_later_version_is_left_to_vllm_in_one_line(
     monkeypatch.setattr(patches, "install", lambda: pytest.fail("nothing may be patched"))
     register()
     assert [record.getMessage() for record in caplog.records if record.name == "vllm.tidepool"] == [
-        "tidepool falls back to vLLM's own KV cache. vllm-version: vLLM 0.34.0 hasn't been tested (tested: 0.32.0, 0.33.0)."
+        "tidepool falls back to vLLM's own KV cache. vllm-version: vLLM 0.34.0 hasn't been tested "
+        "(tested: 0.32.0, 0.33.0)."
     ]
 
 

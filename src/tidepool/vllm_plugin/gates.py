@@ -73,6 +73,7 @@ GATES: tuple[Gate, ...] = (
     Gate("kv-connector", "a KV connector addresses blocks by ids of one pool", _other_connector),
     Gate("ec-connector", "encoder cache connectors are untested", lambda c: c.ec_transfer_config is not None),
     Gate("kv-offload", "host memory behind the pools is for prefix caching, and of vLLM's backend native alone", _other_offloading),
+    Gate("host-memory", "host memory behind the pools has been run on the CPU only (the setting allow: [\"host-memory\"] serves it on a GPU)", lambda c: _offloads(c) and c.device_config.device_type != "cpu"),
     Gate("data-parallel", "data parallelism is untested", _parallel("data_parallel_size")),
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),

@@ -42,9 +42,10 @@ class Settings(BaseModel):
     """How attention keeps keys and values: a format of `tidepool.tqkv`, on the CPU; also without tidepool's memory."""
     host_memory: float | None = Field(default=None, gt=0)
     """GiB of host memory behind the pools, of all ranks together: as --kv-offloading-size."""
-    allow: tuple[Literal["device", "drafts", "executor"], ...] = ()
+    allow: tuple[Literal["device", "drafts", "executor", "host-memory"], ...] = ()
     """What to serve unsupported, at one's own risk: ``device`` stands for a GPU without a certificate, ``drafts`` for
-    speculative decoding there, ``executor`` for several nodes and Ray's workers."""
+    speculative decoding there, ``host-memory`` for host memory there, ``executor`` for several nodes and Ray's
+    workers."""
 
 
 def read_settings(additional_config: Any, environ: Mapping[str, str] = os.environ) -> Settings:
