@@ -1,6 +1,6 @@
 """Versions of vLLM beside the installed one: their wheels' Python files, without the libraries.
 
-What needs no kernels (planning, the scheduler, a replay) runs on them, on the CPU, in processes with `environment_with`.
+What needs no kernels (planning, the scheduler, a replay) runs on them, on the CPU: see `environment_with`.
 ``python -m tidepool.running.unpacked VERSION`` gets one with pip, and prints its folder.
 """
 
