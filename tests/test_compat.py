@@ -55,7 +55,7 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> tuple[types.ModuleType, types.Module
     return combined, checkpoint
 
 
-@pytest.mark.parametrize(("version", "cpu"), [("0.31.1", True), ("0.33.0", True), ("1.32.0", True), ("0.32.0", False)])
+@pytest.mark.parametrize(("version", "cpu"), [("0.31.1", True), ("0.34.0", True), ("1.32.0", True), ("0.32.0", False)])
 def test_other_versions_and_platforms_are_left_alone(
     version: str, cpu: bool, ops: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

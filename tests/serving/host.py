@@ -19,17 +19,14 @@ SYSTEM, ADDED, ANSWER, TURNS = 150, 300, 12, 4
 
 
 def swapped() -> None:
-    """The deliberate fault: what is loaded is something else's."""
+    """The deliberate fault: what is loaded has its bytes in another order."""
     from tidepool.vllm_plugin.host_copies import HostBytes
 
     pieces = HostBytes.pieces
 
     def wrong(self: HostBytes, copy: Any) -> Any:
-        found = list(pieces(self, copy))
-        sources = [source for _, source in found]
-        for (target, source), other in zip(found, [sources[-1], *sources[:-1]], strict=True):
-            fits = not copy.to_host and other.shape == source.shape
-            yield target, other.flip(0) if fits else source
+        for target, source in pieces(self, copy):
+            yield target, source if copy.to_host else source.flip(-1)
 
     HostBytes.pieces = wrong  # type: ignore[method-assign]
 
