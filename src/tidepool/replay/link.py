@@ -6,7 +6,7 @@ clock. Each direction of the link carries one copy after the other, at full spee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -96,7 +96,9 @@ class Link:
 
     def report(self) -> KVConnectorOutput | None:
         """What the workers say of copies that have ended since the last step."""
-        ended = list(self._take_ended())
+        now = self._clock()
+        ended = [each for each in self._under_way if each.end <= now]
+        self._under_way = [each for each in self._under_way if each.end > now]
         if not ended:
             return None
         if not self._is_stock:
@@ -107,9 +109,3 @@ class Link:
             meta.mark_completed(each.number)
         loaded = {each.request for each in ended if each.request is not None}
         return KVConnectorOutput(finished_recving=loaded or None, kv_connector_worker_meta=meta)
-
-    def _take_ended(self) -> Iterator[_UnderWay]:
-        now = self._clock()
-        ended = [each for each in self._under_way if each.end <= now]
-        self._under_way = [each for each in self._under_way if each.end > now]
-        return iter(ended)

@@ -133,25 +133,27 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         arena = self.block_pool.arena
         charges, pinned = arena.extents_needed(needs, touched)
         self.need = Need(request_id, asked, charges)
+        now = sum(charges) + pinned
         if request_id in self.growth:
-            return sum(charges) + pinned
+            return now
         if self.growth:
             self.growth.found(request_id, [len(computed) for computed in new_computed_blocks])
-        return max(self.extents_beside_others(request_id, num_tokens, needs, touched), sum(charges) + pinned)
+        return self.extents_beside_others(request_id, num_tokens, needs, touched, now)
 
     def extents_beside_others(
-        self, request_id: str, tokens: int, needs: Sequence[int], touched: Sequence[Sequence[int]]
+        self, request_id: str, tokens: int, needs: Sequence[int], touched: Sequence[Sequence[int]], now: int
     ) -> int:
         """Extents that have to be free for a waiting request: it leaves to those under way what they will still take,
-        and must find what it will take itself. 0 where it is alone.
+        and must find what it will take itself.
 
         Args:
             request_id: the request.
             tokens: that it gets blocks for now.
             needs, touched: as for `Arena.extents_needed`.
+            now: what that says they take.
         """
         if not self.growth or self._overcommits:
-            return 0
+            return now
         arena = self.block_pool.arena
         outlook = self._outlook(request_id, tokens)
         later = [self.growth.blocks, self.growth.total(outlook)]
@@ -160,8 +162,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             moments = self.growth.needs(outlook)
             moments = [[need + more for need, more in zip(needs, moment, strict=True)] for moment in moments]
             most = arena.extents_needed_at_most(moments, touched)
-        charges, pinned = arena.extents_needed(needs, touched)
-        return max(most, sum(charges) + pinned + self.headroom())
+        return max(most, now + self.headroom())
 
     def _outlook(self, request_id: str, tokens: int) -> Outlook:
         """What a request will still take once it has blocks for ``tokens`` tokens."""
@@ -384,7 +385,7 @@ class TidepoolKVCacheManager(KVCacheManager):
 
     def _leave(self, request: Request) -> None:
         """A request has released its blocks: what it leaves in the cache goes to the host, too."""
-        if self.host and self.enable_caching and (record := self._retention.requests.get(request.request_id)):
+        if self.host and (record := self._retention.requests.get(request.request_id)):
             self.host.leave(request.request_id, record.match.turn)
 
     def _give_up_memory(self, request: Request) -> int | None:

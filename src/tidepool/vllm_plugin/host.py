@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.request import Request
 
-from tidepool.cache import Arena, Copy, ExpectedReturn, HostTier, LeastRecentlyUsed, Left, Speeds, TurnClass
+from tidepool.cache import Arena, Copy, HostTier, Left, Speeds, TurnClass
 from tidepool.vllm_plugin.pools import ArenaBlockPool, GroupBlockPool, RequestContext, Serving
 from tidepool.vllm_plugin.worker import encode_poison
 
@@ -77,14 +77,16 @@ class _Departure:
 class _Load:
     """A prefix on its way to the device."""
 
-    request: Request
+    name: str
+    """Of the request that waits for it."""
+    tokens: int
+    """Of the prefix."""
+    held: list[KVCacheBlock]
+    """Blocks of the prefix that the device has, which mustn't go meanwhile."""
+    began: float
+    loaded: list[tuple[OnHost, KVCacheBlock]] = field(default_factory=list)
     ended: bool = False
     """Whether the request has ended meanwhile."""
-    tokens: int = 0
-    loaded: list[tuple[OnHost, KVCacheBlock]] = field(default_factory=list)
-    held: list[KVCacheBlock] = field(default_factory=list)
-    """Blocks of the prefix that the device has, which mustn't go meanwhile."""
-    began: float = 0.0
 
 
 @dataclass
@@ -114,7 +116,7 @@ class HostMemory:
         self.tier.arena = Arena.elastic(
             geometry,
             config.host_extents,
-            policy=ExpectedReturn(memory.reuse) if config.eviction == "returns" else LeastRecentlyUsed(),
+            policy=config.make_policy(memory.reuse),
             on_evict=self.tier.evicted,
             clock=lambda: memory.arena.bytes_allocated,
         )
@@ -168,8 +170,11 @@ class HostMemory:
         self.traffic.stored_bytes += copy.bytes
 
     def _hold(self, blocks: Sequence[KVCacheBlock]) -> None:
-        for pool in self._memory.pools:
-            pool.touch([block for block in blocks if block.pool is pool])
+        of_pool: dict[Any, list[KVCacheBlock]] = {}
+        for block in blocks:
+            of_pool.setdefault(block.pool, []).append(block)
+        for pool, held in of_pool.items():
+            pool.touch(held)
 
     # From the host.
 
@@ -207,14 +212,15 @@ class HostMemory:
     ) -> bool:
         """Begin to load, if there is memory for it: as much as the request will need anyway, beside those that run."""
         memory, name = self._memory, request.request_id
-        held = [block for blocks in found for block in blocks if not block.is_null and not isinstance(block, OnHost)]
-        idle = [[block.block_id for block in held if block.pool is pool and not block.ref_cnt] for pool in memory.pools]
+        on_device = [[b for b in blocks if not b.is_null and not isinstance(b, OnHost)] for blocks in found]
+        idle = [[block.block_id for block in blocks if not block.ref_cnt] for blocks in on_device]
+        held = [block for blocks in on_device for block in blocks]
         needs = [len(each) for each in missing]
         charges, pinned = memory.arena.extents_needed(needs, idle)
-        beside = manager.coordinator.extents_beside_others(name, tokens, needs, idle)
-        if max(beside, sum(charges) + pinned) > memory.arena.available:
+        extents = manager.coordinator.extents_beside_others(name, tokens, needs, idle, sum(charges) + pinned)
+        if extents > memory.arena.available:
             return False
-        load = _Load(request, tokens=tokens, held=held, began=self.clock())
+        load = _Load(name, tokens, held, self.clock())
         self._hold(held)
         memory.arena.reserve(charges)
         with Serving(memory, RequestContext(name)):
@@ -269,7 +275,7 @@ class HostMemory:
         self._loading_bytes -= copy.bytes
         self.traffic.wait_seconds += self.clock() - load.began
         if failed:
-            self._settled.add(load.request.request_id)
+            self._settled.add(load.name)
         else:
             self.speeds.loaded(copy.bytes, seconds)
             for on, block in load.loaded:
@@ -278,9 +284,9 @@ class HostMemory:
         if load.ended:
             self._release(blocks)
         else:
-            del self._loading[load.request.request_id]
-            self._reached[load.request.request_id] = load.tokens
-            with Serving(self._memory, RequestContext(load.request.request_id)):
+            del self._loading[load.name]
+            self._reached[load.name] = load.tokens
+            with Serving(self._memory, RequestContext(load.name)):
                 self._release(blocks)
         self._release(load.held)
 

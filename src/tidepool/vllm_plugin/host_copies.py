@@ -16,7 +16,7 @@ import torch
 from vllm.logger import init_logger
 
 from tidepool.cache import BlockCopy, CacheConfigError, Copy
-from tidepool.vllm_plugin.worker import NAN_BYTE, ArenaBytes
+from tidepool.vllm_plugin.worker import ArenaBytes
 
 if TYPE_CHECKING:
     from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
@@ -66,11 +66,6 @@ class HostBytes:
             on_device = _rows(self.device.arena, device, blocks, self.device.strides[group], length)
             on_host = _rows(self.bytes, host, blocks, self.strides[group], length)
             yield (on_host, on_device) if copy.to_host else (on_device, on_host)
-
-    def poison(self, copy: Copy) -> None:
-        """Fill the copy's blocks on the host."""
-        for target, _ in self.pieces(copy):
-            target.fill_(NAN_BYTE)
 
 
 def runs(blocks: Iterable[BlockCopy]) -> Iterator[tuple[int, int, int, int]]:
@@ -182,9 +177,15 @@ class CudaCopier:
 
     def ended(self) -> list[EndedCopy]:
         """See `Copier`."""
-        done = [each for each in self._under_way if each[2].query()]
-        self._under_way = [each for each in self._under_way if each not in done]
-        return [EndedCopy(copy.number, began.elapsed_time(ended) / 1000, False) for copy, began, ended in done]
+        done: list[EndedCopy] = []
+        under_way = []
+        for copy, began, ended in self._under_way:
+            if ended.query():
+                done.append(EndedCopy(copy.number, began.elapsed_time(ended) / 1000, False))
+            else:
+                under_way.append((copy, began, ended))
+        self._under_way = under_way
+        return done
 
     def close(self) -> None:
         """See `Copier`."""

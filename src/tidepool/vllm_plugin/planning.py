@@ -27,10 +27,14 @@ from tidepool.cache import (
     Arena,
     CacheConfigError,
     CheckpointRules,
+    ExpectedReturn,
     ExtentLayout,
     FullAttention,
     Geometry,
     Group,
+    LeastRecentlyUsed,
+    Policy,
+    ReuseModel,
     Share,
     SlidingWindow,
     State,
@@ -93,6 +97,10 @@ class TidepoolKVCacheConfig(KVCacheConfig):
         """Blocks that the strided view of ``tensor``'s group has."""
         group = next(i for i, g in enumerate(self.kv_cache_groups) if tensor.layers[0] in g.layer_names)
         return self.pool_blocks[group]
+
+    def make_policy(self, reuse: ReuseModel) -> Policy:
+        """The eviction policy that this configuration names."""
+        return ExpectedReturn(reuse) if self.eviction == "returns" else LeastRecentlyUsed()
 
     def make_arena(self, **callbacks: Any) -> Arena:
         """The arena that this configuration describes; policy and callbacks as in `Arena`."""

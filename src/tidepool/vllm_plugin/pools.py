@@ -18,7 +18,7 @@ from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, get_block_hash
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from tidepool.cache import Arena, ExpectedReturn, LeastRecentlyUsed, Retention, RetentionPolicy, ReuseModel
+from tidepool.cache import Arena, Retention, RetentionPolicy, ReuseModel
 from tidepool.vllm_plugin.events import ExactEvents
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
@@ -264,7 +264,7 @@ class ArenaBlockPool:
         specs = [group.kv_cache_spec for group in config.kv_cache_groups]
         self.reuse = ReuseModel(config.arena_bytes // REUSE_UNITS)
         self.arena = config.make_arena(
-            policy=ExpectedReturn(self.reuse) if config.eviction == "returns" else LeastRecentlyUsed(),
+            policy=config.make_policy(self.reuse),
             on_evict=self._on_evict,
             on_move=self._on_move,
         )
