@@ -189,7 +189,7 @@ def test_closed_form_is_vllms_planning(
 def test_start_up_lines_are_vllms(name: str, caching: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
     from vllm.v1.kv_cache_interface import MambaSpec
 
     model = entry(name).model()
@@ -209,9 +209,10 @@ def test_start_up_lines_are_vllms(name: str, caching: bool, monkeypatch: pytest.
     config.model_config = SimpleNamespace(max_model_len=100_000)
     config.parallel_config = SimpleNamespace(decode_context_parallel_size=1)
     config.max_in_flight_tokens = options.in_flight_tokens
-    groups = kv_cache_utils.get_kv_cache_groups(config, dict(specs))
-    planned = kv_cache_utils.get_kv_cache_config_from_groups(config, groups, BUDGET)
-    tokens, concurrency = kv_cache_utils.get_kv_cache_capacity(config, planned)
+    vllm = planner_of_vllm()
+    groups = vllm.get_kv_cache_groups(config, dict(specs))
+    planned = vllm.get_kv_cache_config_from_groups(config, groups, BUDGET)
+    tokens, concurrency = get_kv_cache_capacity(config, planned)
     memory = stock_memory([layers], BUDGET, 256, 100_000, block_tokens=16, latent=model.latent)
     assert startup_lines(memory, options.in_flight_tokens) == [
         f"GPU KV cache size: {tokens:,} tokens",
