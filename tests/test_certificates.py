@@ -46,8 +46,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "certificates"
 
 
-def reason_for(setup: Setup, allow: tuple[str, ...] = (), *, drafts: bool = False) -> str | None:
-    return unsupported_setup(setup, proven(), "tidepool verify", allow, drafts=drafts)
+def reason_for(setup: Setup, allow: tuple[str, ...] = (), **asked: bool) -> str | None:
+    return unsupported_setup(setup, proven(), "tidepool verify", allow, **asked)
 
 
 def test_what_a_certificate_covers_is_served() -> None:
@@ -68,6 +68,10 @@ def test_what_is_allowed_is_served_without() -> None:
     assert reason_for(SETUP, ("device",)) is None
     assert str(reason_for(SETUP, ("device",), drafts=True)).startswith("drafts: no certificate covers")
     assert reason_for(SETUP, ("device", "drafts"), drafts=True) is None
+    assert str(reason_for(SETUP, ("device",), host_memory=True)).startswith("host-memory: no certificate covers")
+    assert reason_for(SETUP, ("device", "host-memory"), host_memory=True) is None
+    write(SETUP, "tidepool verify")
+    assert reason_for(SETUP, drafts=True, host_memory=True) is None
 
 
 @pytest.mark.parametrize("harm", ["cut", "edited", "empty", "renamed", "no table", "a field less", "not text"])

@@ -54,7 +54,6 @@ IN_USE: dict[str, tuple[str, Any]] = {
     "kv-connector": ("kv_transfer_config", object()),
     "ec-connector": ("ec_transfer_config", object()),
     "kv-offload": ("cache_config.kv_offloading_size", 4.0),
-    "host-memory": ("cache_config.kv_offloading_size", 4.0),
     "data-parallel": ("parallel_config.data_parallel_size", 2),
     "decode-context-parallel": ("parallel_config.decode_context_parallel_size", 2),
     "prefill-context-parallel": ("parallel_config.prefill_context_parallel_size", 2),
@@ -91,14 +90,22 @@ def test_each_gate_finds_its_feature_alone(gate: Any) -> None:
         engine.parallel_config.tensor_parallel_size = engine.parallel_config.pipeline_parallel_size = 1
     if gate.name == "kv-offload":
         engine.cache_config.kv_offloading_backend = "lmcache"
-    if gate.name == "host-memory":
-        engine.device_config.device_type = "cuda"
     *owners, field = path.split(".")
     owner: Any = engine
     for name in owners:
         owner = getattr(owner, name)
     setattr(owner, field, value)
     assert list(unsupported_features(engine)) == [f"{gate.name}: {gate.reason}"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "served"),
+    [("cpu", "fp8", False), ("cuda", "fp8", True), ("cuda", "fp8_e5m2", True), ("cuda", "fp8_ds_mla", False)],
+)
+def test_a_certificate_tells_whether_fp8_is_served_on_a_gpu(device: str, dtype: str, served: bool) -> None:
+    engine = config()
+    engine.device_config.device_type, engine.cache_config.cache_dtype = device, dtype
+    assert (list(unsupported_features(engine)) == []) is served
 
 
 def test_drafters_that_were_run_are_served() -> None:

@@ -14,6 +14,10 @@ _DEFAULTS = {
     # Long prompts make large tensors. By default glibc gives each back to the system, up to a third of the time.
     "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    # Sampling is greedy here, and FlashInfer may not be there.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Kernels that are tuned when first run round differently from process to process; so all take the first one's.
+    "TRITON_CACHE_AUTOTUNING": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }

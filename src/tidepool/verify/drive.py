@@ -1,6 +1,7 @@
 """Runs the parts in worker processes: a process for each side, and side by side if there are cores for it.
 
-On a GPU a scenario that takes all memory has a process of its own, while no other runs.
+On a GPU each side has several processes, for an engine takes long to start there. A scenario that takes all memory has
+a process of its own, while no other runs; where half of it is plenty, while one other like it runs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 from tidepool.certificates import Setup
@@ -20,20 +20,36 @@ from tidepool.sides import Side
 from tidepool.verify.messages import Counts, Machine, Outcome
 from tidepool.verify.scenarios import Part
 
+ENGINES_OF_A_LANE = 3
+"""On a GPU."""
+SHARE, HALF_SHARE = 0.92, 0.46
+"""Of the device's memory, for scenarios that want all of it: what vLLM takes by default, or half of that."""
+HALF_IS_PLENTY = 76 << 30
+"""Bytes of a device whose half is more than 32 GiB: 2^31 loads of 16 bytes, the widest there are."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class _Lane:
-    """What one process runs."""
+    """What one process runs, on engines one after the other."""
 
     side: Side
     runner: int
     alone: str
-    """The scenario that has the whole device, if it is one."""
+    """The scenario that has the whole device, or half of it, if it is one."""
+    number: int = 0
+    """Of several for the same side."""
+    parts: list[Part] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         """Of its log, and in errors."""
-        return self.side + f"-runner{self.runner}" * bool(self.runner) + f"-{self.alone}" * bool(self.alone)
+        words = (self.side, self.runner and f"runner{self.runner}", self.alone, self.number and str(self.number))
+        return "-".join(str(word) for word in words if word)
+
+    @property
+    def engines(self) -> int:
+        """How many it starts."""
+        return len({part.engine for part in self.parts})
 
     @property
     def environ(self) -> dict[str, str]:
@@ -49,7 +65,7 @@ class Results:
     machine: Machine | None = None
     outcomes: dict[Part, Outcome] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
-    """Why a side ended early, a sentence each; the other sides were then ended too."""
+    """Why a process ended early, a sentence each."""
 
 
 def run(
@@ -63,61 +79,65 @@ def run(
         progress: told what ended, after each part.
         options: of vLLM's, for every engine.
     """
-    lanes: dict[_Lane, list[Part]] = {}
-    for part in parts:
-        alone = part.scenario.name if part.scenario.far and part.runner else ""
-        lanes.setdefault(_Lane(part.side, part.runner, alone), []).append(part)
-    results, stop = Results(), Event()
-    children: list[Child] = []
+    lanes, results, children = lanes_of(parts), Results(), list[Child]()
 
-    def run_lane(lane: _Lane) -> None:
-        if not stop.is_set():
-            _run_lane(lane, lanes[lane], directory, options, results, stop, progress, children)
+    def run_lanes(lanes: Sequence[_Lane], at_once: int, share: float = 0.0) -> None:
+        with ThreadPoolExecutor(at_once) as pool:
+            try:
+                for done in [
+                    pool.submit(_run_lane, lane, share, directory, options, results, progress, children)
+                    for lane in lanes
+                ]:
+                    done.result()
+            except BaseException:
+                # Ctrl-C, above all: nobody waits for the workers to end by themselves.
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in children:
+                    child.kill()
+                raise
 
-    beside = [lane for lane in lanes if not lane.alone]
-    with ThreadPoolExecutor(max(1, min(len(beside), os.cpu_count() or 1))) as pool:
-        try:
-            for done in [pool.submit(run_lane, lane) for lane in beside]:
-                done.result()
-            for lane in lanes:
-                if lane.alone:
-                    run_lane(lane)
-        except BaseException:
-            # Ctrl-C, above all: nobody waits for the workers to end by themselves.
-            stop.set()
-            for child in children:
-                child.kill()
-            raise
+    run_lanes([lane for lane in lanes if not lane.alone], os.cpu_count() or 1)
+    halves = results.machine is not None and results.machine.memory >= HALF_IS_PLENTY
+    run_lanes([lane for lane in lanes if lane.alone], 2 if halves else 1, HALF_SHARE if halves else SHARE)
     return results
+
+
+def lanes_of(parts: Sequence[Part]) -> list[_Lane]:
+    """The processes that run these parts, in the order in which they begin."""
+    lanes: list[_Lane] = []
+    for part in parts:
+        alone = part.scenario.name if part.scenario.far and part.runner and part.side != "stock" else ""
+        same = [lane for lane in lanes if (lane.side, lane.runner, lane.alone) == (part.side, part.runner, alone)]
+        full = part.runner and same and same[-1].engines >= ENGINES_OF_A_LANE
+        if not same or (full and part.engine not in {each.engine for each in same[-1].parts}):
+            same.append(_Lane(part.side, part.runner, alone, len(same)))
+            lanes.append(same[-1])
+        same[-1].parts.append(part)
+    return lanes
 
 
 def _run_lane(
     lane: _Lane,
-    parts: Sequence[Part],
+    share: float,
     directory: Path,
     options: Sequence[str],
     results: Results,
-    stop: Event,
     progress: Callable[[str], None],
     children: list[Child],
 ) -> None:
     with Child("tidepool.verify.worker", directory / f"{lane.name}.log", lane.environ) as child:
         children.append(child)
-        told = [{"scenario": part.scenario.name, "poison": part.poison, "fault": part.fault} for part in parts]
+        told = [{"scenario": part.scenario.name, "poison": part.poison, "fault": part.fault} for part in lane.parts]
         models = str(directory / "models" / lane.name)
-        child.send({"side": lane.side, "parts": told, "options": list(options), "models": models})
+        job = {"side": lane.side, "parts": told, "options": list(options), "models": models, "share": share}
+        child.send(job)
         try:
-            if stop.is_set():
-                return
             results.machine = Machine(**child.receive())
-            for part in parts:
+            for part in lane.parts:
                 results.outcomes[part] = _outcome(child.receive())
                 progress(f"{part.scenario.title}, {part.memory}")
-                if stop.is_set():
-                    return
         except ChildError as error:
             results.errors.append(f"{lane.name}: {error}")
-            stop.set()
 
 
 def _outcome(content: dict[str, Any]) -> Outcome:

@@ -16,6 +16,8 @@ class Machine:
     device: str
     certifies: bool
     """Whether tidepool serves here only with a certificate."""
+    memory: int = 0
+    """Bytes of the device's memory; 0 on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Counts:
     were."""
     accepted: int = 0
     """Tokens that were drafted and accepted."""
+    loads: int = 0
+    """Prefixes that were loaded from host memory."""
 
 
 @dataclass(frozen=True)

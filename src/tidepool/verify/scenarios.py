@@ -15,17 +15,17 @@ from typing import Literal
 from tidepool.sides import Side
 from tidepool.verify.task import ANSWER_TOKENS, Prompt, make_prompts
 
-Count = Literal["cut", "preemptions", "moves", "hit_tokens", "evictions", "aborted", "far", "accepted"]
+Count = Literal["cut", "preemptions", "moves", "hit_tokens", "evictions", "aborted", "far", "accepted", "loads"]
 """Something that happens to requests or memory, see `tidepool.verify.messages.Counts`."""
 
 Model = Literal["trained", "nemotron-h"]
 """The trained model, whose answers are right or wrong, or one of random weights (`tidepool.testing.tiny`), whose
 answers are compared with stock vLLM's."""
 
-Fault = Literal["", "copies", "offsets"]
-FAULTS: dict[Fault, str] = {"copies": "copies left out", "offsets": "offsets cut"}
+Fault = Literal["", "copies", "offsets", "loads"]
+FAULTS: dict[Fault, str] = {"copies": "copies left out", "offsets": "offsets cut", "loads": "loads left out"}
 """Damage that a control does on purpose: states that prefix hits continue from aren't copied, or they are copied from
-and to what is left of an address when its highest bits are cut off."""
+and to what is left of an address when its highest bits are cut off; or nothing comes from host memory."""
 
 RANDOM_TOKENS = 16
 """Tokens of an answer of random weights."""
@@ -61,6 +61,10 @@ class Scenario:
     """Whether blocks are handed out from the end of the memory; on a GPU of as much as vLLM would take."""
     graph_sizes: tuple[int, ...] = ()
     """Batch sizes for which CUDA graphs are captured, if not vLLM's own; only a GPU has any."""
+    compiled: bool = True
+    """Whether a GPU runs it with torch.compile and CUDA graphs, as by default; engines start sooner without."""
+    host_gib: float = 0.0
+    """GiB of host memory behind tidepool's pools; stock vLLM has none."""
 
     @property
     def answer_tokens(self) -> int:
@@ -109,6 +113,12 @@ def _aborts() -> list[Prompt]:
     return prompts
 
 
+def _host() -> list[Prompt]:
+    """Five rounds through four stories, of which the device's memory holds one or two."""
+    questions = [make_prompts(41 + story, length=700, stories=1, questions=15) for story in range(4)]
+    return [prompt for visit in range(5) for story in questions for prompt in story[3 * visit : 3 * visit + 3]]
+
+
 def _again() -> list[Prompt]:
     """Questions about two texts, and all of them a second time when the first have been answered."""
     prompts = make_prompts(21, length=700, stories=2, questions=6)
@@ -131,11 +141,31 @@ def _drafted() -> list[Prompt]:
 MB = 1_000_000
 PLAIN = Scenario("plain", "plain batch", _plain, 100 * MB)
 CUT = tuple(
-    Scenario(f"cut-{tokens}", f"steps of {tokens:,} tokens", _cut, 60 * MB, must=("cut",), step_tokens=tokens)
+    Scenario(
+        f"cut-{tokens}", f"steps of {tokens:,} tokens", _cut, 60 * MB, must=("cut",), step_tokens=tokens, compiled=False
+    )
     for tokens in (48, 256, 1_024)
 )
-PREEMPTED = Scenario("preempted", "too little memory", _preempted, 18 * MB, must=("preemptions",), chunk_tokens=128)
-MOVES = Scenario("moves", "long and short in turn", _moves, 12 * MB, must=("moves",), chunk_tokens=256, at_once=16)
+PREEMPTED = Scenario(
+    "preempted",
+    "too little memory",
+    _preempted,
+    18 * MB,
+    must=("preemptions",),
+    chunk_tokens=128,
+    at_once=16,
+    compiled=False,
+)
+MOVES = Scenario(
+    "moves",
+    "long and short in turn",
+    _moves,
+    12 * MB,
+    must=("moves",),
+    chunk_tokens=256,
+    at_once=16,
+    compiled=False,
+)
 SHARED = Scenario(
     "shared",
     "shared prefixes",
@@ -147,7 +177,16 @@ SHARED = Scenario(
     fixed_seqs=2,
 )
 ABORTS = Scenario(
-    "aborts", "aborts", _aborts, 18 * MB, must=("aborted",), caching=True, step_tokens=512, at_once=8, aborts=True
+    "aborts",
+    "aborts",
+    _aborts,
+    18 * MB,
+    must=("aborted",),
+    caching=True,
+    step_tokens=512,
+    at_once=8,
+    aborts=True,
+    compiled=False,
 )
 FAR = Scenario(
     "far",
@@ -159,6 +198,7 @@ FAR = Scenario(
     at_once=6,
     fixed_seqs=8,
     far=True,
+    graph_sizes=(1, 2, 4, 8),
 )
 OTHER = Scenario(
     "mamba2",
@@ -171,10 +211,29 @@ OTHER = Scenario(
     model="nemotron-h",
 )
 OTHER_FAR = replace(FAR, name="mamba2-far", title="Mamba2 states, far", model="nemotron-h", kv_bytes=80 * MB)
+HOST = Scenario(
+    "host", "host memory", _host, 14 * MB, must=("loads",), caching=True, at_once=3, fixed_seqs=2, host_gib=0.1
+)
+OTHER_HOST = replace(HOST, name="mamba2-host", title="Mamba2 states, host memory", model="nemotron-h", kv_bytes=20 * MB)
 GRAPHS = Scenario("graphs", "CUDA graphs of few sizes", _batches, 200 * MB, graph_sizes=(1, 2, 4, 8, 16), at_once=24)
 DRAFTS = Scenario("drafts", "drafts", _drafted, 60 * MB, must=("hit_tokens", "accepted"), caching=True)
 SCENARIOS = {
-    each.name: each for each in (PLAIN, *CUT, PREEMPTED, MOVES, SHARED, ABORTS, FAR, OTHER, OTHER_FAR, GRAPHS, DRAFTS)
+    each.name: each
+    for each in (
+        PLAIN,
+        *CUT,
+        PREEMPTED,
+        MOVES,
+        SHARED,
+        ABORTS,
+        FAR,
+        HOST,
+        OTHER,
+        OTHER_FAR,
+        OTHER_HOST,
+        GRAPHS,
+        DRAFTS,
+    )
 }
 
 
@@ -197,19 +256,28 @@ class Part:
         words = (self.side, "poison" * self.poison, FAULTS.get(self.fault, ""), self.runner and f"runner {self.runner}")
         return ", ".join(str(word) for word in words if word)
 
+    @property
+    def engine(self) -> tuple[str, bool]:
+        """Parts of one process for which this is equal run on one engine, a control after what it is a control for."""
+        return self.scenario.name, self.poison
+
 
 def _on(side: Side, *scenarios: Scenario, poison: bool = False, fault: Fault = "") -> tuple[Part, ...]:
     return tuple(Part(scenario, side, poison, fault) for scenario in scenarios)
 
 
+def _with_control(scenario: Scenario) -> tuple[Part, ...]:
+    fault = _CONTROLS.get(scenario.name)
+    return (*_on("elastic", scenario), *(_on("elastic", scenario, fault=fault) if fault else ()))
+
+
+_CONTROLS: dict[str, Fault] = {SHARED.name: "copies", FAR.name: "offsets", HOST.name: "loads"}
 _ALL = tuple(each for each in SCENARIOS.values() if each not in (GRAPHS, DRAFTS))
 PARTS = (
-    *_on("elastic", *_ALL),
-    *_on("elastic", MOVES, SHARED, poison=True),
-    *_on("elastic", SHARED, fault="copies"),
+    *(part for scenario in _ALL for part in _with_control(scenario)),
+    *_on("elastic", MOVES, SHARED, HOST, OTHER, poison=True),
     # What random weights answer hardly depends on a state that is merely another one.
     *_on("elastic", OTHER, poison=True, fault="copies"),
-    *_on("elastic", FAR, fault="offsets"),
     *_on("stock", *_ALL),
     *_on("fixed", SHARED, FAR, OTHER_FAR),
 )

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tidepool.cache import Arena
+from tidepool.cache import Arena, Copy
 from tidepool.running.agreement import ALTERNATIVES
 from tidepool.running.child import ALIVE, Answer, run
 from tidepool.running.engine import add_request, core_of, likeliest, preemptions_of, start_engine
@@ -28,8 +28,16 @@ from tidepool.verify.scenarios import MAX_NUM_SEQS, SCENARIOS, Fault, Scenario
 from tidepool.verify.task import Prompt
 from tidepool.vllm_plugin.settings import certificate_requested
 
+if TYPE_CHECKING:
+    from tidepool.vllm_plugin.host import HostMemory
+    from tidepool.vllm_plugin.host_copies import HostBytes
+
 ABORT_STEPS = 4
 """Steps that a request to be aborted runs for at most: its prompt and all but the last token of its answer."""
+
+
+BESIDE_FAR = 3 << 30
+"""Bytes that an engine takes beside its KV memory where that is the rest of its share of a GPU."""
 
 
 def main() -> None:
@@ -38,18 +46,27 @@ def main() -> None:
 
 
 def _verify(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
+    from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
+
     job = next(messages)
     answer(asdict(_machine()))
     evictions, places = _EvictionCount(), _Places()
-    engines = []  # An engine that is collected takes vLLM's process-wide state with it.
+    engines: dict[tuple[str, bool], Any] = {}
+    """By scenario and poison. An engine that is collected takes vLLM's process-wide state with it."""
     for part in job["parts"]:
         os.environ["TIDEPOOL_POISON"] = "1" if part["poison"] else "0"
         scenario = SCENARIOS[part["scenario"]]
         prompts = scenario.requests()
         os.environ["TIDEPOOL_OVERCOMMIT"] = "1" if "preemptions" in scenario.must else "0"
-        engines.append(_start(job, scenario, prompts))
+        key = part["scenario"], part["poison"]
+        if key not in engines:
+            # Of KV connectors, too, vLLM keeps one in a process, and would use it for all engines.
+            ensure_kv_transfer_shutdown()
+            engines[key] = _start(job, scenario, prompts)
+        elif not engines[key].reset_prefix_cache():
+            raise RuntimeError("the engine's prefix cache can't be reset")
         with _damage(part["fault"]):
-            answer(asdict(_run(engines[-1], scenario, prompts, evictions, places, lambda: answer(ALIVE))))
+            answer(asdict(_run(engines[key], scenario, prompts, evictions, places, lambda: answer(ALIVE))))
 
 
 def _machine() -> Machine:
@@ -63,6 +80,7 @@ def _machine() -> Machine:
         torch=torch.__version__,
         device=f"CPU ({cpu})" if current_platform.is_cpu() else current_platform.get_device_name(),
         certifies=certificate_requested() or not current_platform.is_cpu(),
+        memory=0 if current_platform.is_cpu() else current_platform.get_device_total_memory(),
     )
 
 
@@ -71,33 +89,46 @@ def _start(job: dict[str, Any], scenario: Scenario, prompts: Sequence[Prompt]) -
 
     side: Side = job["side"]
     gpu = not current_platform.is_cpu()
+    # Given KV memory, vLLM doesn't measure what it has, which other engines on the device would disturb.
     arguments: dict[str, Any] = {"kv_cache_memory_bytes": scenario.kv_bytes, "gpu_memory_utilization": 0.1}
     if gpu and scenario.far and side != "stock":
-        arguments = {}
-    if scenario.graph_sizes:
+        memory = int(current_platform.get_device_total_memory() * job["share"])
+        arguments["kv_cache_memory_bytes"] = memory - BESIDE_FAR
+    if gpu and scenario.graph_sizes:
         arguments["compilation_config"] = {"cudagraph_capture_sizes": list(scenario.graph_sizes)}
+    if scenario.host_gib and side != "stock":
+        arguments["kv_offloading_size"] = scenario.host_gib
     engine = start_engine(
         side,
         job["options"],
         model=str(checkpoint_of(scenario.model, Path(job["models"]), head="mtp" in " ".join(job["options"]))),
-        enforce_eager=not gpu,
+        enforce_eager=not (gpu and scenario.compiled),
         max_model_len=max(len(prompt.tokens) for prompt in prompts) + scenario.answer_tokens,
-        max_num_seqs=scenario.fixed_seqs if side == "fixed" else MAX_NUM_SEQS,
+        # For CUDA graphs vLLM wants a block for each.
+        max_num_seqs=scenario.fixed_seqs if side == "fixed" else min(MAX_NUM_SEQS, scenario.at_once),
         max_num_batched_tokens=scenario.step_tokens,
         long_prefill_token_threshold=scenario.chunk_tokens,
         enable_prefix_caching=scenario.caching,
         # To find out whether a device works is what this command is for.
-        additional_config={"tidepool": {"allow": ["device", "drafts"]}},
+        additional_config={"tidepool": {"allow": ["device", "drafts", "host-memory"]}},
         **arguments,
     )
     if scenario.far and (arena := _arena_of(engine)):
         arena.begin_at_the_end()
+    if host := _host_of(engine):
+        # However quick it is to read the prompts again.
+        host.speeds.worth_loading = lambda *_: True  # type: ignore[method-assign]
     return engine
 
 
 def _arena_of(engine: Any) -> Arena | None:
     """tidepool's arena; None on stock vLLM."""
     return getattr(core_of(engine).scheduler.kv_cache_manager.block_pool, "arena", None)
+
+
+def _host_of(engine: Any) -> HostMemory | None:
+    """Host memory behind tidepool's arena, if there is any."""
+    return getattr(core_of(engine).scheduler.kv_cache_manager, "host", None)
 
 
 def _run(
@@ -113,6 +144,8 @@ def _run(
 
     evictions.count, began = 0, time.perf_counter()
     places.lowest.clear()
+    host = _host_of(engine)
+    loads = host.traffic.loads if host else 0
     asking = _Asking(engine, scenario, prompts)
     while asking.waiting or asking.ran:
         asking.send()
@@ -120,6 +153,8 @@ def _run(
         stepped()
         asking.look()
         asking.abort()
+    while host and host.busy:
+        engine.step()
     block_pool, arena = asking.scheduler.kv_cache_manager.block_pool, _arena_of(engine)
     plan = plan_of(core_of(engine).vllm_config)
     counts = Counts(
@@ -131,6 +166,7 @@ def _run(
         aborted=asking.aborted,
         far=places.far(arena, asking.scheduler) if arena and scenario.far else 0,
         accepted=asking.accepted,
+        loads=host.traffic.loads - loads if host else 0,
     )
     return Outcome(
         asking.answers,
@@ -220,9 +256,10 @@ def _count_accepted(asking: _Asking) -> None:
 @contextmanager
 def _damage(fault: Fault) -> Iterator[None]:
     """Do a control's damage for a while."""
+    from tidepool.vllm_plugin.host_copies import HostBytes
     from tidepool.vllm_plugin.worker import ArenaBytes
 
-    copy, block = ArenaBytes.copy, ArenaBytes.block
+    copy_blocks, block, pieces = ArenaBytes.copy, ArenaBytes.block, HostBytes.pieces
 
     def cut(self: ArenaBytes, group: int, index: int) -> Any:
         # Of a small arena as many bits are cut that no far block is found any more, of a large one those beyond 32.
@@ -231,14 +268,20 @@ def _damage(fault: Fault) -> Iterator[None]:
         start = index * self.strides[group] % (1 << bits) // self.strides[group] * self.strides[group]
         return self.arena[start : start + self.block_bytes[group]]
 
+    def stores(self: HostBytes, copy: Copy) -> Iterator[tuple[Any, Any]]:
+        return pieces(self, copy) if copy.to_host else iter(())
+
     if fault == "copies":
         ArenaBytes.copy = lambda self, copies: None  # type: ignore[method-assign]
+    elif fault == "loads":
+        HostBytes.pieces = stores  # type: ignore[method-assign]
     elif fault == "offsets":
         ArenaBytes.block = cut  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        ArenaBytes.copy, ArenaBytes.block = copy, block  # type: ignore[method-assign]
+        ArenaBytes.copy, ArenaBytes.block = copy_blocks, block  # type: ignore[method-assign]
+        HostBytes.pieces = pieces  # type: ignore[method-assign]
 
 
 class _Places:

@@ -19,6 +19,7 @@ from tidepool.cache import CacheConfigError, spacing_within
 from tidepool.certificates import Setup, proven
 from tidepool.vllm_plugin.asked import asked_of
 from tidepool.vllm_plugin.gates import (
+    offloads,
     unsupported_backends,
     unsupported_features,
     unsupported_layers,
@@ -150,8 +151,14 @@ def _uncertified(vllm_config: Any, settings: Settings, setup: Setup | None, view
     if setup is None or not needs_certificate(vllm_config):
         return None
     found = tuple(each for each in views[0].proven if all(each in view.proven for view in views))
-    drafts = vllm_config.speculative_config is not None
-    return unsupported_setup(setup, found, command_for(vllm_config, setup), settings.allow, drafts=drafts)
+    return unsupported_setup(
+        setup,
+        found,
+        command_for(vllm_config, setup),
+        settings.allow,
+        drafts=vllm_config.speculative_config is not None,
+        host_memory=offloads(vllm_config),
+    )
 
 
 def layer_specs_of(vllm_config: Any) -> dict[str, KVCacheSpec]:

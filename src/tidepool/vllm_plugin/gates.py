@@ -14,6 +14,8 @@ from tidepool.certificates import Setup, nearest
 from tidepool.vllm_plugin.notes import can_note
 from tidepool.vllm_plugin.versions import hash_lookahead_of
 
+EIGHT_BITS = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""KV cache dtypes with a byte a number, and scales that lie elsewhere."""
 NO_STATES = "layers: the model doesn't keep states beside attention"
 
 
@@ -28,10 +30,13 @@ class Gate:
 
 
 def _quantized(config: Any) -> bool:
-    """Whether attention keeps something else than the model's numbers; tidepool's own formats come with dtype auto."""
+    """Whether attention keeps something else than the model's numbers; tidepool's own formats come with dtype auto.
+
+    On a GPU a certificate tells whether numbers of eight bits may be kept, too.
+    """
     dtype = config.cache_config.cache_dtype
-    turboquant = dtype.startswith("turboquant_") and config.device_config.device_type != "cpu"
-    return dtype not in ("auto", "bfloat16") and not turboquant
+    of_gpus = dtype.startswith("turboquant_") or dtype in EIGHT_BITS
+    return dtype not in ("auto", "bfloat16") and not (of_gpus and config.device_config.device_type != "cpu")
 
 
 def _other_drafter(config: Any) -> bool:
@@ -49,7 +54,7 @@ def _drafts_on_ranks(config: Any) -> bool:
     return config.speculative_config is not None and several
 
 
-def _offloads(config: Any) -> bool:
+def offloads(config: Any) -> bool:
     """Whether vLLM was asked for host memory behind the device's, by nothing but its size."""
     transfer, cache = config.kv_transfer_config, config.cache_config
     asked = cache.kv_offloading_size is not None and cache.kv_offloading_backend == "native"
@@ -62,7 +67,7 @@ def _other_connector(config: Any) -> bool:
 
 def _other_offloading(config: Any) -> bool:
     asked = config.cache_config.kv_offloading_size is not None
-    return asked and not (_offloads(config) and config.cache_config.enable_prefix_caching)
+    return asked and not (offloads(config) and config.cache_config.enable_prefix_caching)
 
 
 def _parallel(field: str) -> Callable[[Any], bool]:
@@ -73,7 +78,6 @@ GATES: tuple[Gate, ...] = (
     Gate("kv-connector", "a KV connector addresses blocks by ids of one pool", _other_connector),
     Gate("ec-connector", "encoder cache connectors are untested", lambda c: c.ec_transfer_config is not None),
     Gate("kv-offload", "host memory behind the pools is for prefix caching, and of vLLM's backend native alone", _other_offloading),
-    Gate("host-memory", "host memory behind the pools has been run on the CPU only (the setting allow: [\"host-memory\"] serves it on a GPU)", lambda c: _offloads(c) and c.device_config.device_type != "cpu"),
     Gate("data-parallel", "data parallelism is untested", _parallel("data_parallel_size")),
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
@@ -81,7 +85,7 @@ GATES: tuple[Gate, ...] = (
     Gate("speculative-decoding", "of speculative decoding only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run", _other_drafter),
     Gate("speculative-ranks", "speculative decoding has been run in one process only", _drafts_on_ranks),
     Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
-    Gate("kv-cache-dtype", "a KV cache dtype of one's own is untested, except for TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
+    Gate("kv-cache-dtype", "a KV cache dtype of one's own is untested, except for fp8 and TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
     Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
     Gate("replayssm", "ReplaySSM keeps rings in place of states", lambda c: bool(c.cache_config.use_replayssm)),
     Gate("prefix-match-unit", "prefix hits land on every attention block here, so there is nothing to set: leave prefix_match_unit out", lambda c: c.cache_config.prefix_match_unit is not None),
@@ -140,7 +144,13 @@ def unsupported_layers(specs: Mapping[str, Any]) -> str | None:
 
 
 def unsupported_setup(
-    setup: Setup, proven: Sequence[Setup], command: str, allow: Sequence[str] = (), *, drafts: bool = False
+    setup: Setup,
+    proven: Sequence[Setup],
+    command: str,
+    allow: Sequence[str] = (),
+    *,
+    drafts: bool = False,
+    host_memory: bool = False,
 ) -> str | None:
     """Why an engine on a device that needs a certificate is unsupported, or None.
 
@@ -148,18 +158,20 @@ def unsupported_setup(
         setup: the engine's.
         proven: the setups that every rank has found a certificate for.
         command: what would make one for this setup.
-        allow: names of gates that are passed over; drafts have one of their own.
+        allow: names of gates that are passed over; drafts and host memory have their own.
         drafts: whether the engine has speculative decoding.
+        host_memory: whether it has host memory behind the pools.
     """
-    if setup in proven or ("device" in allow and ("drafts" in allow or not drafts)):
+    asked = {"device": True, "drafts": drafts, "host-memory": host_memory}
+    closed = [name for name, used in asked.items() if used and name not in allow]
+    if setup in proven or not closed:
         return None
     closest = nearest(setup, proven)
     other = f" (the nearest is for another {', '.join(setup.differences(closest))})" if closest else ""
     kernels = "; ".join(filter(None, (setup.attention, setup.states, setup.kv_dtype)))
-    name = "drafts" if "device" in allow else "device"
     return (
-        f"{name}: no certificate covers this engine on {setup.device} with {kernels}{other}. To verify this machine and "
-        f"make one, run: {command}"
+        f"{closed[0]}: no certificate covers this engine on {setup.device} with {kernels}{other}. To verify this machine "
+        f"and make one, run: {command}"
     )
 
 

@@ -50,7 +50,9 @@ class HostBytes:
         size = config.host_extents * config.host_geometry.extent_bytes
         pinned = self.device.arena.is_cuda
         try:
-            self.bytes = torch.empty(size if any_view is not None else 0, dtype=torch.uint8, pin_memory=pinned)
+            self.bytes = torch.empty(size if any_view is not None else 0, dtype=torch.uint8)
+            if pinned:
+                _pin(self.bytes)
         except RuntimeError as error:
             raise CacheConfigError(
                 f"This machine doesn't give tidepool {size:,} bytes of {'pinned ' if pinned else ''}host memory: lower "
@@ -58,14 +60,31 @@ class HostBytes:
             ) from error
 
     def pieces(self, copy: Copy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(target, source) of each run of blocks that are neighbours on both sides, as rows of bytes."""
+        """(target, source) of each run of blocks that are neighbours on both sides, as bytes without gaps.
+
+        Where a block is padded, each is a run of its own: with gaps torch would gather them first, and wait for that.
+        """
         for group, device, host, blocks in runs(copy.blocks):
             length = self.device.block_bytes[group]
             if not length:
                 continue  # a pipeline stage without the group's layers
-            on_device = _rows(self.device.arena, device, blocks, self.device.strides[group], length)
-            on_host = _rows(self.bytes, host, blocks, self.strides[group], length)
-            yield (on_host, on_device) if copy.to_host else (on_device, on_host)
+            strides = self.device.strides[group], self.strides[group]
+            together = blocks if strides == (length, length) else 1
+            for first in range(0, blocks, together):
+                starts = (device + first) * strides[0], (host + first) * strides[1]
+                on_device = self.device.arena[starts[0] : starts[0] + together * length]
+                on_host = self.bytes[starts[1] : starts[1] + together * length]
+                yield (on_host, on_device) if copy.to_host else (on_device, on_host)
+
+
+def _pin(memory: torch.Tensor) -> None:
+    """Have the driver pin memory. torch's own pinned memory is rounded up to a power of two.
+
+    Raises:
+        RuntimeError: the machine doesn't allow so much.
+    """
+    if memory.numel() and (code := int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))):
+        raise RuntimeError(f"cudaHostRegister gave error {code}.")
 
 
 def runs(blocks: Iterable[BlockCopy]) -> Iterator[tuple[int, int, int, int]]:
@@ -81,11 +100,6 @@ def runs(blocks: Iterable[BlockCopy]) -> Iterator[tuple[int, int, int, int]]:
         (group, device, host), count = each, 1
     if count:
         yield group, device, host, count
-
-
-def _rows(memory: torch.Tensor, first: int, blocks: int, stride: int, length: int) -> torch.Tensor:
-    """The first ``length`` bytes of each of some neighbouring blocks."""
-    return memory.as_strided((blocks, length), (stride, 1), first * stride)
 
 
 class Copier(Protocol):

@@ -70,12 +70,12 @@ def command_for(vllm_config: Any, setup: Setup) -> str:
         options["--attention-backend"] = setup.attention.split()[0]
     if setup.dtype != "bfloat16":
         options["--dtype"] = setup.dtype
-    for option, value in (
-        ("--kv-cache-dtype", cache.cache_dtype),
-        ("--mamba-backend", vllm_config.mamba_config.backend.name.lower()),
-        ("--gdn-prefill-backend", vllm_config.additional_config.get("gdn_prefill_backend", "auto")),
+    for option, value, default in (
+        ("--kv-cache-dtype", cache.cache_dtype, "auto"),
+        ("--mamba-backend", vllm_config.mamba_config.backend.name.lower(), "triton"),
+        ("--gdn-prefill-backend", vllm_config.additional_config.get("gdn_prefill_backend", "auto"), "auto"),
     ):
-        if value not in ("auto", "triton"):
+        if value != default:
             options[option] = value
     window, _, state = setup.state_dtypes.partition("/")
     if window != setup.dtype:

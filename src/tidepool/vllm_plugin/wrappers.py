@@ -14,7 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from tidepool.cache import LARGE_STEP
 from tidepool.vllm_plugin import planning
-from tidepool.vllm_plugin.asked import ask_for_host_memory, note_asked
+from tidepool.vllm_plugin.asked import ask_for_host_memory, asked_of, note_asked
 from tidepool.vllm_plugin.capacity import MeteredKVCacheManager, publish_capacity
 from tidepool.vllm_plugin.coordinator import make_coordinator
 from tidepool.vllm_plugin.deciding import keep_pages_natural
@@ -119,6 +119,9 @@ def take_over(original: Function, vllm_config: Any, kv_cache_specs: Any) -> Any:
 
 def plan_memory(original: Function, vllm_config: Any, kv_cache_specs: Any, available_memory: Any, *groups: Any) -> Any:
     """Settle what all ranks have in common."""
+    if plan_of(vllm_config) is not None and (asked := asked_of(vllm_config).max_num_seqs) is not None:
+        # A worker in this process has lowered it for the small cache with which it measured CUDA graphs.
+        vllm_config.scheduler_config.max_num_seqs = asked
     settle(vllm_config, kv_cache_specs, available_memory)
     if plan_of(vllm_config) is not None:
         own_connector(vllm_config)

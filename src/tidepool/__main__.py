@@ -1,0 +1,5 @@
+"""``python -m tidepool``, where the command isn't on the path."""
+
+from tidepool.cli import app
+
+app()
