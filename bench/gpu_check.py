@@ -9,7 +9,10 @@ answers  Tiny checkpoints with random weights (`tidepool.testing.tiny`). "roomy"
          prefixes that several requests share and more of them than memory holds. "again": prompts that come again.
 start    The same engines as a user starts them: memory from ``gpu_memory_utilization``, CUDA graphs, the engine core in
          another process.
-speed    The shape of a real model with dummy weights. All sides are started side by side and take turns.
+speed    The shapes of real models with dummy weights. All sides of a model are started side by side and take turns.
+         For each load: output tokens a second, inter-token latency (ITL: the times between successive tokens of one
+         request, over all requests), time to first token (TTFT, which includes the wait for memory) and the decode step
+         (steps in which every request decodes). Medians; of TTFT also the mean.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -39,6 +44,12 @@ TIGHT_BYTES = {"qwen3.5": 52_000_000, "nemotron-h": 48_000_000}
 SHARED_BYTES = {"qwen3.5": 36_000_000, "nemotron-h": 56_000_000}
 FIXED_SEQS = {"qwen3.5": 26, "nemotron-h": 16}
 MARK = "gpu_check: "
+SPEED_MEMORY = {"Qwen3.5-0.8B": 3 << 30}
+"""Bytes of KV memory, 8 GiB where a model isn't named: so little that stock vLLM has requests of "mixed" wait. By
+`tidepool plan` it holds 96, 99 and 76 of its 128 at their mean of 871 tokens (Qwen3.5-0.8B, 4B, Nemotron-3-Nano-4B)."""
+SPEED_FIXED_SEQS = {"Nemotron-3-Nano-4B": 80}
+"""max_num_seqs of the fixed partition in that memory, 100 where a model isn't named: about as many such requests have
+room for their tokens beside the states. The other sides have 256."""
 
 
 @dataclass(frozen=True)
@@ -194,20 +205,22 @@ def answer() -> None:
     }
     core = getattr(llm.llm_engine.engine_core, "engine_core", None)
     if core is not None:
-        manager = core.scheduler.kv_cache_manager
-        arena = getattr(manager.block_pool, "arena", None)
-        config = core.vllm_config
-        result |= {
-            "moves": arena.moves if arena else 0,
-            "leaked": arena.usage().in_use if arena else 0,
-            "runner": 1 + config.use_v2_model_runner,
-            "async": bool(config.scheduler_config.async_scheduling),
-            "graphs": str(config.compilation_config.cudagraph_mode),
-            "layout": config.cache_config.kv_cache_layout,
-            "backends": sorted(attention_backends(config)),
-            "attention_block": config.cache_config.block_size,
-        }
+        arena = getattr(core.scheduler.kv_cache_manager.block_pool, "arena", None)
+        result |= {"moves": arena.moves if arena else 0, "leaked": arena.usage().in_use if arena else 0}
+        result |= how_it_runs(core.vllm_config)
     print(MARK + json.dumps(result), flush=True)
+
+
+def how_it_runs(config: Any) -> dict[str, Any]:
+    """What vLLM chose."""
+    return {
+        "runner": 1 + config.use_v2_model_runner,
+        "async": bool(config.scheduler_config.async_scheduling),
+        "graphs": str(config.compilation_config.cudagraph_mode),
+        "layout": config.cache_config.kv_cache_layout,
+        "backends": sorted(attention_backends(config)),
+        "attention_block": config.cache_config.block_size,
+    }
 
 
 def attention_backends(config: Any) -> set[str]:
@@ -238,17 +251,25 @@ def run_job(job: Job, logs: Path) -> dict[str, Any]:
     (logs / f"{name}.log").write_text(process.stdout, encoding="utf-8")
     line = next((line for line in process.stdout.splitlines() if line.startswith(MARK)), None)
     if line is None:
-        reasons = [line for line in process.stdout.splitlines() if "Error" in line]
-        return {"log": name, "failed": (reasons or process.stdout.splitlines() or [""])[-1][-300:]}
+        return {"log": name, "failed": last_error(process.stdout)}
     served = "tidepool serves this model" in process.stdout
     if served != (job.side != "stock"):
-        lines = process.stdout.splitlines()
-        aside = next(
-            (line[line.index("tidepool falls back") :] for line in lines if "tidepool falls back" in line), None
-        )
-        return {"log": name, "failed": aside or "tidepool's plugin isn't loaded"}
+        return {"log": name, "failed": why_not_served(process.stdout)}
     made: dict[str, Any] = json.loads(line.removeprefix(MARK))
     return made | {"log": name, "wall": time.perf_counter() - began}
+
+
+def last_error(log: str) -> str:
+    """The lines of a log that tell best why its engine stopped."""
+    lines = log.splitlines()
+    last = max((number for number, line in enumerate(lines) if "Error" in line), default=-1)
+    return " ".join(lines[last:])[:300]
+
+
+def why_not_served(log: str) -> str:
+    """Why tidepool left a model to vLLM."""
+    reasons = (line[line.index("tidepool falls back") :] for line in log.splitlines() if "tidepool falls back" in line)
+    return next(reasons, "tidepool's plugin isn't loaded")
 
 
 def compared(reference: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -317,7 +338,7 @@ def print_answers(rows: Sequence[dict[str, Any]]) -> None:
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that are all there from the start."""
+    """Requests that are all there from the start; prompts and answers have lengths in tokens from one to another."""
 
     name: str
     requests: int
@@ -326,14 +347,61 @@ class Load:
 
 
 LOADS = (
-    Load("mixed", 192, (50, 1500), (64, 128)),
-    Load("decode, 64 requests of 512 tokens", 64, (512, 512), (64, 64)),
-    Load("decode, 16 requests of 8,000 tokens", 16, (8000, 8000), (64, 64)),
+    Load("single", 1, (512, 512), (128, 128)),
+    Load("decode-64", 64, (512, 512), (64, 64)),
+    Load("decode-8k", 8, (8000, 8000), (48, 48)),
+    Load("mixed", 128, (50, 1500), (64, 128)),
 )
+"""In "mixed" memory is short, and what counts is throughput; a step there has the more requests, the more fit."""
+FEWEST_STEPS = 20
 
 
-def speed(model: str, side: str, memory: int, mode: str, runner: int, backend: str) -> None:
-    """One side: an engine that runs a load for every line that it reads."""
+class Watch:
+    """When the tokens of one load came, and how long its steps took; all times in seconds on one clock."""
+
+    def __init__(self, began: float) -> None:
+        self.began = self.last = began
+        self.tokens: dict[str, list[float]] = {}
+        """Of each request, when its tokens came."""
+        self.running: list[int] = []
+        """Of each step, how many requests were in it."""
+        self.decode_steps: list[float] = []
+
+    def step(self, now: float, scheduled: Mapping[str, int], made: Mapping[str, int]) -> None:
+        """A step is over: how many tokens of each request it computed, and how many new ones came of it."""
+        for request, count in made.items():
+            self.tokens.setdefault(request, []).extend([now] * count)
+        # A prompt's chunk computes more tokens than come of it. A step that was under way at the end of the load
+        # before, with async scheduling, makes no token of this load.
+        if sum(scheduled.values()) == len(scheduled) == sum(made.values()):
+            self.decode_steps.append(now - self.last)
+        self.running.append(len(scheduled))
+        self.last = now
+
+    def figures(self) -> dict[str, Any]:
+        """Of the whole load; ``decode_step_ms`` is None where hardly any step only decodes."""
+        first = [times[0] - self.began for times in self.tokens.values()]
+        between = [later - earlier for times in self.tokens.values() for earlier, later in pairwise(times)]
+        seconds = self.last - self.began
+        tokens = sum(len(times) for times in self.tokens.values())
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "itl_ms": 1e3 * median(between),
+            "ttft_ms": 1e3 * median(first),
+            "mean_ttft_ms": 1e3 * fmean(first),
+            "decode_step_ms": 1e3 * median(self.decode_steps) if len(self.decode_steps) > FEWEST_STEPS else None,
+            "peak": max(self.running),
+            "mean_running": fmean(self.running),
+        }
+
+
+def speed(model: str, side: str, memory: int, max_num_seqs: int, mode: str, backend: str) -> None:
+    """One side: an engine that runs a load for every line that it reads, and answers with a line."""
+    # What vLLM prints goes to the log: in the pipe it would stop an engine whose lines no one reads.
+    pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -346,7 +414,7 @@ def speed(model: str, side: str, memory: int, mode: str, runner: int, backend: s
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=16_384,
-            max_num_seqs=256,
+            max_num_seqs=max_num_seqs,
             max_num_batched_tokens=8_192,
             enable_prefix_caching=False,
             kv_cache_memory_bytes=memory,
@@ -356,9 +424,28 @@ def speed(model: str, side: str, memory: int, mode: str, runner: int, backend: s
             **engine_arguments(mode, backend),
         )
     )
-    scheduler = engine.engine_core.engine_core.scheduler
-    print(MARK + "ready", flush=True)
-    for line in sys.stdin:
+    core: Any = engine.engine_core.engine_core
+    scheduler = core.scheduler
+    update = scheduler.update_from_output
+    watch = Watch(time.perf_counter())
+
+    def watched(scheduled: Any, result: Any) -> Any:
+        # Here the engine core turns the result of a step into tokens: the step that is over, also with async
+        # scheduling, when the scheduler is a step ahead. To see tokens outside, in outputs of the kind DELTA, costs
+        # an object for each, on the thread that drives the GPU.
+        outputs = update(scheduled, result)
+        made = {each.request_id: len(each.new_token_ids) for some in outputs.values() for each in some.outputs}
+        watch.step(time.perf_counter(), scheduled.num_scheduled_tokens, made)
+        return outputs
+
+    scheduler.update_from_output = watched
+
+    def say(what: Mapping[str, Any]) -> None:
+        print(json.dumps(what), file=pipe, flush=True)
+
+    served = getattr(scheduler.kv_cache_manager.block_pool, "arena", None) is not None
+    say({"served": served, **how_it_runs(core.vllm_config)})
+    for number, line in enumerate(sys.stdin):
         load = Load(**json.loads(line))
         rng = random.Random(load.name)
         for index in range(load.requests):
@@ -370,117 +457,194 @@ def speed(model: str, side: str, memory: int, mode: str, runner: int, backend: s
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            engine.add_request(str(index), {"prompt_token_ids": tokens}, sampling)
-        steps: list[float] = []
-        peak = answered = running_sum = count = 0
-        preempted: dict[str, int] = {}
-        began = last = time.perf_counter()
+            engine.add_request(f"{number}-{index}", {"prompt_token_ids": tokens}, sampling)
+        requests = list(scheduler.requests.values())
+        watch = Watch(time.perf_counter())
         while engine.has_unfinished_requests():
-            finished = engine.step()
-            now = time.perf_counter()
-            running = len(scheduler.running)
-            peak, running_sum, count = max(peak, running), running_sum + running, count + 1
-            if running == load.requests and all(not r.is_prefill_chunk for r in scheduler.running):
-                steps.append(now - last)
-            last = now
-            preempted |= {r.request_id: r.num_preemptions for r in scheduler.requests.values() if r.num_preemptions}
-            answered += sum(len(output.outputs[0].token_ids) for output in finished)
-        seconds = time.perf_counter() - began
-        made = {
-            "seconds": seconds,
-            "tokens_per_second": answered / seconds,
-            "peak": peak,
-            "mean_running": running_sum / count,
-            "preemptions": sum(preempted.values()),
-            "decode_step_ms": 1e3 * median(steps) if len(steps) > 20 else None,
-        }
-        print(MARK + json.dumps(made), flush=True)
+            engine.step()
+        say(watch.figures() | {"preemptions": sum(request.num_preemptions for request in requests)})
 
 
 class Side:
-    """A child process with an engine."""
+    """A child process with an engine. One that fails is left out from then on."""
 
     def __init__(self, model: Path, side: str, args: argparse.Namespace, mode: str, backend: str, logs: Path) -> None:
         self.side = side
-        self.log = (logs / f"speed-{side}-{mode}-{backend}.log").open("w", buffering=1, encoding="utf-8")
-        command = [sys.executable, __file__, "--child", "speed"]
-        command += [str(model), side, str(args.memory), mode, str(args.runners[0]), backend]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=environment(side, args.runners[0], poison=False, processes=False),
-        )
+        self.failed = ""
+        """Why, once it has."""
+        self.log = logs / f"speed-{model.name}-{side}-{mode}-{backend}.log"
+        memory = args.memory or speed_memory(model.name)
+        fixed_seqs = SPEED_FIXED_SEQS.get(model.name, 100) * memory // speed_memory(model.name)
+        command = [sys.executable, __file__, "--child", "speed", str(model), side, str(memory)]
+        command += [str(fixed_seqs if side.startswith("fixed") else 256), mode, backend]
+        with self.log.open("w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment(side, args.runners[0], poison=False, processes=False),
+            )
 
-    def receive(self) -> str:
-        """The next answer."""
+    def fail(self, why: Callable[[str], str]) -> None:
+        """Note what the log says."""
+        self.failed = why(self.log.read_text(encoding="utf-8", errors="replace"))
+        print(f"{self.side} FAILED: {self.failed} (log: {self.log})", flush=True)
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next answer; None if there is none."""
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return line.removeprefix(MARK).strip()
-            self.log.write(line)
-        raise SystemExit(f"The engine of {self.side} stopped; its log is {self.log.name}.")
+        line = "" if self.failed else self.process.stdout.readline()
+        if line:
+            return dict(json.loads(line))
+        if not self.failed:
+            self.fail(last_error)
+        return None
 
-    def run(self, load: Load) -> dict[str, Any]:
-        """Run a load."""
+    def started(self) -> dict[str, Any] | None:
+        """How its engine runs, once it does; None if it doesn't, or if tidepool leaves the model to vLLM."""
+        how = self.receive()
+        if how and how["served"] != (self.side != "stock"):
+            self.fail(why_not_served)
+        return how
+
+    def run(self, load: Load) -> dict[str, Any] | None:
+        """The figures of a load; None if the engine failed."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(asdict(load)) + "\n")
-        self.process.stdin.flush()
-        return dict(json.loads(self.receive()))
+        if not self.failed:
+            with suppress(BrokenPipeError):  # `receive` says why.
+                self.process.stdin.write(json.dumps(asdict(load)) + "\n")
+                self.process.stdin.flush()
+        return self.receive()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; its memory is free afterwards."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-        self.log.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
 
 
-def measure_speed(args: argparse.Namespace, directory: Path, logs: Path, mode: str, backend: str) -> dict[str, Any]:
-    """All sides on all loads in turns: one round to warm up, then ``--rounds`` more."""
+def loads(text: str) -> tuple[Load, ...]:
+    """The loads whose names begin with one of these words.
+
+    Raises:
+        argparse.ArgumentTypeError: a word chooses none.
+    """
+    asked = text.split(",")
+    for word in asked:
+        if not any(load.name.startswith(word) for load in LOADS):
+            raise argparse.ArgumentTypeError(f"no load is named {word!r}: {', '.join(load.name for load in LOADS)}")
+    return tuple(load for load in LOADS if load.name.startswith(tuple(asked)))
+
+
+def measure_speed(
+    args: argparse.Namespace, directory: Path, logs: Path, mode: str, backend: str
+) -> Iterator[dict[str, Any]]:
+    """The figures of each model, as soon as they are there."""
+    for first in range(0, len(args.model), args.together):
+        sides: dict[str, list[Side]] = {}
+        for name in args.model[first : first + args.together]:
+            model = write_config(name, directory)
+            sides[name] = [Side(model, side, args, mode, backend, logs) for side in args.sides]
+        # An engine that still starts would slow one that is measured.
+        engines = {name: {each.side: each.started() for each in some} for name, some in sides.items()}
+        for name, some in sides.items():
+            rounds = take_turns(some, args.loads, args.rounds, args.seconds)
+            for each in some:
+                each.close()
+            yield {
+                "model": name,
+                "memory": args.memory or speed_memory(name),
+                "mode": mode,
+                "backend": backend,
+                "engines": engines[name],
+                "failed": {each.side: each.failed for each in some if each.failed},
+                "rounds": rounds,
+            }
+
+
+def speed_memory(name: str) -> int:
+    """Bytes of KV memory where the command line names none."""
+    return SPEED_MEMORY.get(name, 8 << 30)
+
+
+def write_config(name: str, directory: Path) -> Path:
+    """A model directory with the shape alone."""
     from tidepool.models import entry
 
-    model = directory / args.model
+    model = directory / name
     model.mkdir(exist_ok=True)
-    config = dict(entry(args.model).config)
+    config = dict(entry(name).config)
     config |= {"architectures": [ARCHITECTURES[config["model_type"]]], "dtype": "bfloat16"}
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    sides = [Side(model, side, args, mode, backend, logs) for side in args.sides]
-    for each in sides:
-        each.receive()
-    rounds: dict[str, dict[str, list[dict[str, Any]]]] = {load.name: {} for load in LOADS}
-    for number in range(args.rounds + 1):
-        for load in LOADS:
+    return model
+
+
+def take_turns(
+    sides: Sequence[Side], chosen: Sequence[Load], rounds: int, seconds: float | None
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Figures of each load and side, one for each round.
+
+    The first round warms up and isn't kept. Sides take turns in alternating order. Once ``seconds`` have passed there
+    is no further round, but one is always kept.
+    """
+    figures: dict[str, dict[str, list[dict[str, Any]]]] = {load.name: {} for load in chosen}
+    began = time.perf_counter()
+    for number in range(rounds + 1):
+        for load in chosen:
             for each in sides if number % 2 else sides[::-1]:
                 made = each.run(load)
                 print(f"round {number} {load.name}, {each.side}: {json.dumps(made)}", file=sys.stderr, flush=True)
-                if number:
-                    rounds[load.name].setdefault(each.side, []).append(made)
-    for each in sides:
-        each.close()
-    return {"model": args.model, "memory": args.memory, "mode": mode, "backend": backend, "rounds": rounds}
+                if number and made:
+                    figures[load.name].setdefault(each.side, []).append(made)
+        if number and seconds is not None and time.perf_counter() - began > seconds:
+            break
+    return figures
+
+
+COLUMNS = (
+    ("tokens_per_second", "tok/s", 0),
+    ("itl_ms", "ITL ms", 2),
+    ("ttft_ms", "TTFT ms", 1),
+    ("mean_ttft_ms", "mean TTFT", 1),
+    ("decode_step_ms", "decode ms", 2),
+)
+"""Key of a figure, heading, digits behind the point."""
 
 
 def print_speed(made: dict[str, Any]) -> None:
     """A line for each load and side; ratios are medians over the rounds, each to stock in the same round."""
     print(f"\n{made['model']}, dummy weights, {made['memory']:,} bytes, {made['mode']}, {made['backend']}")
-    print(f"{'':<52} {'at once':>8} {'preempted':>9} {'tok/s':>8} {'ratio':>6} {'decode step ms':>15} {'ratio':>6}")
+    for side, how in made["engines"].items():
+        print(f"  {side}: {made['failed'].get(side) or json.dumps(how)}")
+    headings = "".join(f" {heading:>9} {'ratio':>6}" for _, heading, _ in COLUMNS)
+    print(f"{'load':<10} {'side':<11} {'rounds':>6} {'at once':>7} {'preempted':>9}{headings}")
     for load, sides in made["rounds"].items():
-        stock = sides.get("stock")
         for side, rounds in sides.items():
             first = rounds[0]
-            line = f"{load:<38} {side:<13} {first['peak']:>8} {first['preemptions']:>9}"
-            for key, width, more in (("tokens_per_second", 8, True), ("decode_step_ms", 15, False)):
-                values = [each[key] for each in rounds]
-                if None in values:
-                    continue
-                line += f" {median(values):>{width}.{0 if more else 2}f}"
-                if stock:
-                    ratio = median(a / b[key] for a, b in zip(values, stock, strict=True))
-                    line += f" {ratio:>6.3f}"
+            line = f"{load:<10} {side:<11} {len(rounds):>6} {first['peak']:>7} {first['preemptions']:>9}"
+            for key, _, digits in COLUMNS:
+                value, ratio = middle(rounds, sides.get("stock", ()), key)
+                line += f" {'' if value is None else format(value, f'.{digits}f'):>9}"
+                line += f" {'' if ratio is None else format(ratio, '.3f'):>6}"
             print(line)
+
+
+def middle(
+    rounds: Sequence[Mapping[str, Any]], stock: Sequence[Mapping[str, Any]], key: str
+) -> tuple[float | None, float | None]:
+    """The median of a figure, and the median of its ratios to stock; None where rounds lack it."""
+    values = [each[key] for each in rounds if each[key] is not None]
+    # A side that failed in a later round has fewer.
+    pairs = [(a[key], b[key]) for a, b in zip(rounds, stock, strict=False)]
+    ratios = [a / b for a, b in pairs if a is not None and b is not None]
+    return median(values) if values else None, median(ratios) if ratios else None
 
 
 # Command ------------------------------------------------------------------------------------------------------
@@ -492,8 +656,8 @@ def main() -> None:
         answer()
         return
     if sys.argv[1:3] == ["--child", "speed"]:
-        path, side, memory, mode, run_by, backend = sys.argv[3:]
-        speed(path, side, int(memory), mode, int(run_by), backend)
+        path, side, memory, max_num_seqs, mode, backend = sys.argv[3:]
+        speed(path, side, int(memory), int(max_num_seqs), mode, backend)
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
 
@@ -506,10 +670,27 @@ def main() -> None:
     parser.add_argument("--runners", type=lambda text: [int(word) for word in text.split(",")], default=[2])
     parser.add_argument("--jobs", type=int, default=4, help="engines at once in answers and start")
     parser.add_argument("--only", default="", help="of answers, only these workloads: roomy,tight,shared,again")
-    parser.add_argument("--model", default="Qwen3.5-4B", help="shape for speed")
-    parser.add_argument("--memory", type=int, default=8 << 30, help="bytes of KV memory for speed")
-    parser.add_argument("--sides", type=words, default=["stock", "elastic"], help="elastic-64: blocks of 64 tokens")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--model",
+        type=words,
+        default=["Qwen3.5-0.8B", "Qwen3.5-4B", "Nemotron-3-Nano-4B"],
+        help="shapes for speed, measured one after another",
+    )
+    parser.add_argument("--together", type=int, default=1, help="models of speed whose engines start side by side")
+    parser.add_argument("--memory", type=int, help="bytes of KV memory for speed; by default set for each model")
+    parser.add_argument(
+        "--sides", type=words, default=["stock", "elastic"], help="also fixed; elastic-64: blocks of 64 tokens"
+    )
+    parser.add_argument(
+        "--loads",
+        type=loads,
+        default=LOADS,
+        help=f"of speed, by how their names begin: {','.join(load.name for load in LOADS)}",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="of speed, after one to warm up")
+    parser.add_argument(
+        "--seconds", type=float, help="of speed, for each model: no further round once they have passed"
+    )
     parser.add_argument("--logs", type=Path, help="keep the engines' logs there")
     parser.add_argument("--json", type=Path, help="also write all figures there")
     args = parser.parse_args()
@@ -522,7 +703,8 @@ def main() -> None:
         directory = Path(temporary)
         logs = args.logs or directory
         logs.mkdir(parents=True, exist_ok=True)
-        models = {family: make_checkpoint(family, directory / family) for family in FAMILIES}  # type: ignore[arg-type]
+        families = FAMILIES if {"answers", "start"} & set(args.parts) else ()
+        models = {family: make_checkpoint(family, directory / family) for family in families}  # type: ignore[arg-type]
         report: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
         print(f"{report['gpu']}, torch {report['torch']}", flush=True)
         jobs: list[Job] = []
@@ -540,16 +722,24 @@ def main() -> None:
         results = dict(zip(first, pool.map(lambda job: run_job(job, logs), first), strict=True))
         rest = [job for job in jobs if job not in results]
         results |= dict(zip(rest, pool.map(lambda job: run_job(job, logs), rest), strict=True))
-        report["answers"] = check_answers({job: results[job] for job in jobs})
-        print_answers(report["answers"])
-        sys.stdout.flush()
+
+        def keep() -> None:
+            sys.stdout.flush()
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+        if jobs:
+            report["answers"] = check_answers({job: results[job] for job in jobs})
+            print_answers(report["answers"])
+            keep()
         if "speed" in args.parts:
             report["speed"] = []
             for backend in args.backends:
-                report["speed"].append(measure_speed(args, directory, logs, args.modes[-1], backend))
-                print_speed(report["speed"][-1])
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                # Figures are printed and kept model by model: a run that is cut short has those that are done.
+                for made in measure_speed(args, directory, logs, args.modes[-1], backend):
+                    report["speed"].append(made)
+                    print_speed(made)
+                    keep()
 
 
 if __name__ == "__main__":
