@@ -28,7 +28,7 @@ def gpu_check() -> ModuleType:
 def test_figures_of_two_requests(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "FEWEST_STEPS", 1)
     watch = gpu_check.Watch(100.0)
-    watch.step(100.5, {"stale": 1}, {})  # of the load before
+    watch.step(100.125, {"stale": 1}, {})  # of the load before
     watch.step(101.0, {"a": 7, "b": 3}, {"a": 1})  # the prompt of b isn't read yet
     watch.step(103.0, {"a": 1, "b": 4}, {"a": 1, "b": 1})
     watch.step(103.25, {"a": 1, "b": 1}, {"a": 1, "b": 1})
@@ -60,6 +60,7 @@ def test_ratios_are_those_of_one_round(gpu_check: ModuleType) -> None:
     assert gpu_check.middle([{"x": 2.0}, {"x": 2.0}, {"x": 30.0}], stock, "x") == (2.0, 2.0)
     assert gpu_check.middle([{"x": 3.0}], stock, "x") == (3.0, 3.0)
     assert gpu_check.middle([{"x": None}], stock, "x") == (None, None)
+    assert gpu_check.middle([{"x": None}, {"x": 4.0}], stock, "x") == (4.0, 2.0)
     assert gpu_check.middle(stock, (), "x") == (2.0, None)
 
 
