@@ -108,16 +108,16 @@ def serve(args: argparse.Namespace) -> None:
 class Engine:
     """A side's process."""
 
-    def __init__(self, side: str, arguments: Sequence[str], logs: Path) -> None:
+    def __init__(self, side: str, runner: int, arguments: Sequence[str], logs: Path) -> None:
         self.side = side
-        self._log = (logs / f"host-{side}.log").open("w", encoding="utf-8")
+        self._log = (logs / f"host-{side}.log").open("w", buffering=1, encoding="utf-8")
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--child", side, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=environment(side.partition("+")[0], 2, poison=False, processes=False),
+            env=environment(side.partition("+")[0], runner, poison=False, processes=False),
         )
 
     def receive(self) -> str | None:
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=16)
     parser.add_argument("--step", type=int, default=8_192, help="max_num_batched_tokens")
     parser.add_argument("--at-once", type=int, default=4)
+    parser.add_argument("--runner", type=int, default=2, help="vLLM's first or second model runner")
     parser.add_argument("--mode", default="compile", help="eager, graphs or compile")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--vocabulary", type=int, default=100_000)
@@ -183,7 +184,7 @@ def main() -> None:
             model = write_config(args.model, Path(temporary))
         logs = args.logs or Path(temporary)
         logs.mkdir(parents=True, exist_ok=True)
-        engines = [Engine(side, [*sys.argv[1:], "--model", str(model)], logs) for side in args.sides]
+        engines = [Engine(side, args.runner, [*sys.argv[1:], "--model", str(model)], logs) for side in args.sides]
         with ThreadPoolExecutor(len(engines)) as pool:
             ready = list(pool.map(Engine.receive, engines))
         print(f"{args.model}, dummy weights, {args.memory:,} bytes on the device, {args.host:g} GiB of host memory")

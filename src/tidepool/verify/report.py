@@ -13,9 +13,10 @@ from rich.table import Table
 from tidepool import __version__
 from tidepool.running.agreement import BFLOAT16_GAP, first_gap
 from tidepool.sides import SIDES
+from tidepool.sizes import size
 from tidepool.verify.drive import Results
 from tidepool.verify.messages import Machine, Outcome
-from tidepool.verify.scenarios import GPU_PARTS, Count, Part
+from tidepool.verify.scenarios import GPU_PARTS, SCENARIOS, Count, Part
 from tidepool.verify.task import ANSWER_TOKENS, Prompt, to_text
 
 WORDS: dict[Count, str] = {
@@ -26,7 +27,7 @@ WORDS: dict[Count, str] = {
     "aborted": "aborted",
     "accepted": "drafts accepted",
     "loads": "loads from the host",
-    "far": "bytes from the start",
+    "far": "from the start",
     "moves": "moves",
 }
 MISSING: dict[Count, str] = {
@@ -56,7 +57,8 @@ class Row:
 
 def judge(results: Results) -> list[Row]:
     """Judge every part that was run: scenario by scenario, stock first."""
-    scenarios = list(dict.fromkeys(part.scenario for part in results.outcomes))
+    found = {part.scenario for part in results.outcomes}
+    scenarios = [scenario for scenario in SCENARIOS.values() if scenario in found]
     requests = {scenario: scenario.requests() for scenario in scenarios}
     rows = []
     for part in sorted(
@@ -175,7 +177,7 @@ def _happened(row: Row) -> Iterator[str]:
     for name, words in WORDS.items():
         count = getattr(row.outcome.counts, name)
         if _must(row.part, name) or (count and name in (*row.part.scenario.must, "moves")):
-            yield f"{count:,} {words}"
+            yield f"{size(count) if name == 'far' else f'{count:,}'} {words}"
 
 
 def _problems(

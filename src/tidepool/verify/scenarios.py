@@ -22,6 +22,10 @@ Model = Literal["trained", "nemotron-h"]
 """The trained model, whose answers are right or wrong, or one of random weights (`tidepool.testing.tiny`), whose
 answers are compared with stock vLLM's."""
 
+Mode = Literal["eager", "graphs", "default"]
+"""Step by step, with CUDA graphs of decode steps, or as vLLM does by default, with torch.compile and more graphs. With
+torch.compile an engine takes minutes to start, as kernels are tuned anew for each, and seconds without."""
+
 Fault = Literal["", "copies", "offsets", "loads"]
 FAULTS: dict[Fault, str] = {"copies": "copies left out", "offsets": "offsets cut", "loads": "loads left out"}
 """Damage that a control does on purpose: states that prefix hits continue from aren't copied, or they are copied from
@@ -61,8 +65,8 @@ class Scenario:
     """Whether blocks are handed out from the end of the memory; on a GPU of as much as vLLM would take."""
     graph_sizes: tuple[int, ...] = ()
     """Batch sizes for which CUDA graphs are captured, if not vLLM's own; only a GPU has any."""
-    compiled: bool = True
-    """Whether a GPU runs it with torch.compile and CUDA graphs, as by default; engines start sooner without."""
+    mode: Mode = "graphs"
+    """How a GPU runs it."""
     host_gib: float = 0.0
     """GiB of host memory behind tidepool's pools; stock vLLM has none."""
 
@@ -142,7 +146,7 @@ MB = 1_000_000
 PLAIN = Scenario("plain", "plain batch", _plain, 100 * MB)
 CUT = tuple(
     Scenario(
-        f"cut-{tokens}", f"steps of {tokens:,} tokens", _cut, 60 * MB, must=("cut",), step_tokens=tokens, compiled=False
+        f"cut-{tokens}", f"steps of {tokens:,} tokens", _cut, 60 * MB, must=("cut",), step_tokens=tokens, mode="eager"
     )
     for tokens in (48, 256, 1_024)
 )
@@ -154,7 +158,7 @@ PREEMPTED = Scenario(
     must=("preemptions",),
     chunk_tokens=128,
     at_once=16,
-    compiled=False,
+    mode="eager",
 )
 MOVES = Scenario(
     "moves",
@@ -164,7 +168,7 @@ MOVES = Scenario(
     must=("moves",),
     chunk_tokens=256,
     at_once=16,
-    compiled=False,
+    mode="eager",
 )
 SHARED = Scenario(
     "shared",
@@ -175,6 +179,7 @@ SHARED = Scenario(
     caching=True,
     at_once=4,
     fixed_seqs=2,
+    mode="default",
 )
 ABORTS = Scenario(
     "aborts",
@@ -186,7 +191,7 @@ ABORTS = Scenario(
     step_tokens=512,
     at_once=8,
     aborts=True,
-    compiled=False,
+    mode="eager",
 )
 FAR = Scenario(
     "far",
@@ -209,6 +214,7 @@ OTHER = Scenario(
     caching=True,
     at_once=6,
     model="nemotron-h",
+    mode="default",
 )
 OTHER_FAR = replace(FAR, name="mamba2-far", title="Mamba2 states, far", model="nemotron-h", kv_bytes=80 * MB)
 HOST = Scenario(
@@ -257,9 +263,9 @@ class Part:
         return ", ".join(str(word) for word in words if word)
 
     @property
-    def engine(self) -> tuple[str, bool]:
+    def engine(self) -> tuple[str, bool, bool]:
         """Parts of one process for which this is equal run on one engine, a control after what it is a control for."""
-        return self.scenario.name, self.poison
+        return self.scenario.name, self.poison, self.fault == "loads"
 
 
 def _on(side: Side, *scenarios: Scenario, poison: bool = False, fault: Fault = "") -> tuple[Part, ...]:
@@ -306,6 +312,8 @@ def choose_parts(*, quick: bool = False, gpu: bool = False, drafts: str = "", ra
     parts = QUICK_PARTS if quick else PARTS + DRAFT_PARTS * bool(drafts)
     if gpu:
         chosen = parts if quick else parts + GPU_PARTS
+        # Poison that reaches random weights' answers there ends the engine: they aren't tokens any more.
+        chosen = tuple(part for part in chosen if part.scenario.model == "trained" or not part.fault)
         parts = tuple(replace(part, runner=runner) for runner in RUNNERS for part in chosen)
     return tuple(
         part

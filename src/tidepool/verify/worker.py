@@ -51,14 +51,14 @@ def _verify(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
     job = next(messages)
     answer(asdict(_machine()))
     evictions, places = _EvictionCount(), _Places()
-    engines: dict[tuple[str, bool], Any] = {}
+    engines: dict[tuple[str, bool, bool], Any] = {}
     """By scenario and poison. An engine that is collected takes vLLM's process-wide state with it."""
     for part in job["parts"]:
         os.environ["TIDEPOOL_POISON"] = "1" if part["poison"] else "0"
         scenario = SCENARIOS[part["scenario"]]
         prompts = scenario.requests()
         os.environ["TIDEPOOL_OVERCOMMIT"] = "1" if "preemptions" in scenario.must else "0"
-        key = part["scenario"], part["poison"]
+        key = part["scenario"], part["poison"], part["fault"] == "loads"
         if key not in engines:
             # Of KV connectors, too, vLLM keeps one in a process, and would use it for all engines.
             ensure_kv_transfer_shutdown()
@@ -94,15 +94,17 @@ def _start(job: dict[str, Any], scenario: Scenario, prompts: Sequence[Prompt]) -
     if gpu and scenario.far and side != "stock":
         memory = int(current_platform.get_device_total_memory() * job["share"])
         arguments["kv_cache_memory_bytes"] = memory - BESIDE_FAR
-    if gpu and scenario.graph_sizes:
-        arguments["compilation_config"] = {"cudagraph_capture_sizes": list(scenario.graph_sizes)}
+    if gpu and scenario.mode == "graphs":
+        arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+        if scenario.graph_sizes:
+            arguments["compilation_config"]["cudagraph_capture_sizes"] = list(scenario.graph_sizes)
     if scenario.host_gib and side != "stock":
         arguments["kv_offloading_size"] = scenario.host_gib
     engine = start_engine(
         side,
         job["options"],
         model=str(checkpoint_of(scenario.model, Path(job["models"]), head="mtp" in " ".join(job["options"]))),
-        enforce_eager=not (gpu and scenario.compiled),
+        enforce_eager=not gpu or scenario.mode == "eager",
         max_model_len=max(len(prompt.tokens) for prompt in prompts) + scenario.answer_tokens,
         # For CUDA graphs vLLM wants a block for each.
         max_num_seqs=scenario.fixed_seqs if side == "fixed" else min(MAX_NUM_SEQS, scenario.at_once),
