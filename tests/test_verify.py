@@ -63,6 +63,26 @@ def test_every_part_has_its_reference() -> None:
     assert any(part.poison for part in PARTS)
 
 
+def test_a_gpu_runs_each_side_in_many_processes() -> None:
+    parts = choose_parts(gpu=True, drafts="ngram")
+    lanes = drive.lanes_of(parts)
+    assert sorted(map(repr, parts)) == sorted(repr(part) for lane in lanes for part in lane.parts)
+    assert len({lane.name for lane in lanes}) == len(lanes), "a log for each"
+    assert max(lane.engines for lane in lanes) == drive.ENGINES_OF_A_LANE
+    for lane in lanes:
+        assert lane.alone in ("", lane.parts[0].scenario.name)
+        assert len({(part.side, part.runner) for part in lane.parts}) == 1
+        takes_much = [part for part in lane.parts if part.scenario.far and part.side != "stock"]
+        assert takes_much in ([], lane.parts), "beside others there is no room for it"
+        for part in lane.parts:
+            if part.fault:
+                assert replace(part, fault="") in lane.parts, "both on one engine, or side by side"
+
+
+def test_elsewhere_a_side_has_one_process() -> None:
+    assert [lane.name for lane in drive.lanes_of(choose_parts())] == ["elastic", "stock", "fixed"]
+
+
 # Report.
 
 
@@ -237,6 +257,13 @@ def test_a_failed_worker_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run_first(monkeypatch, tmp_path, code)
     results = drive.run([Part(PREEMPTED, "elastic")], tmp_path, lambda done: None)
     assert results.errors == [f"elastic: {message}; its log is {tmp_path / 'elastic.log'}."]
+
+
+def test_the_others_go_on_when_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_first(monkeypatch, tmp_path, 'print(\'{"error": "out of luck"}\', flush=True); raise SystemExit(1)')
+    parts = [Part(PREEMPTED, "elastic"), Part(PREEMPTED, "stock")]
+    results = drive.run(parts, tmp_path, lambda done: None)
+    assert sorted(error.partition(":")[0] for error in results.errors) == ["elastic", "stock"]
 
 
 def test_a_silent_worker_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,13 +156,15 @@ class Account:
             self.shared_blocks.discard((group, block))
             self.last_prefix[group, block] = self.requests[request][0] if request is not None else None
 
-    def touched(self, group: int, blocks: Sequence[int], *, shared: bool) -> None:
+    def touched(self, group: int, blocks: Sequence[int], request: Hashable | None, *, shared: bool) -> None:
         """References were added."""
         for block in blocks:
             self.cached.pop((group, block), None)
             self.refs[group, block] = self.refs.get((group, block), 0) + 1
             if shared:
                 self.shared_blocks.add((group, block))
+                if request is not None:
+                    self.last_prefix[group, block] = self.requests[request][1]
 
     def released(self, group: int, blocks: Sequence[int], keep: Sequence[int], request: Hashable | None) -> None:
         """References were dropped."""

@@ -222,8 +222,9 @@ class Twins:
     def touch(self, name: Hashable, group: int, blocks: Sequence[int], *, shared: bool) -> None:
         for block in blocks:
             self.read(group, block)
-        self.call(self.arena.touch, group, blocks, **({"shared": True} if shared else {}))
-        self.account.touched(group, blocks, shared=shared)
+        told = name if self.random.random() < 0.7 else None
+        self.call(self.arena.touch, group, blocks, request=told, **({"shared": True} if shared else {}))
+        self.account.touched(group, blocks, told, shared=shared)
         self.holdings[name][group] += blocks
 
     def share(self) -> None:

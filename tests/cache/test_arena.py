@@ -278,6 +278,18 @@ def test_entries_of_blocks_that_went_elsewhere_are_swept_out() -> None:
     assert len(prefix.blocks) <= 3
 
 
+def test_a_shared_block_is_left_by_its_finder_whoever_releases_it() -> None:
+    a = arena([4, 1], 4)
+    for name in ("first", "second"):
+        a.start(name, TurnClass.FIRST)
+    (state,) = a.allocate(1, 1, request="first")
+    a.release(1, [state], keep=[Retention.KEEP], request="first")
+    a.touch(1, [state], shared=True, request="second")
+    a.finish("first")
+    a.release(1, [state], keep=[Retention.KEEP])
+    assert list(a.left_by("second")) == [(1, state)]
+
+
 def test_states_go_before_attention_and_a_broken_leaf_before_all_others() -> None:
     order: list[tuple[int, int]] = []
     a = arena([4, 1], 4, on_evict=lambda g, block: order.append((g, block)))

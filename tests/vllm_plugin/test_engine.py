@@ -441,3 +441,19 @@ def finish(manager: Any, request: Any) -> None:
 
     request.status = RequestStatus.FINISHED_STOPPED
     manager.free(request)
+
+
+def test_memory_is_planned_for_the_requests_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process a worker lowers the same configuration's, for the small cache that graphs are measured on."""
+    from tidepool.vllm_plugin import wrappers
+    from tidepool.vllm_plugin.asked import Asked
+
+    monkeypatch.setattr(wrappers, "plan_of", lambda config: object() if config.served else None)
+    monkeypatch.setattr(wrappers, "asked_of", lambda config: Asked(max_num_seqs=64))
+    monkeypatch.setattr(wrappers, "own_connector", lambda config: None)
+    planned_for: list[int] = []
+    monkeypatch.setattr(wrappers, "settle", lambda config, *_: planned_for.append(config.scheduler_config.max_num_seqs))
+    for served in (True, False):
+        config = SimpleNamespace(served=served, scheduler_config=SimpleNamespace(max_num_seqs=7))
+        wrappers.plan_memory(lambda *_: None, config, None, None)
+    assert planned_for == [64, 7]

@@ -299,14 +299,18 @@ class Arena:
             blocks += pool.take(found, missing, prefix)
         return blocks
 
-    def touch(self, group: int, blocks: Sequence[int], *, shared: bool = False) -> None:
+    def touch(
+        self, group: int, blocks: Sequence[int], *, shared: bool = False, request: Hashable | None = None
+    ) -> None:
         """Reference blocks that are in use or cached.
 
         Args:
             group: the group.
             blocks: the blocks.
             shared: whether a request found them that continues no earlier one.
+            request: that request. Whoever releases them, they are then cached as a shared prefix of its.
         """
+        pair = None if request is None or not shared else self._prefixes[request]
         pool = self.pools[group]
         for block in blocks:
             if pool.refs[block] == 0:
@@ -314,6 +318,8 @@ class Arena:
             pool.touch(block)
             if shared:
                 pool.shared[block] = 1
+            if pair:
+                pool.prefixes[block] = pair[1]
 
     def release(
         self, group: int, blocks: Sequence[int], keep: Sequence[int] = (), *, request: Hashable | None = None
@@ -324,7 +330,8 @@ class Arena:
             group: the group.
             blocks: blocks in use.
             keep: for each block a `Retention`, which counts when this was its last reference; ``()`` for none.
-            request: whose reference it was; None leaves cached blocks to the request that got them last.
+            request: whose reference it was; None leaves cached blocks to the request that got them last,
+                or found them as shared.
         """
         pool = self.pools[group]
         pair = None if request is None or not keep else self._prefixes[request]

@@ -195,7 +195,7 @@ ABORTS = Scenario(
 )
 FAR = Scenario(
     "far",
-    "far: from the end of the memory",
+    "far from the start",
     _again,
     60 * MB,
     must=("hit_tokens", "far"),
@@ -207,7 +207,7 @@ FAR = Scenario(
 )
 OTHER = Scenario(
     "mamba2",
-    "Mamba2 states, random weights",
+    "Mamba2, random weights",
     _again,
     30 * MB,
     must=("hit_tokens", "evictions"),
@@ -216,11 +216,11 @@ OTHER = Scenario(
     model="nemotron-h",
     mode="default",
 )
-OTHER_FAR = replace(FAR, name="mamba2-far", title="Mamba2 states, far", model="nemotron-h", kv_bytes=80 * MB)
+OTHER_FAR = replace(FAR, name="mamba2-far", title="Mamba2, far", model="nemotron-h", kv_bytes=80 * MB)
 HOST = Scenario(
     "host", "host memory", _host, 14 * MB, must=("loads",), caching=True, at_once=3, fixed_seqs=2, host_gib=0.1
 )
-OTHER_HOST = replace(HOST, name="mamba2-host", title="Mamba2 states, host memory", model="nemotron-h", kv_bytes=20 * MB)
+OTHER_HOST = replace(HOST, name="mamba2-host", title="Mamba2, host memory", model="nemotron-h", kv_bytes=20 * MB)
 GRAPHS = Scenario("graphs", "CUDA graphs of few sizes", _batches, 200 * MB, graph_sizes=(1, 2, 4, 8, 16), at_once=24)
 DRAFTS = Scenario("drafts", "drafts", _drafted, 60 * MB, must=("hit_tokens", "accepted"), caching=True)
 SCENARIOS = {
@@ -263,9 +263,9 @@ class Part:
         return ", ".join(str(word) for word in words if word)
 
     @property
-    def engine(self) -> tuple[str, bool, bool]:
+    def engine(self) -> tuple[str, bool]:
         """Parts of one process for which this is equal run on one engine, a control after what it is a control for."""
-        return self.scenario.name, self.poison, self.fault == "loads"
+        return self.scenario.name, self.poison
 
 
 def _on(side: Side, *scenarios: Scenario, poison: bool = False, fault: Fault = "") -> tuple[Part, ...]:

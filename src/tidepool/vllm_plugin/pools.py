@@ -139,7 +139,8 @@ class GroupBlockPool(ExactEvents, BlockPool):
                     if tokens < request.supersedes_before and not shared:
                         self.superseded.add(block.block_id)
         if waking:
-            self.arena.touch(self.group, waking, shared=shared)
+            # vLLM releases a state that it has copied without saying for whom.
+            self.arena.touch(self.group, waking, shared=shared, request=self._filed_under)
 
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """Drop a reference to each block, the first to be evicted first. Blocks of other pools go to theirs."""
