@@ -68,7 +68,6 @@ def test_memory_left_in_use_fails() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.heavy
 def test_a_tiny_model_passes(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     from tidepool.testing.tiny import make_checkpoint
