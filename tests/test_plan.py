@@ -11,11 +11,15 @@ import admission
 from tidepool.cache import (
     Arena,
     CacheConfigError,
+    ExtentLayout,
     FullAttention,
     Geometry,
     Group,
+    HostTier,
+    Left,
     SlidingWindow,
     State,
+    TurnClass,
     choose_geometry,
     fixed_shares,
     group_layers,
@@ -70,6 +74,43 @@ def test_geometry_pads_less_than_promised(name: str, kv_dtype: str) -> None:
         pytest.skip("latent attention has no heads to pack")
     groups = plan_groups(caches, 16)
     assert choose_geometry(groups).padding < (0.01 if len(groups) <= 2 else 0.02)
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5-4B", "Nemotron-3-Nano-4B", "Granite-4.0-H-Small"])
+def test_host_memory_holds_the_prompts_that_are_planned(name: str) -> None:
+    """Prompt after prompt is copied into a real host tier, until one pushes another out. It leaves gaps of its own."""
+    lengths = (1_000, 8_000)
+    options = PlanOptions(16 << 30, host_bytes=16 << 30, tp=2, contexts=lengths)
+    made = make_plan(name, "", entry(name).model(), options)
+    assert made.host
+    memory = made.columns["elastic"].memory
+    assert isinstance(memory, ElasticMemory)
+    layouts = [
+        ExtentLayout(group.natural_bytes, group.stride, count)
+        for group, count in zip(memory.groups, memory.blocks_per_extent, strict=True)
+    ]
+    geometry = Geometry(memory.extent_bytes, tuple(layouts))
+    for tokens in lengths:
+        tier = HostTier([group.natural_bytes for group in memory.groups])
+        gone: list[tuple[int, int]] = []
+
+        def evicted(group: int, block: int, tier: HostTier = tier, gone: list[tuple[int, int]] = gone) -> None:
+            gone.append((group, block))
+            tier.evicted(group, block)
+
+        tier.arena = Arena.elastic(geometry, (8 << 30) // memory.extent_bytes, on_evict=evicted)
+        held = 0
+        while not gone:
+            left = [
+                Left(index, block, (held, index, block), tokens)
+                for index, group in enumerate(memory.groups)
+                for block in range(1 if group.label == "state" else group.blocks_for(tokens))
+            ]
+            copy = tier.store(held, TurnClass.FIRST, left)
+            assert copy
+            tier.ended(copy.number)
+            held += 1
+        assert 0.9 * made.host.prompts[tokens] <= held - 1 <= made.host.prompts[tokens]
 
 
 # Predictions and the allocator ------------------------------------------------------------------------------

@@ -147,6 +147,15 @@ def test_lengths_beyond_the_longest_request_are_named() -> None:
     assert "Longer than" not in longer
 
 
+def test_host_memory_has_rows_of_its_own() -> None:
+    text = run("Qwen3.5-4B", "--memory", "60GiB", "--host-memory", "256GiB", "--tp", "2")
+    assert "Prompts that 256.00 GiB of host memory hold at most" in text
+    content = json.loads(run("Qwen3.5-4B", "--memory", "60GiB", "--host-memory", "256GiB", "--tp", "2", "--json"))
+    assert content["host"]["rank_bytes"] == 128 << 30
+    assert content["host"]["prompts"]["8000"] > 3 * content["columns"]["elastic"]["concurrency"]["8000"]
+    assert "of host memory" not in run("Qwen3.5-4B", "--memory", "60GiB")
+
+
 def test_caching_is_on_as_in_vllm() -> None:
     # What a server with these options starts with: requests of one token, each with all the states that it may hold.
     arguments = ("Nemotron-3-Nano-4B", "--memory", "13563700000B", "--json")
@@ -262,6 +271,14 @@ ERRORS = {
     "too many stages": (["Qwen3.5-4B", "--memory", "9GiB", "--pp", "99"], "can't be cut into 99"),
     "bad context": (["Qwen3.5-4B", "--memory", "9GiB", "--context", "long"], "'long' is no context length"),
     "bad mix": (["Qwen3.5-4B", "--memory", "9GiB", "--mix", "5"], "is no part of a mix"),
+    "too little host memory": (
+        ["Qwen3.5-4B", "--memory", "9GiB", "--host-memory", "60MiB"],
+        "host-memory is too small",
+    ),
+    "host memory for nothing": (
+        ["Qwen3.5-4B", "--memory", "9GiB", "--host-memory", "60GiB", "--no-prefix-caching"],
+        "Host memory is for the prefix cache",
+    ),
     "no directory": (
         ["Qwen3.5-4B", "--memory", "9GiB", "--html", "/none/x.html"],
         "Can't write /none/x.html",

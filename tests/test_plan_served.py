@@ -37,7 +37,7 @@ def test_asking_needs_no_vllm() -> None:
     script = (
         "import sys; sys.modules['vllm'] = None; sys.modules['torch'] = None\n"
         "from tidepool.plan import served\n"
-        "print(served.reasons(gpu=True, hybrid=True, latent=True, formats=['fp8'], prefix_caching=True, drafts=False,"
+        "print(served.reasons(gpu=True, hybrid=True, latent=True, formats=['nvfp4'], prefix_caching=True, drafts=False,"
         " own_head=False, family='x', tp=1, pp=1))"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -91,6 +91,10 @@ def plan(
     mix: Annotated[
         str, typer.Option(help="Requests whose place in memory is shown: how many x how many tokens.")
     ] = "32x2100,2x33k",
+    host_memory: Annotated[
+        str | None,
+        typer.Option(help="Host memory behind tidepool's pools, of all ranks together, like 256GiB."),
+    ] = None,
     vllm_version: Annotated[
         str, typer.Option(help=f"The vLLM that stock is, {' or '.join(VLLM_VERSIONS)}; see docs/versions.md.")
     ] = VLLM_VERSIONS[0],
@@ -135,6 +139,7 @@ def plan(
             contexts=tuple(parse_lengths(context)),
             mix=tuple(parse_mix(mix)),
             vllm_version=vllm_version,
+            host_bytes=0 if host_memory is None else parse_size(host_memory),
         )
         shapes.layer_caches(options.cache_options())
         card = None if found is None else _card(shapes, *found, step, given, options)

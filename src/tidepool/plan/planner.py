@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, State, block_align, group_layers
-from tidepool.capacity.memory import Memory, StockMemory
+from tidepool.capacity.memory import ElasticMemory, Memory, StockMemory
 from tidepool.capacity.predict import predict_stages
 from tidepool.command_line import UsageError
 from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfigError
@@ -51,6 +51,8 @@ class PlanOptions:
     mix: tuple[Requests, ...] = (Requests(32, 2_100), Requests(2, 33_000))
     vllm_version: str = VLLM_VERSIONS[0]
     """Series of the vLLM that stock is."""
+    host_bytes: int = 0
+    """Host memory behind the pools, of all ranks together; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
@@ -64,6 +66,8 @@ class PlanOptions:
             raise UsageError(f"The number of speculative tokens can't be negative ({self.speculative_tokens}).")
         if self.vllm_version not in VLLM_VERSIONS:
             raise UsageError(f"vllm-version is {' or '.join(VLLM_VERSIONS)}, not {self.vllm_version!r}.")
+        if self.host_bytes and not self.prefix_caching:
+            raise UsageError("Host memory is for the prefix cache: leave out --no-prefix-caching or --host-memory.")
         if self.mtp and not self.speculative_tokens:
             raise UsageError("Say with --speculative-tokens how many tokens --mtp drafts in a step.")
 
@@ -128,6 +132,18 @@ class DtypeRow:
 
 
 @dataclass(frozen=True)
+class HostPlan:
+    """What host memory holds, which tidepool cuts into extents like the device's."""
+
+    rank_bytes: int
+    """Of one rank."""
+    extents: int
+    """The null extent included."""
+    prompts: dict[int, int]
+    """Tokens of a prompt to how many such prompts are held at most, each with one state at its end."""
+
+
+@dataclass(frozen=True)
 class CapacityPlan:
     """All answers about one model."""
 
@@ -149,6 +165,8 @@ class CapacityPlan:
     columns: dict[Side, Column] = field(default_factory=dict)
     missing: dict[Side, str] = field(default_factory=dict)
     """Why a way of dividing the memory has no column."""
+    host: HostPlan | None = None
+    """Host memory behind tidepool's pools, if there is any."""
     dtypes: list[DtypeRow] = field(default_factory=list)
     dtype_requests: int = DTYPE_REQUESTS
     """Running requests beside which `dtypes` counts tokens."""
@@ -200,6 +218,7 @@ def make_plan(
         model_tokens=model.max_tokens,
         columns=columns,
         missing=missing,
+        host=_host(columns["elastic"].memory, options) if options.host_bytes else None,
         dtypes=[] if options.layer_kv_dtypes else _dtypes(model, options, max_model_len, beside),
         dtype_requests=beside,
     )
@@ -295,7 +314,11 @@ def _column(memory: Memory, options: PlanOptions) -> Column:
 
 def _decoding(memory: Memory, options: PlanOptions) -> Memory:
     """The same memory, of requests that hold no state for the prefix cache."""
-    copies = 1 + options.speculative_tokens
+    return _with_states(memory, 1 + options.speculative_tokens)
+
+
+def _with_states(memory: Memory, copies: int) -> Memory:
+    """The same memory, of requests that hold at most so many states."""
     groups = (
         replace(group, cache=replace(group.cache, copies=min(copies, group.cache.copies)))
         if isinstance(group.cache, State)
@@ -303,6 +326,27 @@ def _decoding(memory: Memory, options: PlanOptions) -> Memory:
         for group in memory.groups
     )
     return replace(memory, groups=tuple(groups))
+
+
+def _host(device: Memory, options: PlanOptions) -> HostPlan:
+    """What host memory holds: extents as large as the device's, and of each prompt its attention and one state.
+
+    Raises:
+        UsageError: not one prompt.
+    """
+    host = _with_states(device, 1)
+    assert isinstance(host, ElasticMemory)
+    rank_bytes = options.host_bytes // (options.tp * options.pp)
+    extents = rank_bytes // host.extent_bytes
+    most = max(1, extents * max(host.blocks_per_extent))
+    host = replace(host, budget_bytes=rank_bytes, extents=extents, max_num_seqs=most)
+    if not host.holds([(1, 1)]):
+        raise UsageError(
+            f"host-memory is too small: {rank_bytes:,} bytes of a rank are {extents:,} extents of "
+            f"{host.extent_bytes:,} bytes, one of them null, and one prompt takes more than the others."
+        )
+    lengths = [tokens for tokens in options.contexts if tokens <= host.max_model_len]
+    return HostPlan(rank_bytes, extents, {tokens: host.requests_of(tokens) for tokens in lengths})
 
 
 def _curve_counts(last: int) -> list[int]:

@@ -57,11 +57,20 @@ def sections(plan: CapacityPlan) -> list[Section]:
     running.add(plan, "longest request, tokens", lambda column: f"{column.longest:,}")
     running.add(plan, f"bytes that {SHORT_REQUEST} tokens pin", lambda column: size(column.pinned_by_short))
 
+    kept = Section("")
+    if plan.host is not None:
+        kept.title = (
+            f"Prompts that {size(plan.options.host_bytes)} of host memory hold at most, each with a state at its end"
+        )
+        kept.add(plan, "extents of a rank", _of_host, plan.host.extents)
+        for length, count in plan.host.prompts.items():
+            kept.add(plan, f"of {length:,} tokens", _of_host, count)
+
     bytes_ = Section(f"Where the bytes go while {formatting.mix(plan)} run")
     bytes_.add(plan, "requests of these that fit", _admitted)
     for part, (title, _) in formatting.PARTS.items():
         bytes_.add(plan, title, _part, part)
-    return [cut, held, running, bytes_]
+    return [section for section in (cut, held, running, kept, bytes_) if section.rows]
 
 
 def _unit_size(column: Column) -> str:
@@ -97,6 +106,11 @@ def _concurrency(column: Column, length: int) -> str:
 
 def _limited(column: Column, count: int) -> str:
     return f"{count:,}*" if count == column.memory.max_num_seqs else f"{count:,}"
+
+
+def _of_host(column: Column, count: int) -> str:
+    """The same behind both partitions. Stock vLLM's own offloading cuts host memory otherwise."""
+    return NONE if column.memory.kind == "stock" else f"{count:,}"
 
 
 def _admitted(column: Column) -> str:
