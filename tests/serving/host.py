@@ -52,6 +52,27 @@ def slow() -> None:
     HostBytes.pieces = late  # type: ignore[method-assign]
 
 
+def spoiled(host: Any, poisoned: set[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of the host's blocks that were poisoned and hold nothing now, those with anything but poison in them.
+
+    Those whose extent another group has by now are left out.
+    """
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    memory: Any = get_kv_transfer_group()._memory
+    found = []
+    for group, block in poisoned:
+        pool = host.tier.arena.pools[group]
+        if (block - pool.first) // pool.blocks_per_extent not in pool.extents:
+            continue
+        start = block * memory.strides[group]
+        contents = memory.bytes[start : start + memory.device.block_bytes[group]]
+        clean = not pool.refs[block] and not pool.is_cached(block)
+        if clean and not bool((contents == memory.device.poison[group]).all()):
+            found.append((group, block))
+    return found
+
+
 def main() -> None:
     job = json.load(sys.stdin)
     os.environ |= {
@@ -87,6 +108,16 @@ def main() -> None:
     if manager.host:
         # Whatever this machine's speeds are.
         manager.host.speeds.worth_loading = lambda *args: True
+    poisoned: set[tuple[int, int]] = set()
+    if manager.host:
+        take = manager.host.poisoned
+
+        def noted() -> Any:
+            gone = take()
+            poisoned.update(gone)
+            return gone
+
+        manager.host.poisoned = noted
     rng = random.Random(0)
 
     def some(count: int) -> list[int]:
@@ -113,6 +144,8 @@ def main() -> None:
             "held": len(host.tier),
             "in_use": manager.block_pool.arena.usage().in_use,
             "host_in_use": host.tier.arena.usage().in_use,
+            "poisoned": len(poisoned),
+            "spoiled": spoiled(host, poisoned),
         }
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(result, file)

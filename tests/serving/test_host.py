@@ -18,6 +18,8 @@ pytestmark = pytest.mark.vllm
 KV_BYTES = {"qwen3.5": 16_000_000, "nemotron-h": 20_000_000}
 """Fewer than the chats leave."""
 CHATS = 8
+SMALL_GIB = 0.025
+"""Of host memory: fewer than they leave, too."""
 
 
 @cache
@@ -55,6 +57,16 @@ def test_what_was_loaded_gives_the_same_answers(run: Callable[..., Any], family:
     found = gaps(without, tiered)
     assert all(gap <= BFLOAT16_GAP for gap in found), found
     assert len(found) <= len(tiered["answers"]) // 4, found
+
+
+def test_what_host_memory_has_lost_is_not_loaded(run: Callable[..., Any]) -> None:
+    """It holds fewer than the chats leave, and what goes there is poisoned, too."""
+    without, tiered = run("nemotron-h", None), run("nemotron-h", SMALL_GIB)
+    assert tiered["traffic"]["loads"] > 0
+    assert tiered["poisoned"] > 0, "nothing was evicted"
+    assert tiered["spoiled"] == [], "something was copied to a block that had been given away"
+    found = gaps(without, tiered)
+    assert all(gap <= BFLOAT16_GAP for gap in found), found
 
 
 @pytest.mark.parametrize("fault", ["swapped", "dropped"])

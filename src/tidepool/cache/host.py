@@ -120,14 +120,21 @@ class HostTier:
             self.arena.touch(group, [held.block])
             self.arena.release(group, [held.block], [Retention.LOW])
 
-    def forget_all(self) -> None:
-        """Forget all contents; copies under way end as they would, and leave nothing."""
+    def forget_all(self) -> list[tuple[int, int]]:
+        """Forget all contents; copies under way end as they would, and leave nothing.
+
+        Returns:
+            (group, block on the host) of contents that nobody copies.
+        """
         self._forgotten.update(number for number, (_, store) in self._copies.items() if store)
+        gone: list[tuple[int, int]] = []
         for group, held in enumerate(self._held):
             cached = [each.block for each in held.values()]
             held.clear()
             self._keys[group].clear()
+            gone += [(group, block) for block in cached if not self.arena.pools[group].refs[block]]
             self.arena.forget(group, cached)
+        return gone
 
     # Copies.
 

@@ -117,7 +117,7 @@ class HostMemory:
             geometry,
             config.host_extents,
             policy=config.make_policy(memory.reuse),
-            on_evict=self.tier.evicted,
+            on_evict=self._evicted,
             clock=lambda: memory.arena.bytes_allocated,
         )
         self.looking = False
@@ -138,6 +138,8 @@ class HostMemory:
         self._reached: dict[str, int] = {}
         """By request for which something was loaded, tokens that the device's cache then held."""
         self._to_send: list[Copy] = []
+        self._to_poison: list[tuple[int, int]] = []
+        """(group, block on the host) of what has gone since the last step."""
         self._loading_bytes = 0
 
     # To the host.
@@ -246,6 +248,18 @@ class HostMemory:
         if load:
             load.ended = True
 
+    # What goes.
+
+    def _evicted(self, group: int, block: int) -> None:
+        self.tier.evicted(group, block)
+        if self._memory.poison:
+            self._to_poison.append((group, block))
+
+    def poisoned(self) -> list[tuple[int, int]]:
+        """(group, block on the host) of what is to be poisoned before the copies of this step."""
+        gone, self._to_poison = self._to_poison, []
+        return gone
+
     # Copies.
 
     def copies(self) -> list[Copy]:
@@ -274,9 +288,9 @@ class HostMemory:
         load = self._loads.pop(number)
         self._loading_bytes -= copy.bytes
         self.traffic.wait_seconds += self.clock() - load.began
-        if failed:
+        if failed and not load.ended:
             self._settled.add(load.name)
-        else:
+        if not failed:
             self.speeds.loaded(copy.bytes, seconds)
             for on, block in load.loaded:
                 self._memory.pools[on.group]._insert_block_hash(on.key, block, on.tokens)
@@ -299,7 +313,9 @@ class HostMemory:
         self._departures.clear()
         self._settled.clear()
         self._reached.clear()
-        self.tier.forget_all()
+        gone = self.tier.forget_all()
+        if self._memory.poison:
+            self._to_poison += gone
 
 
 @contextmanager

@@ -39,6 +39,8 @@ class HostOrders(KVConnectorMetadata):
     """Copies to make from this step on."""
 
     copies: list[Copy] = field(default_factory=list)
+    poison: list[tuple[int, int]] = field(default_factory=list)
+    """(group, block on the host), before the copies."""
 
 
 @dataclass
@@ -90,6 +92,7 @@ class HostConnector(KVConnectorBase_V1, SupportsHMA):
         self._full_since: tuple[float, int] | None = None
         """When the last step began, and its tokens, if it was full of prompts."""
         # In a worker.
+        self._memory: HostBytes | None = None
         self._copier: Copier | None = None
 
     @property
@@ -127,7 +130,8 @@ class HostConnector(KVConnectorBase_V1, SupportsHMA):
             began, before = self._full_since
             self.host.speeds.read(before, now - began)
         self._full_since = (now, tokens) if tokens * FULL_STEP >= self._step_tokens else None
-        return HostOrders(self.host.copies())
+        copies = self.host.copies()
+        return HostOrders(copies, self.host.poisoned())
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Copies have ended on some ranks."""
@@ -158,13 +162,16 @@ class HostConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Take the host memory of this rank."""
         view = next(iter(kv_caches.values()), None)
-        self._copier = make_copier(HostBytes(self._kv_cache_config, view))
+        self._memory = HostBytes(self._kv_cache_config, view)
+        self._copier = make_copier(self._memory)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin the copies of this step, behind everything that was begun before."""
         assert self._copier
+        assert self._memory
         orders = self._get_connector_metadata()
         assert isinstance(orders, HostOrders)
+        self._memory.poison(orders.poison)
         self._copier.begin(orders.copies)
 
     def wait_for_layer_load(self, layer_name: str) -> None:

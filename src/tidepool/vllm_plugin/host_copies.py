@@ -76,6 +76,12 @@ class HostBytes:
                 on_host = self.bytes[starts[1] : starts[1] + together * length]
                 yield (on_host, on_device) if copy.to_host else (on_device, on_host)
 
+    def poison(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """Fill (group, block) on the host, which no copy reads or writes any more: whoever does shows it."""
+        for group, block in blocks:
+            start = block * self.strides[group]
+            self.bytes[start : start + self.device.block_bytes[group]].fill_(self.device.poison[group])
+
 
 def _pin(memory: torch.Tensor) -> None:
     """Have the driver pin memory. torch's own pinned memory is rounded up to a power of two.
