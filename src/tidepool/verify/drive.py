@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from tidepool.certificates import Setup
@@ -79,18 +80,19 @@ def run(
         progress: told what ended, after each part.
         options: of vLLM's, for every engine.
     """
-    lanes, results, children = lanes_of(parts), Results(), list[Child]()
+    lanes, results, children, stop = lanes_of(parts), Results(), list[Child](), Event()
 
     def run_lanes(lanes: Sequence[_Lane], at_once: int, share: float = 0.0) -> None:
         with ThreadPoolExecutor(at_once) as pool:
             try:
                 for done in [
-                    pool.submit(_run_lane, lane, share, directory, options, results, progress, children)
+                    pool.submit(_run_lane, lane, share, directory, options, results, progress, children, stop)
                     for lane in lanes
                 ]:
                     done.result()
             except BaseException:
                 # Ctrl-C, above all: nobody waits for the workers to end by themselves.
+                stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 for child in children:
                     child.kill()
@@ -124,6 +126,7 @@ def _run_lane(
     results: Results,
     progress: Callable[[str], None],
     children: list[Child],
+    stop: Event,
 ) -> None:
     with Child("tidepool.verify.worker", directory / f"{lane.name}.log", lane.environ) as child:
         children.append(child)
@@ -131,6 +134,8 @@ def _run_lane(
         models = str(directory / "models" / lane.name)
         job = {"side": lane.side, "parts": told, "options": list(options), "models": models, "share": share}
         child.send(job)
+        if stop.is_set():
+            return
         try:
             results.machine = Machine(**child.receive())
             for part in lane.parts:

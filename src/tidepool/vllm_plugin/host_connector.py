@@ -190,5 +190,7 @@ class HostConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """End."""
-        if self._copier:
+        if self._copier and self._memory:
             self._copier.close()
+            self._memory.close()
+            self._copier = self._memory = None

@@ -48,15 +48,15 @@ class HostBytes:
         self.device = ArenaBytes(config, any_view)
         self.strides = tuple(layout.stride for layout in config.host_geometry.layouts)
         size = config.host_extents * config.host_geometry.extent_bytes
-        pinned = self.device.arena.is_cuda
+        self.pinned = self.device.arena.is_cuda
         try:
             self.bytes = torch.empty(size if any_view is not None else 0, dtype=torch.uint8)
-            if pinned:
+            if self.pinned:
                 _pin(self.bytes)
         except RuntimeError as error:
             raise CacheConfigError(
-                f"This machine doesn't give tidepool {size:,} bytes of {'pinned ' if pinned else ''}host memory: lower "
-                f"--kv-offloading-size (or the setting host_memory). {str(error).splitlines()[0]}"
+                f"This machine doesn't give tidepool {size:,} bytes of {'pinned ' if self.pinned else ''}host memory: "
+                f"lower --kv-offloading-size (or the setting host_memory). {str(error).splitlines()[0]}"
             ) from error
 
     def pieces(self, copy: Copy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -75,6 +75,12 @@ class HostBytes:
                 on_device = self.device.arena[starts[0] : starts[0] + together * length]
                 on_host = self.bytes[starts[1] : starts[1] + together * length]
                 yield (on_host, on_device) if copy.to_host else (on_device, on_host)
+
+    def close(self) -> None:
+        """Give the memory back; no copy is under way any more."""
+        if self.pinned and self.bytes.numel():
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+        self.bytes = torch.empty(0, dtype=torch.uint8)
 
     def poison(self, blocks: Iterable[tuple[int, int]]) -> None:
         """Fill (group, block) on the host, which no copy reads or writes any more: whoever does shows it."""
