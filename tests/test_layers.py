@@ -28,6 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "verify": {"cache", "certificates", "running", "vllm_plugin", "testing", *SHARED},
     "replay": {"cache", "models", "plan", "running", "vllm_plugin", *SHARED},
     "cli": {"plan", "compare", "verify", "replay", "vllm_plugin", *SHARED},
+    "__main__": {"cli"},
 }
 """For each part what it may import, beside itself; a part stands below all that may import it."""
 
