@@ -52,24 +52,21 @@ def slow() -> None:
     HostBytes.pieces = late  # type: ignore[method-assign]
 
 
-def spoiled(host: Any, poisoned: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Of the host's blocks that were poisoned and hold nothing now, those with anything but poison in them.
+def count_poisoned() -> list[tuple[int, int]]:
+    """The host's blocks that have nothing but poison in them once they were poisoned; filled as the engine runs."""
+    from tidepool.vllm_plugin.host_copies import HostBytes
 
-    Those whose extent another group has by now are left out.
-    """
-    from vllm.distributed.kv_transfer import get_kv_transfer_group
+    poison, found = HostBytes.poison, list[tuple[int, int]]()
 
-    memory: Any = get_kv_transfer_group()._memory
-    found = []
-    for group, block in poisoned:
-        pool = host.tier.arena.pools[group]
-        if (block - pool.first) // pool.blocks_per_extent not in pool.extents:
-            continue
-        start = block * memory.strides[group]
-        contents = memory.bytes[start : start + memory.device.block_bytes[group]]
-        clean = not pool.refs[block] and not pool.is_cached(block)
-        if clean and not bool((contents == memory.device.poison[group]).all()):
-            found.append((group, block))
+    def noted(self: HostBytes, blocks: Any) -> None:
+        poison(self, blocks)
+        for group, block in blocks:
+            start = block * self.strides[group]
+            contents = self.bytes[start : start + self.device.block_bytes[group]]
+            if bool((contents == self.device.poison[group]).all()):
+                found.append((group, block))
+
+    HostBytes.poison = noted  # type: ignore[method-assign]
     return found
 
 
@@ -86,6 +83,7 @@ def main() -> None:
     from tidepool.running.engine import core_of
 
     quick_kernels.install()
+    poisoned = count_poisoned()
     if job["fault"]:
         {"swapped": swapped, "dropped": dropped}[job["fault"]]()
     if job["slow"]:
@@ -108,16 +106,6 @@ def main() -> None:
     if manager.host:
         # Whatever this machine's speeds are.
         manager.host.speeds.worth_loading = lambda *args: True
-    poisoned: set[tuple[int, int]] = set()
-    if manager.host:
-        take = manager.host.poisoned
-
-        def noted() -> Any:
-            gone = take()
-            poisoned.update(gone)
-            return gone
-
-        manager.host.poisoned = noted
     rng = random.Random(0)
 
     def some(count: int) -> list[int]:
@@ -145,7 +133,6 @@ def main() -> None:
             "in_use": manager.block_pool.arena.usage().in_use,
             "host_in_use": host.tier.arena.usage().in_use,
             "poisoned": len(poisoned),
-            "spoiled": spoiled(host, poisoned),
         }
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(result, file)
