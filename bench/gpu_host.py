@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gpu_check import MARK, engine_arguments, environment, write_config
+from tidepool.sides import Side
 
 SIDES = ("stock", "stock+host", "elastic", "elastic+host")
 
@@ -46,6 +47,9 @@ def serve(args: argparse.Namespace) -> None:
     from vllm import EngineArgs, LLMEngine, SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
+    from tidepool.running.engine import core_of, require_side
+
+    side: Side
     side, _, host = args.child.partition("+")
     engine = LLMEngine.from_engine_args(
         EngineArgs(
@@ -63,10 +67,8 @@ def serve(args: argparse.Namespace) -> None:
             **engine_arguments(args.mode, args.backend),
         )
     )
-    core = engine.engine_core.engine_core
-    served = "stock" if type(core.scheduler.kv_cache_config).__name__ == "KVCacheConfig" else "elastic"
-    if served != side:
-        raise SystemExit(f"{side} was asked for, and {served} serves.")
+    core = core_of(engine)
+    require_side(side, core)
     turns = conversations(args)
     print(MARK + "ready", flush=True)
     sys.stdin.readline()

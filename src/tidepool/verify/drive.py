@@ -130,7 +130,10 @@ def _run_lane(
 ) -> None:
     with Child("tidepool.verify.worker", directory / f"{lane.name}.log", lane.environ) as child:
         children.append(child)
-        told = [{"scenario": part.scenario.name, "poison": part.poison, "fault": part.fault} for part in lane.parts]
+        told = [
+            {"engine": part.engine, "scenario": part.scenario.name, "poison": part.poison, "fault": part.fault}
+            for part in lane.parts
+        ]
         models = str(directory / "models" / lane.name)
         job = {"side": lane.side, "parts": told, "options": list(options), "models": models, "share": share}
         child.send(job)

@@ -51,14 +51,14 @@ def _verify(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
     job = next(messages)
     answer(asdict(_machine()))
     evictions, places = _EvictionCount(), _Places()
-    engines: dict[tuple[str, bool], Any] = {}
-    """By scenario and poison. An engine that is collected takes vLLM's process-wide state with it."""
+    engines: dict[tuple[Any, ...], Any] = {}
+    """By `Part.engine`. An engine that is collected takes vLLM's process-wide state with it."""
     for part in job["parts"]:
         os.environ["TIDEPOOL_POISON"] = "1" if part["poison"] else "0"
         scenario = SCENARIOS[part["scenario"]]
         prompts = scenario.requests()
         os.environ["TIDEPOOL_OVERCOMMIT"] = "1" if "preemptions" in scenario.must else "0"
-        key = part["scenario"], part["poison"]
+        key = tuple(part["engine"])
         if key not in engines:
             # Of KV connectors, too, vLLM keeps one in a process, and would use it for all engines.
             ensure_kv_transfer_shutdown()
