@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from tidepool.cache import (
+    NO_ANSWER_STATE,
+    AnswerState,
     Arena,
     CheckpointRules,
     ExpectedReturn,
@@ -229,6 +231,89 @@ def test_only_prompts_that_were_read_are_expected_to_be_continued() -> None:
         retention.plan(name, prompt, 640, 0, 0)
         retention.end(name, prompt, 640, computed, 512)
         assert (retention.prompt_ends.began(prompt[-2]) == Resumed.END) == (name == "read")
+
+
+# Answers.
+
+
+def ask(retention: RetentionPolicy, count: int, *, back_at: int, first: int = 0) -> None:
+    """Prompts of 640 tokens with answers up to token 800, each continued by another from ``back_at`` on."""
+    for number in range(first, first + count):
+        text, name = keys(f"q{number}", 800), f"q{number}"
+        retention.plan(name, text, 640, 0, 0)
+        retention.state_at(name, 624)
+        retention.end(name, text, 640, 800, retention.release(name))
+        again = keys(f"r{number}", 960, after=f"q{number}", shared=back_at)
+        retention.begin(f"again {number}", again)
+
+
+@pytest.mark.parametrize(
+    ("back_at", "tokens", "unowned", "kept", "why"),
+    [
+        (800, 800, True, AnswerState(624, True), "later prompts continue from answers"),
+        (800, 800, False, AnswerState(624, False), "also where memory is short"),
+        (624, 800, True, NO_ANSWER_STATE, "they continue from the prompt: a template may drop what was said"),
+        (0, 800, True, AnswerState(0, True), "nothing is known yet, but there is memory without use"),
+        (0, 800, False, NO_ANSWER_STATE, "nothing is known, and memory is short"),
+        (800, 784, True, NO_ANSWER_STATE, "it moves on after 32 tokens"),
+        (800, 608, True, NO_ANSWER_STATE, "not in the prompt"),
+        (800, 992, True, NO_ANSWER_STATE, "not where the text isn't known yet"),
+    ],
+)
+def test_the_state_of_an_answer(back_at: int, tokens: int, unowned: bool, kept: AnswerState, why: str) -> None:
+    retention = policy()
+    ask(retention, 40 if back_at else 0, back_at=back_at)
+    text = keys("a", 960)
+    retention.plan("request", text, 640, 0, 0)
+    retention.state_at("request", 624)
+    if not unowned:
+        retention._arena.allocate(0, 30)
+    assert retention.answer_state("request", text, 640, tokens) == kept, why
+
+
+def test_the_state_of_an_answer_moves_on_with_it() -> None:
+    retention = policy()
+    ask(retention, 40, back_at=800)
+    text = keys("a", 960)
+    retention.plan("request", text, 640, 0, 0)
+    assert retention.answer_state("request", text, 640, 672) == AnswerState(0, True), "it has none to give up"
+    retention.state_at("request", 672)
+    retention.keeps_answer_state("request", 672)
+    retention._arena.allocate(0, 30)
+    assert retention.answer_state("request", text, 640, 704) == AnswerState(in_place_of=672)
+
+
+def test_the_state_of_an_answer_pays_from_some_tokens_on() -> None:
+    """One that would be hit by most saves more than the prompt's own, which all would hit, from a share of it on."""
+    retention = policy()
+    ask(retention, 40, back_at=800)
+    text = keys("a", 1_600)
+    retention.plan("request", text, 640, 0, 0)
+    retention.state_at("request", 624)
+    given_up = {tokens: retention.answer_state("request", text, 640, tokens).in_place_of for tokens in (640 + 32, 768)}
+    assert given_up == {672: 624, 768: 624}
+    ask(retention, 20, back_at=624, first=40)
+    given_up = {tokens: retention.answer_state("request", text, 640, tokens).in_place_of for tokens in (800, 1_600)}
+    assert given_up == {800: 0, 1_600: 624}
+
+
+def test_the_state_of_a_branch_point_stays_beside_that_of_an_answer() -> None:
+    retention = policy()
+    ask(retention, 40, back_at=800)
+    text = keys("a", 960)
+    retention.plan("request", text, 640, 0, 320)
+    retention.state_at("request", 320)
+    assert retention.answer_state("request", text, 640, 800) == AnswerState(0, True)
+
+
+def test_a_prompt_is_expected_where_its_answer_ends() -> None:
+    retention, text = policy(), keys("a", 960)
+    retention.plan("request", text, 640, 0, 0)
+    retention.state_at("request", 800)
+    retention.end("request", text, 640, 805, retention.release("request"))
+    ((points, _),) = retention.reuse.told  # type: ignore[attr-defined]
+    assert {point.key: point.kept for point in points} == {"a 624": True, "a 512": True, "a 800": True}
+    assert retention.begin("again", keys("b", 960, after="a", shared=800)).resumed == Resumed.ANSWER
 
 
 # What is kept.

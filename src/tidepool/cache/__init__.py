@@ -33,7 +33,7 @@ from tidepool.cache.geometry import (
 from tidepool.cache.growth import AnswerLengths, GroupGrowth, Growth, Outlook, headroom
 from tidepool.cache.host import BlockCopy, Copy, Held, HostTier, Left
 from tidepool.cache.prompt_ends import PromptEnds, Resumed
-from tidepool.cache.retention import RequestRecord, RetentionPolicy
+from tidepool.cache.retention import NO_ANSWER_STATE, AnswerState, RequestRecord, RetentionPolicy
 from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
 from tidepool.cache.spec import (
     CacheConfigError,
@@ -50,8 +50,10 @@ from tidepool.cache.speeds import Speeds
 __all__ = [
     "LARGE_STEP",
     "LONG_PROMPT",
+    "NO_ANSWER_STATE",
     "NO_CHECKPOINTS",
     "AnswerLengths",
+    "AnswerState",
     "Arena",
     "BlockCopy",
     "BranchStatistics",

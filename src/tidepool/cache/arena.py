@@ -321,6 +321,10 @@ class Arena:
             if pair:
                 pool.prefixes[block] = pair[1]
 
+    def adopt(self, group: int, block: int, request: Hashable) -> None:
+        """A block in use goes to this request's cached prefix once it is cached, whosever it was."""
+        self.pools[group].prefixes[block] = self._prefixes[request][0]
+
     def release(
         self, group: int, blocks: Sequence[int], keep: Sequence[int] = (), *, request: Hashable | None = None
     ) -> None:

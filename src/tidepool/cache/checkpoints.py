@@ -20,6 +20,8 @@ LONG_PROMPT = 2048
 than a quarter more, and not behind the answer that it continues. Chosen by replay, see docs/prefix-caching.md."""
 LARGE_STEP = 8
 """Spacings from which on a step is large: what it leaves to the next checkpoint matters little."""
+ANSWER_SPACING = 32
+"""Tokens of an answer after which its state moves on, if it has one; each time a state is copied."""
 CUT_TOKENS = 32
 """Tokens that a cut must save later prompts, on average, to be worth its step. Chosen by replay, likewise."""
 LIKELY = 0.5
@@ -49,6 +51,11 @@ class CheckpointRules:
     layers can't save states inside steps, one cut of longer prompts is free."""
     interval: int = 0
     """The user wants states at multiples of it, wherever a step of a prompt ends anyway; 0 for none."""
+
+    @property
+    def answer_spacing(self) -> int:
+        """From one place to the next at which a state in an answer moves on."""
+        return max(ANSWER_SPACING // self.unit, 1) * self.unit
 
     def last_places(self, prompt_tokens: int) -> tuple[int, int]:
         """The last place from where a later prompt can continue this one, and the last checkpoint."""
@@ -157,7 +164,7 @@ def plan_checkpoints(
     """
     end, checkpoint = rules.last_places(prompt_tokens)
     from_end, from_checkpoint = ends.from_end(prompt_tokens), ends.from_checkpoint(prompt_tokens)
-    if resumed == Resumed.END:
+    if resumed >= Resumed.END:
         from_end = max(from_end, LIKELY)
     elif resumed == Resumed.CHECKPOINT:
         from_checkpoint = max(from_checkpoint, LIKELY)

@@ -1,6 +1,7 @@
 """What share of prompts is continued, from where, by their length: learned from those that were.
 
-A prompt is *continued* when a later one begins with the whole of it, or with all of it up to its last checkpoint.
+A prompt is *continued* when a later one begins with the whole of it, or with all of it up to its last checkpoint. One
+that begins with its answer as well continues it from there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Resumed(IntEnum):
     """From its last checkpoint; behind that the two differ."""
     END = 2
     """From its very end."""
+    ANSWER = 3
+    """From the end of its answer."""
 
 
 class _Prompt:
@@ -32,10 +35,11 @@ class _Prompt:
 
     __slots__ = ("keys", "kind", "settled", "since")
 
-    def __init__(self, kind: int, since: int, keys: tuple[Hashable, ...]) -> None:
+    def __init__(self, kind: int, since: int, keys: dict[Hashable, Resumed]) -> None:
         self.kind = kind
         self.since = since
         self.keys = keys
+        """Of its places, and what a prompt that continues from there does."""
         self.settled = False
 
 
@@ -55,16 +59,34 @@ class PromptEnds:
         self._served: deque[_Prompt] = deque()
         """The oldest first. Those that are settled already are still among them."""
         self._known: dict[Hashable, _Prompt] = {}
-        """By both of its places, the last prompt that ended there."""
+        """By each of its places, the last prompt that ended there."""
         self._settled = [0.0] * _CLASSES
         self._from_end = [0.0] * _CLASSES
         self._from_checkpoint = [0.0] * _CLASSES
+        self._from_answer = [0.0] * _CLASSES
+        """Of those from the end."""
 
-    def ended(self, prompt_tokens: int, end: Hashable, checkpoint: Hashable | None, now: int) -> None:
-        """A prompt was served; keys of its last place and of its last checkpoint, None if it is as good as none."""
+    def ended(
+        self,
+        prompt_tokens: int,
+        end: Hashable,
+        checkpoint: Hashable | None,
+        now: int,
+        answer: Hashable | None = None,
+    ) -> None:
+        """A prompt was served.
+
+        Args:
+            prompt_tokens: the prompt.
+            end: the key of its last place.
+            checkpoint: of its last checkpoint; None if it is as good as none.
+            now: the time.
+            answer: of the last place in its answer; None if there is none behind ``end``.
+        """
         while self._served and self._served[0].since + self._lifetime < now:
             self._forget(self._served.popleft())
-        keys = (end,) if checkpoint is None or checkpoint == end else (end, checkpoint)
+        keys = {checkpoint: Resumed.CHECKPOINT, answer: Resumed.ANSWER, end: Resumed.END}
+        keys.pop(None, None)
         prompt = _Prompt(self._class(prompt_tokens), now, keys)
         self._served.append(prompt)
         for key in keys:
@@ -75,11 +97,12 @@ class PromptEnds:
         prompt = self._known.get(key)
         if prompt is None:
             return Resumed.NOWHERE
-        resumed = Resumed.END if key == prompt.keys[0] else Resumed.CHECKPOINT
+        resumed = prompt.keys[key]
         if not prompt.settled:
             self._settle(prompt)
-            counts = self._from_end if resumed == Resumed.END else self._from_checkpoint
+            counts = self._from_checkpoint if resumed == Resumed.CHECKPOINT else self._from_end
             counts[prompt.kind] += 1
+            self._from_answer[prompt.kind] += resumed == Resumed.ANSWER
         return resumed
 
     def from_end(self, prompt_tokens: int) -> float:
@@ -92,6 +115,24 @@ class PromptEnds:
         kind = self._class(prompt_tokens)
         return self._from_checkpoint[kind] / (self._settled[kind] + _DOUBT)
 
+    def answer_pays(self, prompt_tokens: int, state: int, tokens: int) -> bool:
+        """Whether a state in the answer saves later prompts more than the prompt's own one.
+
+        Args:
+            prompt_tokens: the prompt.
+            state: where its own one is.
+            tokens: where the other one would be.
+        """
+        kind = self._class(prompt_tokens)
+        elsewhere = self._from_end[kind] - self._from_answer[kind] + self._from_checkpoint[kind] + _DOUBT
+        return self._from_answer[kind] * (tokens - state) > elsewhere * state
+
+    def answer_may_pay(self, prompt_tokens: int) -> bool:
+        """Whether it isn't known that prompts are continued from elsewhere than the ends of their answers."""
+        kind = self._class(prompt_tokens)
+        elsewhere = self._from_end[kind] - self._from_answer[kind] + self._from_checkpoint[kind]
+        return self._from_answer[kind] + _DOUBT > elsewhere
+
     def _class(self, prompt_tokens: int) -> int:
         return min((prompt_tokens // self._spacing).bit_length(), _CLASSES - 1)
 
@@ -100,7 +141,7 @@ class PromptEnds:
         kind = prompt.kind
         self._settled[kind] += 1
         if self._settled[kind] >= _HALVE_AFTER:
-            for counts in (self._settled, self._from_end, self._from_checkpoint):
+            for counts in (self._settled, self._from_end, self._from_checkpoint, self._from_answer):
                 counts[kind] /= 2
 
     def _forget(self, prompt: _Prompt) -> None:

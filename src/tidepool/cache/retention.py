@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tidepool.cache.arena import Arena, Retention
 from tidepool.cache.branches import BranchStatistics
@@ -38,6 +39,18 @@ UNOWNED_SHARE = 16
 """States at far places are left while at least this part of the memory belongs to no group."""
 
 
+class AnswerState(NamedTuple):
+    """What becomes of the state that a request has in its answer."""
+
+    in_place_of: int = 0
+    """Up to the state of its that is given up for it; 0 for none."""
+    added: bool = False
+    """Whether it may have a block of its own, if it doesn't get that one's."""
+
+
+NO_ANSWER_STATE = AnswerState()
+
+
 @dataclass(slots=True)
 class RequestRecord:
     """What is known of a request under way."""
@@ -52,6 +65,8 @@ class RequestRecord:
     """Which other ends of its steps may keep one."""
     last_checkpoint: int | None = None
     """Up to the last state that it has found or left in the cache, if any."""
+    answer_state: int = 0
+    """Up to the state that it keeps of its answer; 0 for none."""
 
     @property
     def continues(self) -> bool:
@@ -88,6 +103,7 @@ class RetentionPolicy:
         self._arena = arena
         self._key_tokens = key_tokens
         self._state_tokens = state_tokens
+        self._answer_spacing = rules.answer_spacing
         self._branch_points: OrderedDict[Hashable, None] = OrderedDict()
         """Keys of places where prompts branched, the last one last."""
 
@@ -162,6 +178,7 @@ class RetentionPolicy:
         if record is None:
             return None
         last, record.last_checkpoint = record.last_checkpoint, None
+        record.answer_state = 0
         return last
 
     def end(
@@ -190,8 +207,12 @@ class RetentionPolicy:
             return last_checkpoint is not None and place <= last_checkpoint and place in record.checkpoints
 
         places = {place: self._key(keys, place) for place in (end, checkpoint) if place}
-        # A return to one of the two is taken for one to the other: eviction asks whether a prompt comes back at all.
-        at_either = any(left(place) for place in places)
+        # A return to one of these is taken for one to the others: eviction asks whether a prompt comes back at all.
+        at_either = any(left(place) for place in places) or (last_checkpoint or 0) > prompt_tokens
+        # The last place from where a prompt can continue that has the answer in it.
+        answer = min(computed // self.rules.unit * self.rules.unit, len(keys) * self._key_tokens)
+        if answer > prompt_tokens and not self.rules.ahead:
+            places[answer] = self._key(keys, answer)
         points = [ResumePoint(key, 0, at_either) for key in places.values()]
         points += [
             ResumePoint(self._key(keys, place), distance, left(place))
@@ -200,7 +221,7 @@ class RetentionPolicy:
         ]
         self.reuse.ended(points, now, record.match)
         if end and read:
-            self.prompt_ends.ended(prompt_tokens, places[end], places.get(checkpoint), now)
+            self.prompt_ends.ended(prompt_tokens, places[end], places.get(checkpoint), now, places.get(answer))
 
     def _key(self, keys: Sequence[Hashable], place: int) -> Hashable:
         return keys[place // self._key_tokens - 1]
@@ -222,6 +243,36 @@ class RetentionPolicy:
     def _has_unowned_memory(self) -> bool:
         """Whether there is memory without use: a state that hardly anybody asks for evicts nothing."""
         return self._arena.unowned_bytes * UNOWNED_SHARE >= self._arena.total_bytes
+
+    def answer_state(self, name: Hashable, keys: Sequence[Hashable], prompt_tokens: int, tokens: int) -> AnswerState:
+        """Whether a request keeps the state that it has now, in its answer, and in which block.
+
+        In the block of its last one, where later prompts are expected to save more by this one, and then again and
+        again as the answer grows: that takes no step and no block beside the one that is given up. As long as nothing
+        is known of such prompts, in a block of its own, if there is memory that nothing else needs.
+
+        Args:
+            name: the request.
+            keys: its prompt's and its answer's.
+            prompt_tokens: the prompt.
+            tokens: computed so far.
+        """
+        if tokens % self._answer_spacing or not prompt_tokens < tokens <= len(keys) * self._key_tokens:
+            return NO_ANSWER_STATE
+        record = self.requests.get(name)
+        if record is None or self.rules.ahead:
+            return NO_ANSWER_STATE
+        last = record.last_checkpoint or 0
+        if last and last == record.answer_state:
+            return AnswerState(in_place_of=last)
+        kept = not last or self._key(keys, last) in self._branch_points
+        pays = not kept and self.prompt_ends.answer_pays(prompt_tokens, last, tokens)
+        added = self.prompt_ends.answer_may_pay(prompt_tokens) and self._has_unowned_memory()
+        return AnswerState(last if pays else 0, added)
+
+    def keeps_answer_state(self, name: Hashable, tokens: int) -> None:
+        """A request keeps the state that it has after so many tokens, as `answer_state` said."""
+        self.requests[name].answer_state = tokens
 
     def of_state(self, key: Hashable, *, superseded: bool, shared: bool, low: bool) -> Retention:
         """What becomes of a cached state without references.

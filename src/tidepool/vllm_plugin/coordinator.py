@@ -20,7 +20,15 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, KVCacheBlockCop
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request, RequestStatus
 
-from tidepool.cache import AnswerLengths, GroupGrowth, Growth, Outlook, RetentionPolicy, headroom
+from tidepool.cache import (
+    NO_ANSWER_STATE,
+    AnswerLengths,
+    GroupGrowth,
+    Growth,
+    Outlook,
+    RetentionPolicy,
+    headroom,
+)
 from tidepool.vllm_plugin.host import HostMemory, TieredBlockPool, looking
 from tidepool.vllm_plugin.planning import checkpoint_rules
 from tidepool.vllm_plugin.pools import ArenaBlockPool, GroupBlockPool, RequestContext, Serving
@@ -203,7 +211,8 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         self.install_pools(hash_block_size)
         self._hit_tokens = 0
         """Up to where the last lookup found everything."""
-        states = [manager for manager in self.single_type_managers if isinstance(manager, StateManager)]
+        self._states = states = [each for each in self.single_type_managers if isinstance(each, StateManager)]
+        self._copies_states = all(manager.mamba_cache_mode == "align" for manager in states)
         pool = self.block_pool
         self.retention = RetentionPolicy(
             checkpoint_rules(
@@ -228,6 +237,7 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
 
         Groups with a window keep what lies before them.
         """
+        self._keep_answer_state(request)
         plan = self.retention.checkpoints(request.request_id)
         places = (*plan.cuts, plan.within)
         for group, manager in enumerate(self.single_type_managers):
@@ -237,6 +247,25 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
                 retention_interval=self.retention_interval,
                 replay_boundaries=places,
             )
+
+    def _keep_answer_state(self, request: Request) -> None:
+        """Keep the state of a request that answers, where the policy has it; see `RetentionPolicy.answer_state`."""
+        name, tokens = request.request_id, request.num_computed_tokens
+        kept = self.retention.answer_state(name, request.block_hashes, request.num_prompt_tokens, tokens)
+        if kept == NO_ANSWER_STATE or not self._copies_states:
+            return
+        place = kept.in_place_of
+        spare = [manager.spare_state(request, place) if place else None for manager in self._states]
+        if None not in spare:
+            for manager, block in zip(self._states, spare, strict=True):
+                manager.block_pool.take_over(block)
+                manager.copy_running(request, tokens, block)
+        elif kept.added:
+            for manager in self._states:
+                manager.copy_running(request, tokens, *manager.block_pool.get_new_blocks(1))
+        else:
+            return
+        self.retention.keeps_answer_state(name, tokens)
 
     def states_to_come(self, request_id: str, tokens: int) -> int:
         """One behind the state that the step leaves, and one for a state saved inside the last step."""

@@ -212,6 +212,16 @@ class GroupBlockPool(ExactEvents, BlockPool):
             if block.ref_cnt == 0:
                 self.arena.forget(self.group, [block_id])
 
+    def is_spare(self, block: KVCacheBlock) -> bool:
+        """Whether a state is in the cache for nobody but the prompts that continue the one that left it."""
+        return block.ref_cnt == 0 and not self.arena.pools[self.group].shared[block.block_id]
+
+    def take_over(self, block: KVCacheBlock) -> None:
+        """The request that the pools serve gets a block that is in the cache, to keep something else in it."""
+        assert self.memory.serving is not None
+        self.touch([block])
+        self.arena.adopt(self.group, block.block_id, self.memory.serving.name)
+
     def drop_contents(self, block_id: int) -> None:
         """The arena is taking this cached block away: no lookup may find it any more."""
         self._maybe_evict_cached_block(self.blocks[block_id])

@@ -140,11 +140,35 @@ class StateManager(MambaManager):
             # The request continues in this block: before the next step its contents are copied to one of the cache's.
             self._partial_hit_reqs[name] = column, self.req_to_blocks[name][column]
 
+    def spare_state(self, request: Request, place: int) -> KVCacheBlock | None:
+        """The block of a state that a request has left, if nobody else wants it; None if there is none."""
+        key = request.block_hashes[place // self.block_pool.hash_block_size - 1]
+        found = self.block_pool.get_cached_block(key, [self.kv_cache_group_id])
+        return found[0] if found and self.block_pool.is_spare(found[0]) else None
+
+    def copy_running(self, request: Request, tokens: int, block: KVCacheBlock) -> None:
+        """Keep the state that a request has now, after ``tokens`` tokens, in a block that it holds for that.
+
+        It is copied there before the step that is being scheduled writes the next one, and then released.
+        """
+        blocks = self.req_to_blocks[request.request_id]
+        running = blocks[cdiv(tokens, self.block_size) - 1]
+        if running.is_null:
+            # It stayed in its block, whose column has moved on.
+            running = blocks[-1]
+        self._insert(request, tokens, block, low=False)
+        running.ref_cnt += 1
+        self._pending_cow_copies.append((running, block))
+
     def _keep(self, request: Request, place: int, column: int, *, low: bool) -> None:
         """Put the state at a place, which is in this column, into the prefix cache."""
         block = self.req_to_blocks[request.request_id][column]
         if block.is_null or block.block_hash_num_tokens == place:
             return
+        self._insert(request, place, block, low=low)
+
+    def _insert(self, request: Request, place: int, block: KVCacheBlock, *, low: bool) -> None:
+        """Put the state at a place into the prefix cache, in place of what was in its block."""
         key = self.block_pool.cache_partial_block(
             request=request,
             block=block,
@@ -153,11 +177,10 @@ class StateManager(MambaManager):
             block_size=self.block_size,
             replace_existing_hashes=True,
         )
-        if key is not None:
-            # Nobody may read it before it has been computed.
-            self.cached_blocks_this_step.add(key)
-            if low:
-                self.block_pool.low.add(block.block_id)
+        # Nobody may read it before it has been computed.
+        self.cached_blocks_this_step.add(key)
+        if low:
+            self.block_pool.low.add(block.block_id)
 
 
 def register() -> None:
