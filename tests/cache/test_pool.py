@@ -86,17 +86,30 @@ def test_counts_and_choices_are_those_of_the_blocks(seed: int) -> None:
                 assert {pool.extent_of(block) for block in blocks} == {extent}
                 clean.difference_update(blocks)
             case "touch" if live or cached:
-                block = rng.choice(live + cached)
-                refs = pool.refs[block]
-                pool.touch(block)
-                assert pool.refs[block] == refs + 1
+                blocks = rng.choices(live + cached, k=rng.randint(1, 5))
+                refs = [*pool.refs]
+                assert set(pool.touch(blocks)) == set(blocks) & set(cached)
+                assert [after - before for before, after in zip(refs, pool.refs, strict=True)] == [
+                    blocks.count(block) for block in range(len(refs))
+                ]
             case "release" if live:
-                block, keep = rng.choice(live), rng.random() < 0.6
-                refs = pool.refs[block]
-                extent = pool.release(block, keep=keep)
-                assert pool.refs[block] == refs - 1
-                assert extent.first <= block < extent.first + per_extent
-                clean.update([block] if refs == 1 and not keep else [])
+                blocks = rng.sample(live, k=rng.randint(1, min(5, len(live))))
+                blocks += [block for block in blocks if pool.refs[block] > 1]
+                keep = [rng.choice([0, 1, 1, 2]) for _ in blocks]
+                refs, kept = [*pool.refs], dict(zip(blocks, keep, strict=True))
+                turned, empty = pool.release(blocks, keep)
+                assert [before - after for before, after in zip(refs, pool.refs, strict=True)] == [
+                    blocks.count(block) for block in range(len(refs))
+                ]
+                idle = {block for block in blocks if not pool.refs[block]}
+                assert dict(turned) == {block: kept[block] for block in idle if kept[block]}
+                assert len(turned) == len(dict(turned))
+                clean.update(block for block in idle if not kept[block])
+                assert {extent.number for extent in empty} == {
+                    number
+                    for number in {pool.extent_of(block).number for block in blocks}
+                    if not pool.extents[number].pins and not pool.extents[number].cached
+                }
             case "forget" if cached:
                 block = rng.choice(cached)
                 assert pool.forget(block) is pool.extent_of(block)
@@ -120,7 +133,7 @@ def test_a_block_is_handed_out_as_new() -> None:
     pool.add(1)
     (block,) = pool.take(pool.extents[1], 1, prefix)
     pool.shared[block] = 1
-    pool.release(block, keep=False)
+    pool.release([block], [0])
     assert pool.prefixes[block] is None
     assert pool.take(pool.extents[1], 1, prefix) == [block]
     assert (pool.refs[block], pool.shared[block], pool.prefixes[block]) == (1, 0, prefix)

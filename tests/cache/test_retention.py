@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
 import pytest
@@ -390,16 +391,7 @@ def test_states(superseded: bool, shared: bool, low: bool) -> None:
     assert retention.of_state("a", superseded=superseded, shared=shared, low=low) == expected[superseded, shared, low]
 
 
-@pytest.mark.parametrize(
-    ("ahead", "tokens", "last", "kept"),
-    [
-        (0, 512, 512, KEEP),
-        (0, 528, 512, DROP),
-        (16, 528, 512, KEEP),
-        (16, 544, 512, DROP),
-        (0, 544, None, KEEP),
-    ],
-)
-def test_attention_behind_the_last_state_is_dropped(ahead: int, tokens: int, last: int | None, kept: Retention) -> None:
+@pytest.mark.parametrize(("ahead", "last", "end"), [(0, 512, 512), (16, 512, 528), (0, None, inf), (16, None, inf)])
+def test_attention_behind_the_last_state_is_dropped(ahead: int, last: int | None, end: float) -> None:
     retention = policy(CheckpointRules(unit=UNIT, spacing=SPACING, ahead=ahead))
-    assert retention.of_attention(tokens, last) == kept
+    assert retention.attention_end(last) == end

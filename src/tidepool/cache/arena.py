@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import repeat
 
 from tidepool.cache.eviction import PRIORITY_OF_TURN, CachedPrefix, LeastRecentlyUsed, Policy, PriorityClass
 from tidepool.cache.geometry import Geometry, Share
@@ -310,16 +311,16 @@ class Arena:
             shared: whether a request found them that continues no earlier one.
             request: that request. Whoever releases them, they are then cached as a shared prefix of its.
         """
-        pair = None if request is None or not shared else self._prefixes[request]
         pool = self.pools[group]
+        for block in pool.touch(blocks):
+            self._leave(pool.prefixes[block])
+        if not shared:
+            return
+        own = None if request is None else self._prefixes[request][1]
         for block in blocks:
-            if pool.refs[block] == 0:
-                self._leave(pool.prefixes[block])
-            pool.touch(block)
-            if shared:
-                pool.shared[block] = 1
-            if pair:
-                pool.prefixes[block] = pair[1]
+            pool.shared[block] = 1
+            if own:
+                pool.prefixes[block] = own
 
     def adopt(self, group: int, block: int, request: Hashable) -> None:
         """A block in use goes to this request's cached prefix once it is cached, whosever it was."""
@@ -338,23 +339,20 @@ class Arena:
                 or found them as shared.
         """
         pool = self.pools[group]
-        pair = None if request is None or not keep else self._prefixes[request]
-        for index, block in enumerate(blocks):
-            kept = keep[index] if keep else Retention.DROP
-            extent = pool.release(block, keep=bool(kept))
-            if pool.refs[block]:
-                continue
-            self.released += 1
-            if kept:
-                shared, prefix = pool.shared[block], pool.prefixes[block]
-                if kept == Retention.LOW:
-                    prefix = self._low
-                elif request is not None or prefix is None or shared != (prefix.priority == PriorityClass.SHARED):
-                    pair = pair or _prefix_pair(TurnClass.FIRST, running=False)
-                    prefix = pair[shared]
-                self._join(prefix, group, block)
-            else:
-                self._come_free(group, extent)
+        in_use = pool.in_use
+        cached, empty = pool.release(blocks, keep or repeat(Retention.DROP))
+        self.released += in_use - pool.in_use
+        for extent in empty:
+            self._come_free(group, extent)
+        pair = None if request is None or not cached else self._prefixes[request]
+        for block, kept in cached:
+            shared, prefix = pool.shared[block], pool.prefixes[block]
+            if kept == Retention.LOW:
+                prefix = self._low
+            elif request is not None or prefix is None or shared != (prefix.priority == PriorityClass.SHARED):
+                pair = pair or _prefix_pair(TurnClass.FIRST, running=False)
+                prefix = pair[shared]
+            self._join(prefix, group, block)
 
     def start(self, request: Hashable, turn: TurnClass) -> None:
         """A request begins, and may now be named; ``turn`` says which turn of a conversation it is."""

@@ -13,7 +13,7 @@ not dicts: finding the first key of a dict whose first keys have been deleted ta
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tidepool.cache.eviction import CachedPrefix
 
@@ -171,31 +171,64 @@ class Pool:
         self._pin(extent, len(blocks))
         return blocks
 
-    def touch(self, block: int) -> None:
-        """Reference a block that is in use or cached."""
-        self.refs[block] += 1
-        if self.refs[block] == 1:
-            extent = self.extent_of(block)
-            extent.cached -= 1
-            self.cached -= 1
-            self._pin(extent, 1)
+    def touch(self, blocks: Iterable[int]) -> list[int]:
+        """Reference blocks that are in use or cached. Returns those that were cached."""
+        woken: list[int] = []
+        for extent, run in self._by_extent(blocks):
+            before = len(woken)
+            for block in run:
+                self.refs[block] += 1
+                if self.refs[block] == 1:
+                    woken.append(block)
+            if count := len(woken) - before:
+                extent.cached -= count
+                self.cached -= count
+                self._pin(extent, count)
+        return woken
 
-    def release(self, block: int, *, keep: bool) -> Extent:
-        """Drop a reference. The last one leaves the block free, or cached if ``keep``; the caller then files it.
+    def release(self, blocks: Iterable[int], keep: Iterable[int]) -> tuple[list[tuple[int, int]], list[Extent]]:
+        """Drop a reference to each block. The last one leaves a block free, or cached if its ``keep`` isn't 0.
 
-        Returns its extent.
+        Returns:
+            (the blocks that turned cached, each with its ``keep``, for the caller to file; the extents whose blocks are
+            all free now).
         """
-        extent = self.extent_of(block)
-        self.refs[block] -= 1
-        if self.refs[block] == 0:
-            if keep:
-                extent.cached += 1
-                self.cached += 1
-            else:
-                self.prefixes[block] = None
-                extent.returned.append(block)
-            self._unpin(extent)
-        return extent
+        keeping = iter(keep)
+        cached: list[tuple[int, int]] = []
+        empty: list[Extent] = []
+        for extent, run in self._by_extent(blocks):
+            before, freed = len(cached), 0
+            for block, kept in zip(run, keeping, strict=False):
+                self.refs[block] -= 1
+                if self.refs[block]:
+                    continue
+                if kept:
+                    cached.append((block, kept))
+                else:
+                    freed += 1
+                    self.prefixes[block] = None
+                    extent.returned.append(block)
+            extent.cached += len(cached) - before
+            self.cached += len(cached) - before
+            self._unpin(extent, len(cached) - before + freed)
+            if not extent.pins and not extent.cached:
+                empty.append(extent)
+        return cached, empty
+
+    def _by_extent(self, blocks: Iterable[int]) -> Iterator[tuple[Extent, list[int]]]:
+        """Blocks in their order, by runs that lie in one extent: a request's blocks lie together."""
+        run: list[int] = []
+        start = stop = 0
+        for block in blocks:
+            if not start <= block < stop:
+                if run:
+                    yield self.extent_of(start), run
+                run = []
+                start = block - (block - self.first) % self.blocks_per_extent
+                stop = start + self.blocks_per_extent
+            run.append(block)
+        if run:
+            yield self.extent_of(start), run
 
     def forget(self, block: int) -> Extent:
         """Turn a cached block free. Returns its extent."""
@@ -233,10 +266,10 @@ class Pool:
         self.in_use += blocks
         self._file(extent)
 
-    def _unpin(self, extent: Extent) -> None:
-        """Count one block less in use."""
-        extent.pins -= 1
-        self.in_use -= 1
+    def _unpin(self, extent: Extent, blocks: int) -> None:
+        """Count ``blocks`` less in use."""
+        extent.pins -= blocks
+        self.in_use -= blocks
         if extent.pins == 0:
             self.pinned -= 1
             if extent.cached:

@@ -3,7 +3,7 @@
 The policy follows each request by name: what its prompt shares with earlier ones (`begin`), where it leaves checkpoints
 (`plan`), which states it has found or left (`state_at`), and what became of it (`end`). From that it answers whether a
 state is kept where a step ends (`at_step_end`), and what becomes of a block without references (`of_state`,
-`of_attention`). When memory is short, `tidepool.cache.eviction` chooses among what was kept.
+`attention_end`). When memory is short, `tidepool.cache.eviction` chooses among what was kept.
 
 Prompts are named by their keys: ``keys[n]`` stands for the first ``(n + 1) x key_tokens`` tokens, as a hash of them
 does. All places are tokens from the start of the prompt.
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 from tidepool.cache.arena import Arena, Retention
@@ -288,18 +289,16 @@ class RetentionPolicy:
             return Retention.KEEP
         return Retention.LOW if superseded or low else Retention.KEEP
 
-    def of_attention(self, tokens: int, last_checkpoint: int | None) -> Retention:
-        """What becomes of cached attention up to ``tokens`` without references.
+    def attention_end(self, last_checkpoint: int | None) -> float:
+        """Up to how many tokens cached attention without references is kept.
 
         Behind the last state that its request leaves, none can be hit. With a drafter a lookup has to find a block more
         than it gives.
 
         Args:
-            tokens: up to the block's end.
-            last_checkpoint: of the request that releases it; None if that isn't known.
+            last_checkpoint: of the request that releases it; None if that isn't known, and everything is kept.
         """
-        usable = last_checkpoint is None or tokens - self.rules.ahead <= last_checkpoint
-        return Retention.KEEP if usable else Retention.DROP
+        return inf if last_checkpoint is None else last_checkpoint + self.rules.ahead
 
     def remember_branch_point(self, key: Hashable) -> None:
         """Prompts continue differently from here: the state at this place is kept."""

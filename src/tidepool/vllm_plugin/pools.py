@@ -122,7 +122,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Reference blocks that a prefix hit found."""
-        request, retention = self.memory.serving, self.memory.retention
+        request = self.memory.serving
         shared = request is not None and request.finds_shared
         waking: list[int] = []
         for block in blocks:
@@ -132,20 +132,23 @@ class GroupBlockPool(ExactEvents, BlockPool):
                 waking.append(block.block_id)
             block.ref_cnt += 1
             if self.holds_states:
-                self.low.discard(block.block_id)
-                tokens = block.block_hash_num_tokens or 0
-                if request and retention:
-                    retention.state_at(request.name, tokens)
-                    if tokens < request.supersedes_before and not shared:
-                        self.superseded.add(block.block_id)
+                self._state_found(block, shared=shared)
         if waking:
             # vLLM releases a state that it has copied without saying for whom.
             self.arena.touch(self.group, waking, shared=shared, request=self._filed_under)
 
+    def _state_found(self, block: KVCacheBlock, *, shared: bool) -> None:
+        request, retention = self.memory.serving, self.memory.retention
+        self.low.discard(block.block_id)
+        tokens = block.block_hash_num_tokens or 0
+        if request and retention:
+            retention.state_at(request.name, tokens)
+            if tokens < request.supersedes_before and not shared:
+                self.superseded.add(block.block_id)
+
     def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
         """Drop a reference to each block, the first to be evicted first. Blocks of other pools go to theirs."""
-        idle: list[int] = []
-        kept: list[Retention] = []
+        idle: list[KVCacheBlock] = []
         elsewhere: dict[BlockPool, list[KVCacheBlock]] = {}
         for block in ordered_blocks:
             if block.pool is not self:
@@ -153,39 +156,50 @@ class GroupBlockPool(ExactEvents, BlockPool):
             elif not block.is_null:
                 block.ref_cnt -= 1
                 if block.ref_cnt == 0:
-                    idle.append(block.block_id)
-                    kept.append(self._retention(block))
+                    idle.append(block)
         if idle:
-            self.arena.release(self.group, idle, kept, request=self._filed_under)
+            kept = [self._of_state(block) for block in idle] if self.holds_states else self._of_attention(idle)
+            ids = [block.block_id for block in idle]
+            self.arena.release(self.group, ids, kept, request=self._filed_under)
             if self.memory.poison:
                 self.memory.operations += [
                     encode_poison(self.group, index, self.memory.groups)
-                    for index, each in zip(idle, kept, strict=True)
+                    for index, each in zip(ids, kept, strict=True)
                     if not each
                 ]
         for pool, blocks in elsewhere.items():
             pool.free_blocks(blocks)
 
-    def _retention(self, block: KVCacheBlock) -> Retention:
-        """What becomes of a block without references."""
+    def _of_state(self, block: KVCacheBlock) -> Retention:
+        """What becomes of a state without references."""
         superseded = block.block_id in self.superseded
         self.superseded.discard(block.block_id)
-        policy, request = self.memory.retention, self.memory.serving
+        policy = self.memory.retention
         if block.block_hash is None or policy is None:
             return Retention.DROP
-        if self.holds_states:
-            kept = policy.of_state(
-                get_block_hash(block.block_hash),
-                superseded=superseded,
-                shared=bool(self.arena.pools[self.group].shared[block.block_id]),
-                low=block.block_id in self.low,
-            )
-            if kept == Retention.LOW and self.memory.host is not None:
-                self.memory.host.tier.lower(self.group, block.block_hash)
-            return kept
-        kept = policy.of_attention(block.block_hash_num_tokens or 0, request.last_checkpoint if request else None)
-        if kept == Retention.DROP:
-            self._maybe_evict_cached_block(block)
+        kept = policy.of_state(
+            get_block_hash(block.block_hash),
+            superseded=superseded,
+            shared=bool(self.arena.pools[self.group].shared[block.block_id]),
+            low=block.block_id in self.low,
+        )
+        if kept == Retention.LOW and self.memory.host is not None:
+            self.memory.host.tier.lower(self.group, block.block_hash)
+        return kept
+
+    def _of_attention(self, blocks: Sequence[KVCacheBlock]) -> list[Retention]:
+        """What becomes of blocks of attention without references."""
+        policy, request = self.memory.retention, self.memory.serving
+        if policy is None:
+            return [Retention.DROP] * len(blocks)
+        end = policy.attention_end(request.last_checkpoint if request else None)
+        kept: list[Retention] = []
+        for block in blocks:
+            hashed = block.block_hash is not None
+            keep = hashed and (block.block_hash_num_tokens or 0) <= end
+            if hashed and not keep:
+                self._maybe_evict_cached_block(block)
+            kept.append(Retention.KEEP if keep else Retention.DROP)
         return kept
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
