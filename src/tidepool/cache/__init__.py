@@ -4,7 +4,7 @@ Read in this order: `spec` (what layers keep), `geometry` (how memory is divided
 `arena` (who owns which extent), `eviction` (which cached memory goes first), `reuse` (when prompts are continued),
 `prompt_ends` and `branches` (from where), `checkpoints` (where a prompt leaves states), `retention` (what requests
 leave, and what of it is kept), `growth` (what running requests will still need), `host` (what lies in host memory
-behind it) and `speeds` (whether that is worth loading).
+behind it), `speeds` (whether that is worth loading) and `waiting` (what requests that wait will find).
 """
 
 from tidepool.cache.arena import Arena, OutOfBlocksError, Retention, Usage
@@ -46,6 +46,7 @@ from tidepool.cache.spec import (
     group_layers,
 )
 from tidepool.cache.speeds import Speeds
+from tidepool.cache.waiting import Waiting
 
 __all__ = [
     "LARGE_STEP",
@@ -93,6 +94,7 @@ __all__ = [
     "State",
     "TurnClass",
     "Usage",
+    "Waiting",
     "block_align",
     "choose_geometry",
     "choose_stage_geometries",

@@ -7,7 +7,8 @@ comparison in `KVCacheManager.allocate_slots` stays vLLM's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.core.kv_cache_coordinator import (
@@ -27,6 +28,7 @@ from tidepool.cache import (
     Growth,
     Outlook,
     RetentionPolicy,
+    Waiting,
     headroom,
 )
 from tidepool.vllm_plugin.host import HostMemory, TieredBlockPool, looking
@@ -229,6 +231,8 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
             state_tokens=pool.state_tokens,
         )
         pool.retention = self.retention
+        if pool.first_states:
+            pool.waiting = Waiting(pool.first_states.protect)
         for manager in states:
             manager.retention = self.retention
 
@@ -330,6 +334,38 @@ class TidepoolKVCacheManager(KVCacheManager):
         self._answers = AnswerLengths()
         self._lookups: dict[str, Lookup] = {}
         """By request that waits."""
+        self._waiting: dict[Hashable, Request] = {}
+        """By name, requests that were still waiting when a step had been scheduled."""
+
+    def order_waiting(self, queue: deque[Request]) -> None:
+        """Let a request that has much to lose go before the one that came first; see `Waiting.goes_before`."""
+        waiting: Waiting | None = self.block_pool.waiting
+        if not waiting or not self.kv_cache_config.hits_first:
+            return
+        name = waiting.goes_before(queue[0].request_id)
+        if name is not None:
+            request = self._waiting[name]
+            queue.remove(request)
+            queue.appendleft(request)
+
+    def note_waiting(self, queue: deque[Request]) -> None:
+        """Requests are left waiting: from now on what they will find in the cache goes last."""
+        waiting: Waiting | None = self.block_pool.waiting
+        if waiting is None:
+            return
+        new: list[Request] = []
+        for request in reversed(queue):
+            if request.request_id in waiting:
+                break
+            if not request.num_preemptions:
+                new.append(request)
+        for request in reversed(new):
+            self._waiting[request.request_id] = request
+            waiting.arrives(request.request_id, request.block_hashes)
+
+    def _waits_no_more(self, name: str) -> None:
+        if self._waiting.pop(name, None) is not None:
+            self.block_pool.waiting.leaves(name)
 
     def get_computed_blocks(self, request: Request, *most: int | None) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's; it also plans where the request leaves checkpoints.
@@ -385,6 +421,8 @@ class TidepoolKVCacheManager(KVCacheManager):
             context = RequestContext(name)
         with Serving(pool, context):
             slots = super().allocate_slots(request, *args, **kwargs)
+        if slots is not None:
+            self._waits_no_more(name)
         lookup = self._lookups.pop(name, None)
         if lookup and slots is None and not self.coordinator.need.postponed:
             self._lookups[name] = lookup._replace(released=pool.arena.released)
@@ -426,6 +464,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         """Forget a request if it has finished, but for what is to be learned from it."""
         name = request.request_id
         self._lookups.pop(name, None)
+        self._waits_no_more(name)
         if self.host:
             self.host.forget(name)
         if not request.is_finished():
@@ -436,6 +475,9 @@ class TidepoolKVCacheManager(KVCacheManager):
             self._retention.end(
                 name, request.block_hashes, request.num_prompt_tokens, request.num_computed_tokens, last_checkpoint
             )
+            if last_checkpoint and self._waiting:
+                place = last_checkpoint // self.block_pool.pools[0].hash_block_size
+                self.block_pool.waiting.left(request.block_hashes[place - 1], place)
 
     def take_new_block_ids(self) -> list[int]:
         """What workers do to blocks before the next step: poisoning first, then zeroing of new attention blocks."""

@@ -248,6 +248,14 @@ PATCHES: tuple[Patch, ...] = (
         "vLLM asks the manager",
     ),
     Patch(
+        "vllm.v1.core.sched.scheduler:Scheduler.schedule",
+        wrappers.schedule,
+        "self, throttle_prefills=",
+        "knows which requests wait, and lets those with much in the cache go first where the user wants it",
+        "vLLM asks nobody before a request's turn has come",
+        "vLLM lets a plugin order the waiting queue",
+    ),
+    Patch(
         "vllm.config.compilation:CompilationConfig.resolve_cudagraph_mode_and_sizes",
         wrappers.resolve_graph_sizes,
         "self, min_cg_support, min_cg_attn_backend, uniform_decode_query_len=, use_v2_model_runner=, "

@@ -64,6 +64,8 @@ class TidepoolKVCacheConfig(KVCacheConfig):
 
     partition: Partition = "elastic"
     eviction: Eviction = "returns"
+    hits_first: bool = False
+    """Of the requests that wait, those with much in the cache go first."""
     checkpoint_tokens: int = CHECKPOINT_TOKENS
     """From one checkpoint to the next, with prefix caching."""
     stock_block_tokens: int = 0
@@ -219,6 +221,7 @@ def make_kv_cache_config(
         prefix_cache_retention_interval=cache_config.prefix_cache_retention_interval,
         partition=plan.partition,
         eviction=plan.eviction,
+        hits_first=plan.hits_first,
         checkpoint_tokens=plan.checkpoint_tokens,
         stock_block_tokens=plan.stock.block_tokens if plan.stock else 0,
         geometry=None if shares else geometry,

@@ -15,10 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, get_block_hash
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    get_block_hash,
+    make_block_hash_with_group_id,
+)
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from tidepool.cache import Arena, Retention, RetentionPolicy, ReuseModel
+from tidepool.cache import Arena, Retention, RetentionPolicy, ReuseModel, Waiting
 from tidepool.vllm_plugin.events import ExactEvents
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
@@ -161,6 +167,8 @@ class GroupBlockPool(ExactEvents, BlockPool):
             kept = [self._of_state(block) for block in idle] if self.holds_states else self._of_attention(idle)
             ids = [block.block_id for block in idle]
             self.arena.release(self.group, ids, kept, request=self._filed_under)
+            if self._waiting:
+                self._protect_awaited(block for block, each in zip(idle, kept, strict=True) if each)
             if self.memory.poison:
                 self.memory.operations += [
                     encode_poison(self.group, index, self.memory.groups)
@@ -169,6 +177,24 @@ class GroupBlockPool(ExactEvents, BlockPool):
                 ]
         for pool, blocks in elsewhere.items():
             pool.free_blocks(blocks)
+
+    @property
+    def _waiting(self) -> Waiting | None:
+        """What requests wait for, if this is the group whose states are looked up for them: the first."""
+        return self.memory.waiting if self is self.memory.first_states else None
+
+    def _protect_awaited(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """What requests that wait will find goes last."""
+        waiting = self._waiting
+        for block in blocks:
+            if waiting and block.block_hash is not None and waiting.awaits(get_block_hash(block.block_hash)):
+                self.arena.protect(self.group, block.block_id, awaited=True)
+
+    def protect(self, key: BlockHash, awaited: bool) -> None:
+        """Requests wait for the state with this key, or don't any more."""
+        block = self.cached_block_hash_to_block.get_one_block(make_block_hash_with_group_id(key, self.group))
+        if block is not None and not block.ref_cnt:
+            self.arena.protect(self.group, block.block_id, awaited=awaited)
 
     def _of_state(self, block: KVCacheBlock) -> Retention:
         """What becomes of a state without references."""
@@ -217,6 +243,17 @@ class GroupBlockPool(ExactEvents, BlockPool):
         request, retention = self.memory.serving, self.memory.retention
         if self.holds_states and request and retention:
             retention.state_at(request.name, num_tokens or 0)
+        if self._waiting is not None:
+            self._waiting.cached(get_block_hash(block_hash_with_group_id))
+
+    def _remove_cached_block_hashes(self, block: KVCacheBlock) -> list[BlockHashWithGroupId]:
+        """As vLLM's; what waits is told of states."""
+        removed: list[BlockHashWithGroupId] = super()._remove_cached_block_hashes(block)
+        if self._waiting is not None:
+            for key in removed:
+                if self.cached_block_hash_to_block.get_one_block(key) is None:
+                    self._waiting.removed(get_block_hash(key))
+        return removed
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Drop blocks of this group from the prefix cache; those in use stay in use."""
@@ -238,7 +275,11 @@ class GroupBlockPool(ExactEvents, BlockPool):
 
     def drop_contents(self, block_id: int) -> None:
         """The arena is taking this cached block away: no lookup may find it any more."""
-        self._maybe_evict_cached_block(self.blocks[block_id])
+        block = self.blocks[block_id]
+        key = block.block_hash
+        self._maybe_evict_cached_block(block)
+        if self._waiting and key is not None:
+            self._waiting.lost(get_block_hash(key))
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached block of this group; the caller has made sure that none is in use."""
@@ -248,6 +289,8 @@ class GroupBlockPool(ExactEvents, BlockPool):
         for block_id in cached:
             self.blocks[block_id].reset_hash()
         self.arena.forget(self.group, cached)
+        if self._waiting is not None:
+            self._waiting.forget_states()
         return True
 
     def get_num_free_blocks(self) -> int:
@@ -297,6 +340,8 @@ class ArenaBlockPool:
         """With prefix caching, what is kept."""
         self.serving: RequestContext | None = None
         """The request that the pools serve now; see `Serving`."""
+        self.waiting: Waiting | None = None
+        """With prefix caching, what requests that wait will find."""
         self.host: HostMemory | None = None
         """The memory behind this one, if there is any."""
         self.block_bytes = config.block_bytes
@@ -313,6 +358,7 @@ class ArenaBlockPool:
             )
             for group, (blocks, spec) in enumerate(zip(config.pool_blocks, specs, strict=True))
         )
+        self.first_states = next((pool for pool in self.pools if pool.holds_states), None)
         self.growing = [self.arena.pools[pool.group] for pool in self.pools if not pool.holds_states]
         """The core's pools of groups whose need grows with the text."""
         self.checkpoint_tokens = config.checkpoint_tokens

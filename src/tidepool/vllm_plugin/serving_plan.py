@@ -51,6 +51,8 @@ class ServingPlan(NamedTuple):
     """Blocks of each group in an extent, where several pipeline stages share them."""
     places: tuple[tuple[int, int], ...] = ()
     """(first block, blocks) of each group's fixed share, where several ranks share them."""
+    hits_first: bool = False
+    """Of the requests that wait, those with much in the cache go first."""
     memory_bytes: int | None = None
     """KV memory of the smallest rank, once the engine core plans it. Who plans without has a small cache in mind, for
     CUDA graphs to be measured with."""

@@ -38,6 +38,9 @@ class Settings(BaseModel):
     """Tokens between two states kept for prefix hits; by default 512, or what --mamba-block-size says."""
     eviction: Eviction = "returns"
     """Which cached memory goes first: by learned times of return, or the least recently used."""
+    queue: Literal["fcfs", "hits-first"] = "fcfs"
+    """Who goes first of requests that wait: who came first, or who has much of its prompt in the cache; at most 64 such
+    requests go before one that came earlier. With vLLM's own priority scheduling that decides."""
     kv: str | None = Field(default=None, pattern="^tqkv-k[2348]v[2348]$")
     """How attention keeps keys and values: a format of `tidepool.tqkv`, on the CPU; also without tidepool's memory."""
     host_memory: float | None = Field(default=None, gt=0)

@@ -7,6 +7,7 @@ of the engine at hand, so that engines which tidepool doesn't serve go vLLM's wa
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from tidepool.cache import LARGE_STEP
 from tidepool.vllm_plugin import planning
 from tidepool.vllm_plugin.asked import ask_for_host_memory, asked_of, note_asked
 from tidepool.vllm_plugin.capacity import MeteredKVCacheManager, publish_capacity
-from tidepool.vllm_plugin.coordinator import make_coordinator
+from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager, make_coordinator
 from tidepool.vllm_plugin.deciding import keep_pages_natural
 from tidepool.vllm_plugin.gates import NO_STATES
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, own_connector
@@ -245,6 +246,18 @@ def tokens_of_step(
         # What another prompt has left of a large step: to begin with so little would hold memory for nothing.
         return 0
     return int(scheduler.kv_cache_manager.step_end(request, start, start + num_new_tokens, prompt_end)) - start
+
+
+def schedule(original: Function, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """Know what waits, and let it go in the order that the user wants."""
+    manager = scheduler.kv_cache_manager
+    known = isinstance(manager, TidepoolKVCacheManager) and isinstance(scheduler.waiting, deque)
+    if known and scheduler.waiting:
+        manager.order_waiting(scheduler.waiting)
+    output = original(scheduler, *args, **kwargs)
+    if known and scheduler.waiting:
+        manager.note_waiting(scheduler.waiting)
+    return output
 
 
 # Workers, with memory -----------------------------------------------------------------------------------------

@@ -1,0 +1,92 @@
+"""What requests wait for stays in the cache, and who goes first: real engine cores with the model left out."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import pytest
+
+from tidepool.models import entry
+
+pytestmark = pytest.mark.vllm
+MEMORY = 230 << 20
+"""Of three cached conversations of 4,000 tokens it holds one beside a prompt of 8,000."""
+tokens = count(1_000)
+
+
+def text(length: int) -> list[int]:
+    return [next(tokens) for _ in range(length)]
+
+
+def engine_of(queue: str) -> Any:
+    from tidepool.replay.engine import EngineShape, make_engine
+
+    config = dict(entry("Qwen3.5-0.8B").config)
+    options = {"additional_config": {"tidepool": {"queue": queue, "eviction": "lru"}}}
+    return make_engine(
+        EngineShape(
+            config,
+            MEMORY,
+            "elastic",
+            max_num_seqs=1,
+            max_model_len=9_000,
+            max_num_batched_tokens=1_024,
+            options=options,
+        )
+    )
+
+
+def run(engine: Any, until: set[str]) -> list[str]:
+    """The names in the order in which they got their first tokens."""
+    from tidepool.replay.step import take_step
+
+    order: list[str] = []
+    for _ in range(200):
+        order += [name for name in take_step(engine).emitted if name not in order]
+        if until <= set(order) and not engine.scheduler.has_unfinished_requests():
+            return order
+    raise AssertionError(order)
+
+
+@pytest.mark.parametrize(
+    ("queue", "order"), [("fcfs", ["far", "new", "again"]), ("hits-first", ["far", "again", "new"])]
+)
+def test_what_is_waited_for_is_found(queue: str, order: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tidepool.replay.engine import add_request
+    from tidepool.replay.step import take_step
+
+    engine = engine_of(queue)
+    manager = engine.scheduler.kv_cache_manager
+    hits: dict[str, int] = {}
+    monkeypatch.setattr(
+        manager, "record_prefix_cache_stats", lambda request, hit: hits.update({request.request_id: hit})
+    )
+    first, other = text(4_000), text(4_000)
+    for name, prompt in {"first": first, "other": other}.items():
+        add_request(engine, name, prompt, 1)
+        run(engine, {name})
+    add_request(engine, "far", text(8_000), 1)
+    add_request(engine, "new", text(600), 1)
+    add_request(engine, "again", first + text(100), 1)
+    take_step(engine)
+    assert len(manager.block_pool.waiting) == 2
+    assert run(engine, {"far", "new", "again"}) == order
+    assert not len(manager.block_pool.waiting)
+    add_request(engine, "other again", other + text(100), 1)
+    run(engine, {"other again"})
+    assert (hits["again"], hits["other again"]) == (3_584, 0), "the other one went, though it was used later"
+
+
+def test_an_aborted_request_waits_no_more() -> None:
+    from tidepool.replay.engine import add_request
+    from tidepool.replay.step import take_step
+
+    engine = engine_of("hits-first")
+    add_request(engine, "runs", text(3_000), 1)
+    add_request(engine, "waits", text(3_000), 1)
+    take_step(engine)
+    waiting = engine.scheduler.kv_cache_manager.block_pool.waiting
+    assert len(waiting) == 1
+    engine.abort_requests(["waits"])
+    assert not len(waiting)
