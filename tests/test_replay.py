@@ -19,6 +19,7 @@ from tidepool.replay.answers import with_answers, with_own_tokens, without_reaso
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import STEP_OVERHEAD, Work, cost_model
 from tidepool.replay.command import parse_modes, replay
+from tidepool.replay.formats import read_trace
 from tidepool.replay.generate import WORKLOADS, generate
 from tidepool.replay.job import USES, GroupLayout, Job, Mode, Result, Sample, Spread
 from tidepool.replay.page import render_page
@@ -26,8 +27,8 @@ from tidepool.replay.plot import round_step
 from tidepool.replay.report import Report, Setting, mean_uses
 from tidepool.replay.sampling import FEWEST, Sampler
 from tidepool.replay.statistics import median, percentile, spread
-from tidepool.replay.trace import GENERATED_TOKEN, TraceError, TraceRequest, read_trace
-from tidepool.replay.workload import load_workload
+from tidepool.replay.trace import GENERATED_TOKEN, Skipped, TraceError, TraceRequest, sentences
+from tidepool.replay.workload import Workload, leave_out_long, load_workload
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -37,7 +38,7 @@ def write(path: Path, *lines: object) -> Path:
 
 def read(path: Path, *lines: object) -> list[TraceRequest]:
     """The requests of a trace, with their answers."""
-    return with_answers(read_trace(write(path / "t.jsonl", *lines)))
+    return with_answers(read_trace(write(path / "t.jsonl", *lines)).requests)
 
 
 def answer(request: TraceRequest) -> list[int]:
@@ -70,9 +71,33 @@ def test_blocks_of_another_size_and_plain_tokens(tmp_path: Path) -> None:
 
 def test_only_the_first_requests_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", *[{"output_length": 1, "token_ids": [1]}] * 5, "not JSON")
-    assert len(read_trace(path, 5)) == 5
+    assert len(read_trace(path, 5, strict=True).requests) == 5
     with pytest.raises(TraceError, match="line 6: not valid JSON"):
-        read_trace(path)
+        read_trace(path, strict=True)
+
+
+def test_what_is_no_request_is_left_out_and_counted(tmp_path: Path) -> None:
+    good = {"output_length": 1, "token_ids": [1]}
+    trace = read_trace(write(tmp_path / "t.jsonl", good, "[", good | {"timestamp": float("nan")}, good, "]"))
+    assert [request.line for request in trace.requests] == [1, 4]
+    assert [each.line for each in trace.skipped] == [2, 3, 5]
+    assert sentences(trace.skipped) == [
+        "Left out: 2 requests, not valid JSON (lines 2, 5).",
+        'Left out: 1 request, "timestamp" must be milliseconds from 0 (line 3).',
+    ]
+    assert sentences([Skipped(n, "bad") for n in range(1, 9)]) == [
+        "Left out: 8 requests, bad (lines 1, 2, 3, 4, 5, ...)."
+    ]
+
+
+def test_what_is_too_long_is_left_out_and_counted() -> None:
+    requests = [TraceRequest(0, (range(tokens),), tokens, 10, line=tokens) for tokens in (80, 90, 91)]
+    made = leave_out_long(Workload(requests), 100, "that are served")
+    assert made.requests == requests[:2]
+    assert sentences(made.skipped) == ["Left out: 1 request, longer than the 100 tokens that are served (line 91)."]
+    for tokens, strict in ((100, True), (50, False)):
+        with pytest.raises(TraceError, match=r"The request of line .* tokens\) is longer than the .*\.$"):
+            leave_out_long(Workload(requests), tokens, "that are served", strict=strict)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +113,15 @@ def test_only_the_first_requests_are_read(tmp_path: Path) -> None:
         ({"output_length": 1, "hash_ids": [1], "input_length": 513}, "too few"),
         ({"output_length": 1, "hash_ids": [1], "block_size": 0}, '"block_size" must be a positive'),
         ({"output_length": 1, "token_ids": [1], "timestamp": -1}, '"timestamp"'),
+        ('{"output_length": 1, "token_ids": [1], "timestamp": NaN}', '"timestamp"'),
+        ('{"output_length": 1, "token_ids": [1], "timestamp": 1e999}', '"timestamp"'),
+        ({"output_length": 1, "token_ids": [1], "timestamp": 10**400}, '"timestamp"'),
+        ({"output_length": 10**30, "token_ids": [1]}, '"output_length"'),
+        ({"output_length": 1, "token_ids": [1 << 70]}, "below 2\\^62"),
+        ({"output_length": 1, "hash_ids": [1 << 50]}, "below 2\\^40"),
+        ({"output_length": 1, "hash_ids": [1], "block_size": 10**9}, '"block_size" must be at most'),
+        ({"output_length": 1, "token_ids": [1], "lora": {}}, "must be names"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_bad_line_is_one_sentence(tmp_path: Path, line: object, message: str) -> None:
@@ -261,11 +295,11 @@ def test_reasoning_is_dropped_from_a_share_of_the_answers() -> None:
 
 def test_a_workload_is_loaded_with_answers(tmp_path: Path) -> None:
     job = Job("stock", {}, "H100", 1, None, "chat", 50, 3, 1.0, 256, 8192)
-    assert load_workload(job) == generate("chat", 50, 3)
-    dropped = load_workload(replace(job, drop_reasoning=1.0))
+    assert load_workload(job).requests == generate("chat", 50, 3)
+    dropped = load_workload(replace(job, drop_reasoning=1.0)).requests
     assert not {t for r in dropped for t in answer(r)} & {t for r in dropped for t in r.prompt()}
     path = write(tmp_path / "t.jsonl", {"output_length": 2, "token_ids": list(range(40))})
-    (request,) = load_workload(replace(job, workload=None, trace=str(path)))
+    (request,) = load_workload(replace(job, workload=None, trace=str(path))).requests
     assert answer(request) == [40, 41]
 
 
@@ -433,6 +467,8 @@ def result(mode: Mode = "stock") -> Result:
         hit_tokens=25,
         output_tokens=30,
         ttft=Spread(1.0, 1.0, 2.0, 2.0),
+        tpot=None,
+        e2e=Spread(3.0, 3.0, 4.0, 4.0),
         makespan=10.0,
         preemptions=0,
         running_mean=1.5,

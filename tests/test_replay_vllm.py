@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from tidepool.replay.job import Job, Mode, Result
 from tidepool.replay.parent import run_jobs
 from tidepool.replay.report import Report, Setting
 from tidepool.replay.table import print_report
+from tidepool.replay.workload import load_workload
 from tidepool.running.unpacked import UnpackError, environment_with
 from tidepool.vllm_plugin.versions import series_here
 
@@ -28,10 +30,15 @@ def job(mode: Mode) -> Job:
     return Job(mode, entry("Qwen3.5-0.8B").config, "4090", MEMORY, None, "hot-prefix", REQUESTS, 0, 1.0, 32, 2048)
 
 
+def run_all(jobs: list[Job], environ: Mapping[str, str] = os.environ) -> tuple[list[Result], dict[Mode, str]]:
+    """Run jobs of one workload."""
+    return run_jobs(jobs, load_workload(jobs[0]).requests, QUIET, environ)
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[Mode, Result]:
     modes: tuple[Mode, ...] = ("stock", "elastic", "bound")
-    made, failures = run_jobs([job(mode) for mode in modes], REQUESTS, QUIET)
+    made, failures = run_all([job(mode) for mode in modes])
     assert not failures
     return {result.mode: result for result in made}
 
@@ -44,6 +51,9 @@ def test_every_mode_serves_the_same_requests(results: dict[Mode, Result]) -> Non
         assert result.output_tokens == sum(request.output_tokens for request in workload)
         assert 0 <= result.hit_tokens < result.prompt_tokens
         assert 0 < result.ttft.p50 <= result.ttft.p99 < result.makespan
+        assert result.tpot
+        assert 0 < result.tpot.p50 < result.e2e.p50 <= result.e2e.p99 < result.makespan
+        assert result.ttft.mean < result.e2e.mean
         assert 0 < result.running_mean <= result.running_peak <= 32
         assert result.scheduler_median > 0
 
@@ -64,7 +74,7 @@ def test_another_version_hits_as_much(results: dict[Mode, Result]) -> None:
         environ = environment_with("0.33.0", os.environ)
     except UnpackError as error:
         pytest.skip(str(error))
-    made, failures = run_jobs([job("stock"), job("elastic")], REQUESTS, QUIET, environ)
+    made, failures = run_all([job("stock"), job("elastic")], environ)
     assert not failures
     for result in made:
         assert abs(result.hit_rate - results[result.mode].hit_rate) <= 0.005
@@ -99,7 +109,7 @@ def test_prompts_that_part_before_their_ends_find_a_state() -> None:
     """Questions about documents: the first few teach where prompts part, and later documents leave a state there. A
     state at the end and one where prompts were seen to part would give 19% here, attention alone 61%."""
     asked = replace(job("elastic"), workload="documents", requests=80, kv_bytes=8 << 30, gpu="H100")
-    made, failures = run_jobs([asked], 80, QUIET)
+    made, failures = run_all([asked])
     assert not failures
     assert made[0].hit_rate > 0.45
 
@@ -107,13 +117,15 @@ def test_prompts_that_part_before_their_ends_find_a_state() -> None:
 def test_answers_are_hit_by_the_next_turn() -> None:
     """Attention of everything is kept. The chat's prompts are the same, whether answers are in them or others' text."""
     asked = replace(job("bound"), workload="chat", kv_bytes=4 << 30, gpu="H100")
-    made, failures = run_jobs([asked, replace(asked, drop_reasoning=1.0)], REQUESTS, QUIET)
-    assert not failures
-    told, dropped = (result.hit_tokens / result.prompt_tokens for result in made)
+    shares = []
+    for each in (asked, replace(asked, drop_reasoning=1.0)):
+        (result,), _ = run_all([each])
+        shares.append(result.hit_rate)
+    told, dropped = shares
     assert dropped + 0.1 < told
 
 
 def test_too_little_memory_is_said() -> None:
-    made, failures = run_jobs([replace(job("stock"), kv_bytes=50 << 20)], REQUESTS, QUIET)
+    made, failures = run_all([replace(job("stock"), kv_bytes=50 << 20)])
     assert not made
     assert "memory" in failures["stock"]

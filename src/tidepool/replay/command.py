@@ -4,36 +4,48 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
+from math import inf
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tidepool.command_line import UsageError, cannot_write, fail
-from tidepool.gpus import GPUS, find_gpu
-from tidepool.models import CacheOptions, ModelConfigError, find_model, model_from_config, read_config
-from tidepool.models.catalogue import entry
+from tidepool.command_line import NO_VLLM, UsageError, cannot_write, fail, has_vllm
+from tidepool.gpus import GPUS, Gpu, find_gpu
+from tidepool.models import KV_DTYPES, ModelConfigError
 from tidepool.plan import Card, parse_layer_dtypes
-from tidepool.replay.architectures import ARCHITECTURES
+from tidepool.plan.reserve import Step, reserve
+from tidepool.plan.served import reasons, stock_lacks
 from tidepool.replay.bound import attention_only
-from tidepool.replay.generate import WORKLOADS
+from tidepool.replay.fits import memory_tokens
+from tidepool.replay.generate import MOST_REQUESTS, WORKLOADS
 from tidepool.replay.job import MODES, Job, Mode
-from tidepool.replay.report import Report, Setting
+from tidepool.replay.model import ReplayModel, find_replay_model
+from tidepool.replay.report import Report, Setting, versions
 from tidepool.replay.trace import TraceError
-from tidepool.replay.workload import load_workload
+from tidepool.replay.workload import Workload, leave_out_long, load_workload
 from tidepool.running.unpacked import UnpackError, environment_with
-from tidepool.sizes import parse_size
+from tidepool.sizes import parse_size, size
 from tidepool.vllm_plugin.settings import EVICTIONS, Eviction
 
-UTILIZATION, RESERVE = 0.92, 2 << 30
-"""Share of a card that is used, and bytes of it for activations and graphs, where --memory doesn't say."""
+UTILIZATION = 0.92
+"""Share of a card that is used where --memory doesn't say."""
+MOST_MEMORY = 8 << 40
+"""Bytes of KV memory on one device; more would only fill this machine's own memory with lists of blocks."""
 
 
 def replay(
-    trace: Annotated[Path | None, typer.Argument(help="Requests to replay, JSON lines; see docs/replay.md.")] = None,
+    traces: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="TRACE", help="Requests to replay; docs/replay.md names the formats."),
+    ] = None,
     generate: Annotated[str | None, typer.Option(help=f"Make requests up instead: {', '.join(WORKLOADS)}.")] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Replay nothing: compare what --json wrote of several replays.")
+    ] = False,
     model: Annotated[str, typer.Option(help="A name of the catalogue, a model directory or config.json.")] = (
         "Qwen3.5-4B"
     ),
@@ -41,14 +53,30 @@ def replay(
         str, typer.Option(help="Whose memory to run, of these four; bound is attention without states.")
     ] = ",".join(MODES),
     gpu: Annotated[str, typer.Option(help=f"The GPU whose speed the clock has: {', '.join(GPUS)}.")] = "H100",
-    memory: Annotated[str | None, typer.Option(help="KV memory, like 60GiB; by default what the GPU leaves.")] = None,
+    tp: Annotated[int, typer.Option(help="Tensor parallel size: so many of these GPUs.")] = 1,
+    memory: Annotated[
+        str | None, typer.Option(help="KV memory of one device, like 60GiB; by default what the GPU leaves.")
+    ] = None,
     requests: Annotated[int | None, typer.Option(help="How many of the requests to replay; by default all.")] = None,
     rate: Annotated[float, typer.Option(help="How many times as fast requests arrive.")] = 1.0,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that may run at once.")] = 256,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens in a step of the engine at most.")] = 8_192,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of the longest request; by default what the model and the memory allow.")
+    ] = None,
+    prefix_caching: Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching")] = True,
+    speculative_tokens: Annotated[
+        int, typer.Option(help="Tokens drafted in a step for each request, by n-grams: drafting takes no time.")
+    ] = 0,
+    acceptance: Annotated[
+        float | None, typer.Option(help="How likely a draft token is accepted if those before it were; 0 to 1.")
+    ] = None,
     eviction: Annotated[
         str, typer.Option(help=f"How tidepool chooses what to evict: {', '.join(EVICTIONS)}.")
     ] = EVICTIONS[0],
+    kv_cache_dtype: Annotated[
+        str, typer.Option(help=f"How attention keeps keys and values: {', '.join(KV_DTYPES)}.")
+    ] = "auto",
     layer_kv_dtype: Annotated[
         str | None, typer.Option(help="How single layers keep tokens: 3=fp8,7-11=528B; see docs/many-groups.md.")
     ] = None,
@@ -61,7 +89,14 @@ def replay(
     drop_reasoning: Annotated[
         float, typer.Option(help="Share of the answers that later prompts lack, as thinking models' do; 0 to 1.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of --generate and --drop-reasoning.")] = 0,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="The model directory or tokenizer.json for traces of text; else words stand for tokens."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first request that can't run; else it is left out.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of --generate, --drop-reasoning and --acceptance.")] = 0,
     vllm: Annotated[
         str | None, typer.Option(help="The version of vLLM, where another is unpacked beside it; see docs/versions.md.")
     ] = None,
@@ -74,70 +109,101 @@ def replay(
     from tidepool.replay.parent import run_jobs
     from tidepool.replay.table import WIDTH, print_report
 
+    console = Console(width=WIDTH if not sys.stdout.isatty() else None)
     try:
-        _require_positive(
-            requests=requests, rate=rate, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
-        )
-        if not 0 <= drop_reasoning <= 1:
-            raise UsageError(f"--drop-reasoning must be from 0 to 1, not {drop_reasoning:g}.")
-        if (trace is None) == (generate is None):
-            raise TraceError("Name a trace, or a workload with --generate, and not both.")
         for file in (json_file, html):
             _require_folder(file)
+        if compare:
+            from tidepool.replay.comparison import compare_files
+
+            compare_files(traces or [], console, json_file, html)
+            return
+        _require_numbers(
+            requests=requests,
+            rate=rate,
+            tp=tp,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+        )
+        if max_num_batched_tokens < max_num_seqs:
+            raise UsageError(
+                f"--max-num-batched-tokens ({max_num_batched_tokens:,}) must be at least --max-num-seqs "
+                f"({max_num_seqs:,}): vLLM gives every running request a token."
+            )
+        if not 0 <= drop_reasoning <= 1:
+            raise UsageError(f"--drop-reasoning must be from 0 to 1, not {drop_reasoning:g}.")
+        if not 0 <= speculative_tokens <= 1_000:
+            raise UsageError(f"--speculative-tokens must be from 0 to 1,000, not {speculative_tokens:,}.")
+        if bool(speculative_tokens) != (acceptance is not None) or not 0 <= (acceptance or 0.0) <= 1:
+            raise UsageError("--speculative-tokens and --acceptance, from 0 to 1, belong together.")
+        if generate is not None and (requests or 0) > MOST_REQUESTS:
+            raise UsageError(f"--generate makes at most {MOST_REQUESTS:,} requests.")
+        if len(traces or ()) + (generate is not None) != 1:
+            raise TraceError("Name a trace, or a workload with --generate, and not both.")
         chosen = parse_modes(modes)
-        found = _find(model)
-        card = find_gpu(gpu)[0]
-        kv_bytes = parse_size(memory) if memory else _kv_bytes(found, card)
-        layer_kv_dtypes = parse_layer_dtypes(layer_kv_dtype)
-        model_from_config(found.config).layer_caches(CacheOptions(layer_kv_dtypes=layer_kv_dtypes))
+        found = find_replay_model(model)
+        card, device = find_gpu(gpu)
+        kv_dtype = found.shapes.quantization.kv_dtype or "auto" if kv_cache_dtype == "auto" else kv_cache_dtype
+        job = Job(
+            mode=chosen[0],
+            config=found.config,
+            gpu=card,
+            kv_bytes=_device_bytes(
+                memory, found, card, device, tp, speculative_tokens, max_num_seqs, max_num_batched_tokens
+            ),
+            trace=None if not traces else str(traces[0]),
+            workload=generate,
+            requests=requests,
+            seed=seed,
+            rate=rate,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            eviction=_parse_eviction(eviction),
+            layer_kv_dtypes=parse_layer_dtypes(layer_kv_dtype),
+            host_bytes=parse_size(host_memory) if host_memory else 0,
+            host_bandwidth=parse_bandwidth(host_bandwidth),
+            drop_reasoning=drop_reasoning,
+            max_model_len=min(max_model_len or found.shapes.max_tokens, found.shapes.max_tokens),
+            tp=tp,
+            kv_dtype=kv_dtype,
+            prefix_caching=prefix_caching,
+            draft_tokens=speculative_tokens,
+            acceptance=acceptance or 0.0,
+            tokenizer=None if tokenizer is None else str(tokenizer),
+        )
+        found.shapes.layer_caches(job.cache_options())
         if "bound" in chosen:
             attention_only(found.config)
-            if layer_kv_dtypes:
+            if job.layer_kv_dtypes:
                 raise UsageError("The bound keeps all layers alike: leave it out of --modes, or --layer-kv-dtype away.")
-        jobs = [
-            Job(
-                mode=mode,
-                config=found.config,
-                gpu=card,
-                kv_bytes=kv_bytes,
-                trace=None if trace is None else str(trace),
-                workload=generate,
-                requests=requests,
-                seed=seed,
-                rate=rate,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                eviction=_parse_eviction(eviction),
-                layer_kv_dtypes=layer_kv_dtypes,
-                host_bytes=parse_size(host_memory) if host_memory else 0,
-                host_bandwidth=parse_bandwidth(host_bandwidth),
-                drop_reasoning=drop_reasoning,
-            )
-            for mode in chosen
-        ]
-        workload = load_workload(jobs[0])
+        if job.host_bytes and not prefix_caching:
+            raise UsageError("Host memory is for the prefix cache: leave out --no-prefix-caching or --host-memory.")
+        refused = {mode: reason for mode in chosen if (reason := _refused(replace(job, mode=mode), found))}
+        jobs = [replace(job, mode=mode) for mode in chosen if mode not in refused]
+        workload = _load(job, jobs, strict)
         environ = environment_with(vllm, os.environ) if vllm else os.environ
-        results, failures = run_jobs(jobs, len(workload), Console(stderr=True), environ)
+        if not has_vllm():
+            fail(NO_VLLM, 1)
+        results, failures = run_jobs(jobs, workload.requests, Console(stderr=True), environ)
     except (UsageError, ModelConfigError, TraceError, UnpackError) as error:
         fail(str(error), 2)
+    except OSError as error:
+        fail(cannot_write(error), 2)
+    failures = refused | failures
     if not results:
         for mode, reason in failures.items():
             typer.echo(f"{mode}: {reason}", err=True)
         raise typer.Exit(1)
-    setting = Setting(
+    setting = Setting.of(
+        job,
         model=found.name,
-        gpu=card,
-        kv_bytes=kv_bytes,
-        source=f"{generate}, seed {seed}" if trace is None else trace.name,
-        rate=rate,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        eviction=eviction,
-        drop_reasoning=drop_reasoning,
-        vllm=vllm,
+        source=f"{generate}, seed {seed}" if generate else Path(job.trace or "").name,
+        command=shlex.join(["tidepool", *sys.argv[1:]]),
+        versions=versions(vllm),
     )
-    report = Report(setting, results, failures)
-    print_report(report, Console(width=WIDTH if not sys.stdout.isatty() else None))
+    report = Report(setting, results, failures, workload.skipped, workload.notes)
+    print_report(report, console)
     try:
         if json_file is not None:
             json_file.write_text(json.dumps(report.to_dict()) + "\n", encoding="utf-8")
@@ -186,38 +252,64 @@ def _parse_eviction(text: str) -> Eviction:
     raise UsageError(f"--eviction takes {' or '.join(EVICTIONS)}, not {text!r}.")
 
 
-@dataclass(frozen=True)
-class _Found:
-    name: str
-    config: dict[str, Any]
-    weight_bytes: int
+def _load(job: Job, jobs: list[Job], strict: bool) -> Workload:
+    """The requests that can run in all modes."""
+    workload = load_workload(job, strict=strict)
+    if job.max_model_len is not None:
+        workload = leave_out_long(workload, job.max_model_len, "that are served", strict=strict)
+    if (held := memory_tokens(jobs)) is not None:
+        workload = leave_out_long(workload, held, "that the memory holds", strict=strict)
+    return workload
 
 
-def _find(model: str) -> _Found:
-    name, _, shapes = find_model(model)
-    path = Path(model).expanduser()
-    config = read_config(path) if path.exists() else entry(model).config
-    if config.get("model_type") not in ARCHITECTURES:
-        raise ModelConfigError(
-            f"A replay builds vLLM's own class of a model, and knows it for {', '.join(ARCHITECTURES)}, "
-            f"not for {config.get('model_type')!r}."
-        )
-    return _Found(name, config, shapes.weight_bytes())
+def _refused(job: Job, found: ReplayModel) -> str | None:
+    """Why a mode wouldn't be served like this, as far as an engine without kernels doesn't find out itself."""
+    if job.mode in ("stock", "bound"):
+        return stock_lacks([job.kv_dtype])
+    told = reasons(
+        gpu=True,
+        hybrid=True,
+        latent=False,
+        formats=[job.kv_dtype],
+        prefix_caching=job.prefix_caching,
+        drafts=job.draft_tokens > 0,
+        own_head=False,
+        family=found.shapes.model_type,
+        tp=job.tp,
+        pp=1,
+    )
+    # A certificate is for the card; a replay shows what there is with one.
+    return next(
+        (f"tidepool falls back to vLLM's own KV cache. {why}." for why in told if "certificate" not in why), None
+    )
 
 
-def _kv_bytes(found: _Found, gpu: str) -> int:
-    left = Card(gpu, find_gpu(gpu)[1].total_bytes, UTILIZATION, found.weight_bytes, RESERVE).kv_bytes
+def _device_bytes(
+    memory: str | None, found: ReplayModel, name: str, gpu: Gpu, tp: int, drafts: int, seqs: int, tokens: int
+) -> int:
+    """The KV memory: what the user says, or what a card leaves, as ``tidepool plan`` counts it."""
+    if memory:
+        given = parse_size(memory)
+        if given > MOST_MEMORY:
+            raise UsageError(f"--memory is that of one device, and none has {size(given)}.")
+        return given
+    needed = reserve(found.shapes, gpu, Step(tokens, seqs), tp, draft_tokens=drafts).total
+    left = Card(name, gpu.total_bytes, UTILIZATION, found.shapes.weight_bytes(tp), needed).kv_bytes
     if left <= 0:
-        raise UsageError(f"The weights of {found.name} leave nothing for the KV cache on {gpu}: give --memory.")
+        raise UsageError(f"The weights of {found.name} leave nothing for the KV cache on {name}: give --memory.")
     return left
 
 
-def _require_positive(**options: float | None) -> None:
+def _require_numbers(**options: float | None) -> None:
     for name, value in options.items():
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < inf:
             raise UsageError(f"--{name.replace('_', '-')} must be above zero, not {value:g}.")
 
 
 def _require_folder(file: Path | None) -> None:
-    if file is not None and not file.parent.is_dir():
+    if file is None:
+        return
+    if not file.parent.is_dir():
         raise UsageError(f"Can't write {file}: there is no such directory.")
+    if file.is_dir():
+        raise UsageError(f"Can't write {file}: it is a directory.")
