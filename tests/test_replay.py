@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -546,12 +547,83 @@ def test_modes_are_known_and_once_each() -> None:
         (["--generate", "chat", "--drop-reasoning", "1.5"], "--drop-reasoning must be from 0 to 1"),
         (["--generate", "chat", "--json", "missing/x.json"], "no such directory"),
         (["--generate", "chat", "--model", "Qwen3.5-27B", "--gpu", "4090"], "leave nothing"),
+        (["--generate", "chat", "--rate", "nan"], "--rate must be above zero"),
+        (["--generate", "chat", "--rate", "inf"], "--rate must be above zero"),
+        (["--generate", "chat", "--requests", "1000000000000"], "at most 1,000,000 requests"),
+        (["--generate", "chat", "--memory", "500TiB"], "none has"),
+        (["--generate", "chat", "--max-model-len", "0"], "--max-model-len must be above zero"),
+        (["--generate", "chat", "--max-model-len", "8"], "longer than the 8 tokens that are served"),
+        (["--generate", "chat", "--max-model-len", "900", "--strict"], "longer than the 900 tokens that are served"),
+        (["--generate", "hot-prefix", "--memory", "220MiB"], "that the memory holds, and so are all others"),
+        (["--generate", "chat", "--max-num-batched-tokens", "100"], "must be at least --max-num-seqs (256)"),
+        (["--generate", "chat", "--json", "."], "it is a directory"),
+        (["--generate", "chat", "--tp", "0"], "--tp must be above zero"),
+        (["--generate", "chat", "--tp", "3"], "3"),
+        (["--generate", "chat", "--kv-cache-dtype", "fp3"], "There is no KV cache dtype 'fp3'"),
+        (["--generate", "chat", "--speculative-tokens", "3"], "belong together"),
+        (["--generate", "chat", "--acceptance", "0.5"], "belong together"),
+        (["--generate", "chat", "--speculative-tokens", "3", "--acceptance", "1.5"], "from 0 to 1"),
+        (["--generate", "chat", "--speculative-tokens", "-1", "--acceptance", "1"], "from 0 to 1,000"),
+        (["--generate", "chat", "--host-memory", "1GiB", "--no-prefix-caching"], "for the prefix cache"),
+        (["--generate", "chat", "--host-memory", "1GiB", "--host-bandwidth", "fast"], "--host-bandwidth takes"),
+        (["--generate", "chat", "--drop-reasoning", "nan"], "--drop-reasoning must be from 0 to 1"),
+        (["--generate", "chat", "--vllm", "0.1"], "vLLM 0.1 isn't here"),
+        (["a.jsonl", "b.jsonl"], "and not both"),
+        (["/dev/zero"], "isn't a regular file"),
+        (["."], "isn't a regular file"),
+        (["--compare"], "Name the files that --json wrote"),
+        (["--compare", "missing.json"], "No such file"),
+        (["--compare", __file__], "isn't what tidepool replay --json of this version writes"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str) -> None:
+    assert message in refused(*arguments)
+
+
+LINE = b'{"output_length": 1, "token_ids": [1, 2]}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no requests"),
+        (b"\n \n", "holds no requests"),
+        (b"\xff\xfe" + LINE.decode().encode("utf-16-le"), "isn't UTF-8 text"),
+        (b"\x00\x01\x02\x80", "isn't UTF-8 text"),
+        (b"\x1f\x8b" + LINE, "gzip data is broken"),
+        (b"%PDF-1.7\n", "line 1: not valid JSON"),
+        (b"[1, 2]\n", "line 1: a request must be a JSON object"),
+        (b'{"timestamp": NaN, "output_length": 1, "token_ids": [1]}\n', 'line 1: "timestamp"'),
+        (b'{"timestamp": -Infinity, "output_length": 1, "token_ids": [1]}\n', 'line 1: "timestamp"'),
+        (b'{"timestamp": 1e300, "output_length": 1, "token_ids": [1]}\n', 'line 1: "timestamp"'),
+        (b'{"timestamp": "now", "output_length": 1, "token_ids": [1]}\n', 'line 1: "timestamp"'),
+        (b'{"output_length": 99999999999999999999, "token_ids": [1]}\n', 'line 1: "output_length"'),
+        (b'{"output_length": ' + b"9" * 5_000 + b', "token_ids": [1]}\n', "line 1: not valid JSON"),
+        (b'{"output_length": 1, "hash_ids": [1], "input_length": 1e3}\n', 'line 1: "input_length"'),
+        (b'{"output_length": 300000, "token_ids": [1]}\n', "longer than the 262,144 tokens that are served"),
+        (b"{" * 100_000, "line 1: not valid JSON"),
+    ],
+    ids=range(16),
+)
+def test_a_bad_trace_is_one_sentence_and_exit_code_2(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_bytes(content)
+    assert message in refused(str(file))
+    if content.startswith(b"{") and "longer" not in message:
+        file.write_bytes(LINE + content)
+        assert message.replace("line 1", "line 2") in refused(str(file), "--strict")
+
+
+def refused(*arguments: str) -> str:
+    """What the command says to input that it doesn't take."""
     app = typer.Typer()
     app.command()(replay)
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 2
-    assert message in done.output
+    began = time.process_time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tidepool.replay.parent.run_jobs", lambda *jobs: pytest.fail("it would run"))
+        done = CliRunner().invoke(app, arguments)
+    assert time.process_time() - began < 2
+    assert done.exit_code == 2, done.output
     assert len(done.output.strip().splitlines()) == 1
+    assert done.output.endswith((".\n", "?\n"))
+    return done.output

@@ -3,8 +3,14 @@
 import io
 import json
 import os
-from collections.abc import Mapping
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -129,3 +135,65 @@ def test_too_little_memory_is_said() -> None:
     made, failures = run_all([replace(job("stock"), kv_bytes=50 << 20)])
     assert not made
     assert "memory" in failures["stock"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("moment", [0, 8], ids=["at once", "later"])
+def test_a_child_and_all_folders_go_with_the_parent(tmp_path: Path, number: signal.Signals, moment: float) -> None:
+    command = [sys.executable, "-m", "tidepool", "replay", "--generate", "random", "--requests", "3000"]
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as parent:
+        (child,) = until(lambda: Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split())
+        time.sleep(moment)
+        assert list(tmp_path.iterdir())
+        parent.send_signal(number)
+    assert parent.returncode in (-number, 128 + number)
+    until(lambda: not Path(f"/proc/{child}").exists() and not list(tmp_path.iterdir()))
+
+
+def until(found: Callable[[], Any]) -> Any:
+    """What is found, once something is."""
+    deadline = time.monotonic() + 60
+    while not (answer := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return answer
+
+
+def test_one_request_too_long_leaves_the_others(tmp_path: Path) -> None:
+    """Also one that is exactly as long as the model allows; what a replay writes beside its results is gone."""
+    config = entry("Qwen3.5-0.8B").config | {"max_position_embeddings": 2_000}
+    wrapper = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "auto_map": {"a": "b.C"}}
+    (tmp_path / "config.json").write_text(json.dumps(wrapper | {"text_config": config}), "utf-8")
+    lengths = (100, 1_990, 1_991)
+    trace = "\n".join(json.dumps({"token_ids": [*range(length)], "output_length": 10}) for length in lengths)
+    (tmp_path / "t.jsonl").write_text(trace, "utf-8")
+    (tmp_path / "temporary").mkdir()
+    options = [
+        "t.jsonl",
+        "--model",
+        ".",
+        "--modes",
+        "elastic",
+        "--memory",
+        "1GiB",
+        "--json",
+        "r.json",
+        "--html",
+        "r.html",
+        "--gpu",
+        "4090",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tidepool", "replay", *options],
+        cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path / "temporary")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "r.json").read_text("utf-8"))
+    assert content["modes"]["elastic"]["requests"] == 2
+    assert [each["line"] for each in content["skipped"]] == [3]
+    assert "longer than the 2,000 tokens that are served (line 3)" in " ".join(done.stdout.split())
+    assert not list((tmp_path / "temporary").iterdir())

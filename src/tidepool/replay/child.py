@@ -1,14 +1,14 @@
 """A replay's child process, which runs one mode: an engine can't be taken down, and the plugin is set once a process.
 
-It is told a `Job`, where its requests are, and which folder goes if its parent ends before it. It answers with the
-number of requests that have ended, now and then, and at last with the result or with the sentence that says why there
-is none.
+It is told a `Job` and where its requests are. It answers with the number of requests that have ended, now and then, and
+at last with the result or with the sentence that says why there is none.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import select
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +19,20 @@ from tidepool.replay.job import Job
 from tidepool.running.child import Answer, run
 from tidepool.vllm_plugin.served import NotServedError
 
+FOLDER = "TIDEPOOL_REPLAY_FOLDER"
+"""Names the environment variable with the folder that goes if the parent ends before it has removed it."""
+
 
 def main() -> None:
     """Run the mode that the command names."""
+    if folder := os.environ.get(FOLDER):
+        Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     run(_replay)
 
 
 def _replay(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
     asked = next(messages)
-    job, folder = Job.from_dict(asked["job"]), Path(asked["folder"])
-    Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    job = Job.from_dict(asked["job"])
     requests = pickle.loads(Path(asked["requests"]).read_bytes())
     from tidepool.replay.run import ReplayError, run_job
 
@@ -39,10 +43,11 @@ def _replay(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
         answer({"refused": str(error)})
 
 
-def _end_with_parent(folder: Path) -> None:
+def _end_with_parent(folder: str) -> None:
     """Wait until the parent is gone, whose end of the pipe closes then however it ended, and leave nothing behind."""
-    while os.read(0, 1 << 16):
-        pass
+    pipe = select.poll()
+    pipe.register(0, 0)
+    pipe.poll()
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 

@@ -17,6 +17,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from tidepool.replay.child import FOLDER
 from tidepool.replay.job import TITLES, Job, Mode, Result
 from tidepool.replay.trace import TraceRequest
 from tidepool.running.environment import environment_of
@@ -90,10 +91,14 @@ def _folder() -> Iterator[Path]:
 def _run_job(job: Job, requests: Path, on_progress: Callable[[int], None], environ: Mapping[str, str]) -> Result:
     folder = requests.parent
     # A quiet log, where the user hasn't asked for another: only its end is ever shown.
-    environ = {"VLLM_LOGGING_LEVEL": "WARNING"} | environment_of(job.side, environ) | {"TMPDIR": str(folder)}
+    environ = (
+        {"VLLM_LOGGING_LEVEL": "WARNING"}
+        | environment_of(job.side, environ)
+        | {"TMPDIR": str(folder), FOLDER: str(folder)}
+    )
     log = folder / "log.txt"
     with Child("tidepool.replay.child", log, environ) as child:
-        child.send({"job": asdict(job), "requests": str(requests), "folder": str(folder)})
+        child.send({"job": asdict(job), "requests": str(requests)})
         try:
             while "progress" in (answer := child.receive()):
                 on_progress(answer["progress"])

@@ -36,12 +36,14 @@ def load_workload(job: Job, *, strict: bool = False) -> Workload:
         TraceError: the trace can't be read, or there is no such workload.
     """
     skipped: Sequence[Skipped] = ()
+    notes: Sequence[str] = ()
     if job.workload is not None:
         requests = generate(job.workload, job.requests, job.seed)
     else:
-        trace = read_trace(Path(job.trace or ""), job.requests, strict=strict)
-        requests, skipped = with_answers(trace.requests), trace.skipped
-    return Workload(with_own_tokens(without_reasoning(requests, job.drop_reasoning, job.seed)), skipped)
+        tokenizer = None if job.tokenizer is None else Path(job.tokenizer)
+        trace = read_trace(Path(job.trace or ""), job.requests, strict=strict, tokenizer=tokenizer)
+        requests, skipped, notes = with_answers(trace.requests), trace.skipped, trace.notes
+    return Workload(with_own_tokens(without_reasoning(requests, job.drop_reasoning, job.seed)), skipped, notes)
 
 
 def leave_out_long(workload: Workload, tokens: int, why: str, *, strict: bool = False) -> Workload:
