@@ -215,9 +215,7 @@ def test_logs_of_older_versions_are_read(tmp_path: Path) -> None:
 
 
 def test_a_log_without_tokens_says_how_to_get_them(tmp_path: Path) -> None:
-    line = (
-        "INFO 07-21 10:31:02 [x.py:66] Received request a-0: params: SamplingParams(max_tokens=9), lora: None."
-    )
+    line = "INFO 07-21 10:31:02 [x.py:66] Received request a-0: params: SamplingParams(max_tokens=9), lora: None."
     with pytest.raises(TraceError, match=NEEDS_DEBUG):
         read(tmp_path, line)
 
