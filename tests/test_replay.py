@@ -1,12 +1,15 @@
 """The parts of a replay that need no vLLM: traces, generated workloads, the clock, figures, the page."""
 
 import gzip
+import html
 import json
 import random
+import re
 import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -20,12 +23,15 @@ from tidepool.replay.answers import with_answers, with_own_tokens, without_reaso
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import STEP_OVERHEAD, Work, cost_model
 from tidepool.replay.command import parse_modes, replay
+from tidepool.replay.comparison import curves_of, gain, read_report, render_comparison
+from tidepool.replay.drafts import Drafts
 from tidepool.replay.formats import read_trace
 from tidepool.replay.generate import WORKLOADS, generate
-from tidepool.replay.job import USES, GroupLayout, Job, Mode, Result, Sample, Spread
+from tidepool.replay.job import USES, GroupLayout, HostFigures, Job, Mode, Result, Sample, Spread
+from tidepool.replay.model import find_replay_model, language_config, without_weights
 from tidepool.replay.page import render_page
 from tidepool.replay.plot import round_step
-from tidepool.replay.report import Report, Setting, mean_uses
+from tidepool.replay.report import Report, Setting, mean_uses, rows, verdict
 from tidepool.replay.sampling import FEWEST, Sampler
 from tidepool.replay.statistics import median, percentile, spread
 from tidepool.replay.trace import GENERATED_TOKEN, Skipped, TraceError, TraceRequest, sentences
@@ -512,6 +518,177 @@ def test_the_page_needs_nothing_else() -> None:
     assert "http" not in page
     assert "<script" not in page
     assert page.count("<svg") == 5
+
+
+def test_the_page_says_how_it_was_made_and_what_came_out() -> None:
+    made = replace(report().setting, command="tidepool replay <t>", seed=7, versions={"vLLM": "0.32"})
+    page = html.unescape(render_page(replace(report(), setting=made, skipped=[Skipped(3, "too long")])))
+    assert "tidepool replay <t> (seed 7; vLLM 0.32)" in page
+    assert verdict(report().results) in page
+    assert "Left out: 1 request, too long (line 3)." in page
+
+
+def test_all_plots_have_one_axis_of_time() -> None:
+    short = replace(result("elastic"), samples=[sample(0, 0, 100), sample(5, 100)])
+    page = render_page(replace(report(), results=[result(), short]))
+    drawings = page.split("<svg")[1:]
+    assert len({tuple(re.findall(r'text-anchor="middle">(\d+)</text>', each)) for each in drawings}) == 1
+    assert 'points="58.0' in drawings[-1]
+    widest = max(float(x) for x in re.findall(r"([\d.]+),[\d.]+", drawings[-1].split("<polygon")[1]))
+    assert widest == pytest.approx(58 + (480 - 58 - 16) / 2, abs=0.1), "half as long"
+
+
+def test_the_verdict_is_two_sentences() -> None:
+    stock = result()
+    more = replace(result("elastic"), hit_tokens=50, ttft=replace(stock.ttft, mean=0.5))
+    assert verdict([stock, more]) == (
+        "On this traffic tidepool elastic finds 50.0% of the prompt tokens in its cache, stock vLLM 25.0%. On average "
+        "the first token comes after 500 ms instead of 1.00 s, and the last after 3.00 s with either."
+    )
+    assert verdict([stock, result("elastic")]) == (
+        "On this traffic tidepool elastic and stock vLLM find as much of the prompts in their caches, 25.0%. Requests "
+        "take as long with either, 3.00 s on average."
+    )
+    assert verdict([result("bound")]).startswith("On this traffic attention only finds 25.0%")
+
+
+def test_hits_are_told_by_tier() -> None:
+    host = HostFigures(loaded_bytes=1 << 30, stored_bytes=2 << 30, stalled=0.5, loaded_tokens=10, waited=2.0)
+    with_host = replace(result("elastic"), host=host)
+    assert Result.from_dict(json.loads(json.dumps(with_host.to_dict()))) == with_host
+    told = {row.label.strip(): row.of(with_host) for row in rows([with_host])}
+    assert told["of these on the device"] == "15"
+    assert told["loaded from the host"] == "10"
+    assert told["host memory: bytes loaded"] == "1.00 GiB"
+    assert told["requests waited for loads"] == "2.00 s"
+    assert [row.of(result()) for row in rows([result(), with_host])].count("-") == 4 + 6 + 1
+    assert len(rows([result()])) == len(rows([with_host])) - 6
+
+
+# Comparisons.
+
+
+def compared(folder: Path, *changes: dict[str, Any]) -> list[Path]:
+    """What replays that differ like this wrote."""
+    files = []
+    for index, change in enumerate(changes):
+        made = replace(report(), setting=replace(report().setting, **change), skipped=[Skipped(2, "bad")])
+        files.append(write(folder / f"{index}.json", made.to_dict()))
+        assert json.dumps(read_report(files[-1]).to_dict()) == json.dumps(made.to_dict())
+    return files
+
+
+def test_runs_that_differ_by_memory_are_one_curve(tmp_path: Path) -> None:
+    files = compared(
+        tmp_path, {"kv_bytes": 2 << 30}, {"kv_bytes": 1 << 30}, {"kv_bytes": 1 << 30, "host_bytes": 5 << 30}
+    )
+    reports = [read_report(file) for file in files]
+    curves = curves_of(reports)
+    assert {name: [run.setting.kv_bytes >> 30 for run in runs] for name, runs in curves.items()} == {
+        "stock vLLM, no host memory": [1, 2],
+        "stock vLLM, 5.00 GiB of host memory": [1],
+        "tidepool elastic, no host memory": [1, 2],
+        "tidepool elastic, 5.00 GiB of host memory": [1],
+    }
+    page = render_comparison(reports)
+    assert page.count("<svg") == 4
+    assert page.count("<circle") == 4 * 6
+    assert "M<1>" not in page
+    assert "M&lt;1&gt;" in page
+
+
+def test_the_policy_concerns_tidepool_alone(tmp_path: Path) -> None:
+    files = compared(tmp_path, {"eviction": "lru"}, {"eviction": "returns", "kv_bytes": 200})
+    curves = curves_of([read_report(file) for file in files])
+    assert [len(runs) for runs in curves.values()] == [2, 1, 1]
+    assert list(curves)[1:] == ["tidepool elastic, evicts by lru", "tidepool elastic, evicts by returns"]
+
+
+def test_the_least_memory_that_does_as_well_is_named(tmp_path: Path) -> None:
+    files = compared(tmp_path, {"kv_bytes": 4 << 30}, {"kv_bytes": 1 << 30})
+    assert gain(curves_of([read_report(file) for file in files])) == (
+        "Most prompt tokens are found with stock vLLM on 1.00 GiB: 25.0%. No run with less memory comes within a "
+        "twentieth of that."
+    )
+
+
+def test_the_command_compares(tmp_path: Path) -> None:
+    files = compared(tmp_path, {}, {"kv_bytes": 200})
+    app = typer.Typer()
+    app.command()(replay)
+    out = ["--html", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
+    done = CliRunner().invoke(app, ["--compare", *map(str, files), *out])
+    assert done.exit_code == 0, done.output
+    assert "25.00%" in done.output
+    assert (tmp_path / "c.html").read_text("utf-8").startswith("<!doctype html>")
+    content = json.loads((tmp_path / "c.json").read_text("utf-8"))
+    assert [run["kv_bytes"] for run in content["stock vLLM"]] == [100, 200]
+
+
+# Models.
+
+
+def test_wrappers_are_their_language_model() -> None:
+    text = dict(entry("Qwen3.5-0.8B").config)
+    untyped = {key: value for key, value in text.items() if key != "model_type"}
+    vision = {"vision_config": {"depth": 3, "hidden_size": 5}, "architectures": ["X"], "auto_map": {"a": "b"}}
+    for key in ("text_config", "llm_config", "language_config"):
+        for kind, nested in (("qwen3_5", untyped), ("some_vl", text)):
+            made = language_config({"model_type": kind, "image_token_id": 5, **vision, key: nested})
+            assert made == text | {"image_token_id": 5}
+    assert language_config(text | {"architectures": ["X"]}) == text
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
+def test_a_folder_without_weights_is_a_model(tmp_path: Path, whole: bool) -> None:
+    text = entry("Qwen3.5-0.8B").config
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    content = {"model_type": "qwen3_5", "text_config": text, **quantized}
+    (tmp_path / "config.json").write_text(json.dumps(content), "utf-8")
+    found = find_replay_model(str(tmp_path if whole else tmp_path / "config.json"))
+    assert found.name == tmp_path.name
+    assert found.config["model_type"] == "qwen3_5_text"
+    assert found.shapes.weight_bytes() < 0.8 * find_replay_model("Qwen3.5-0.8B").shapes.weight_bytes()
+    assert "quantization_config" not in without_weights(found.config)
+    costs = cost_model(found.config, GPUS["H100"])
+    assert costs.plain_bytes < COSTS["Qwen3.5-4B", "H100"].plain_bytes
+
+
+# Several devices and drafts on the clock.
+
+
+def test_devices_share_weights_and_pay_for_sums() -> None:
+    config, gpu = entry("Qwen3.5-27B").config, GPUS["H100"]
+    one, four = (cost_model(config, gpu, CacheOptions(tp=tp)) for tp in (1, 4))
+    decode, prefill = Work(1, 1000, 1000, 1), Work(8192, 8192 * 4096, 8192, 1)
+    for work in (decode, prefill):
+        faster = (one.seconds(work) - STEP_OVERHEAD) / (four.seconds(work) - STEP_OVERHEAD)
+        assert 2 < faster < 4
+
+
+def test_drafts_write_a_state_each() -> None:
+    config, gpu = entry("Qwen3.5-4B").config, GPUS["H100"]
+    plain, drafting = (cost_model(config, gpu, CacheOptions(speculative_tokens=k)) for k in (0, 3))
+    work = Work(64, 64, 64, 64)
+    more = 64 * 3 * plain.state_bytes / (gpu.bandwidth * 0.75)
+    assert drafting.seconds(work) - plain.seconds(work) == pytest.approx(more, rel=0.1)
+
+
+def test_drafts_are_accepted_as_often_as_said() -> None:
+    drafts = Drafts(3, 0.6, 1)
+    accepted = [drafts.accepted("r", position, 3) for position in range(4_000)]
+    assert accepted == [drafts.accepted("r", position, 3) for position in range(4_000)]
+    assert sum(accepted) / 4_000 == pytest.approx(0.6 + 0.6**2 + 0.6**3, rel=0.05)
+    assert {Drafts(3, share, 1).accepted("r", 1, 3) for share in (0.0, 1.0)} == {0, 3}
+
+
+def test_salts_keep_prompts_apart(tmp_path: Path) -> None:
+    first = {"output_length": 9, "hash_ids": [0, 1], "block_size": 16, "input_length": 20, "lora": "sql"}
+    later = first | {"timestamp": 1, "hash_ids": [0, 2, 3], "input_length": 48}
+    same, other = read(tmp_path, first, later), read(tmp_path, first, later | {"lora": "code"})
+    assert answer(same[0]) == same[1].prompt()[20:29]
+    assert answer(other[0]) == []
+    assert same[0].salt == same[1].salt != other[1].salt
 
 
 def test_a_job_survives_json() -> None:

@@ -183,6 +183,14 @@ def rows(results: Sequence[Result]) -> tuple[Row, ...]:
     return (*_ROWS[:2], *_HOST_ROWS[:2], *_ROWS[2:-5], *_HOST_ROWS[2:], *_ROWS[-5:])
 
 
+def _alike(ours: float, stock: float) -> bool:
+    return abs(ours - stock) <= 0.02 * stock
+
+
+def _instead(ours: float, stock: float) -> str:
+    return f"{duration(ours)} with either" if _alike(ours, stock) else f"{duration(ours)} instead of {duration(stock)}"
+
+
 def verdict(results: Sequence[Result]) -> str:
     """What came out, in two plain sentences: tidepool against stock vLLM, or the first mode alone."""
     by_mode = {result.mode: result for result in results}
@@ -201,15 +209,11 @@ def verdict(results: Sequence[Result]) -> str:
             f"{title(ours)} finds {ours.hit_rate:.1%} of the prompt tokens in its cache, stock vLLM "
             f"{stock.hit_rate:.1%}"
         )
-    times = ((ours.ttft.mean, stock.ttft.mean), (ours.e2e.mean, stock.e2e.mean))
-    if all(abs(a - b) <= 0.02 * b for a, b in times):
-        took = f"Requests take as long with either, {duration(ours.e2e.mean)} on average"
+    first, last = ((getattr(ours, name).mean, getattr(stock, name).mean) for name in ("ttft", "e2e"))
+    if _alike(*first) and _alike(*last):
+        took = f"Requests take as long with either, {duration(last[0])} on average"
     else:
-        (first, first_stock), (last, last_stock) = times
-        took = (
-            f"On average the first token comes after {duration(first)} instead of {duration(first_stock)}, and the "
-            f"last after {duration(last)} instead of {duration(last_stock)}"
-        )
+        took = f"On average the first token comes after {_instead(*first)}, and the last after {_instead(*last)}"
     return f"On this traffic {found}. {took}."
 
 
