@@ -22,12 +22,14 @@ from tidepool.models.mixers import CacheOptions
 from tidepool.replay.answers import with_answers, with_own_tokens, without_reasoning
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import STEP_OVERHEAD, Work, cost_model
-from tidepool.replay.command import parse_modes, replay
+from tidepool.replay.command import replay
 from tidepool.replay.comparison import curves_of, gain, read_report, render_comparison
 from tidepool.replay.drafts import Drafts
+from tidepool.replay.fits import split
 from tidepool.replay.formats import read_trace
 from tidepool.replay.generate import WORKLOADS, generate
-from tidepool.replay.job import USES, GroupLayout, HostFigures, Job, Mode, Result, Sample, Spread
+from tidepool.replay.inputs import parse_modes
+from tidepool.replay.job import MODES, USES, GroupLayout, HostFigures, Job, Mode, Result, Sample, Spread
 from tidepool.replay.model import find_replay_model, language_config, without_weights
 from tidepool.replay.page import render_page
 from tidepool.replay.plot import round_step
@@ -639,6 +641,12 @@ def test_wrappers_are_their_language_model() -> None:
     assert language_config(text | {"architectures": ["X"]}) == text
 
 
+def test_a_model_whose_weights_are_unknown_is_refused(tmp_path: Path) -> None:
+    content = entry("Qwen3.5-0.8B").config | {"quantization_config": {"quant_method": "zip"}}
+    (tmp_path / "config.json").write_text(json.dumps(content), "utf-8")
+    assert "(zip), so how long a step takes" in refused("--generate", "chat", "--model", str(tmp_path))
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
 def test_a_folder_without_weights_is_a_model(tmp_path: Path, whole: bool) -> None:
     text = entry("Qwen3.5-0.8B").config
@@ -652,6 +660,31 @@ def test_a_folder_without_weights_is_a_model(tmp_path: Path, whole: bool) -> Non
     assert "quantization_config" not in without_weights(found.config)
     costs = cost_model(found.config, GPUS["H100"])
     assert costs.plain_bytes < COSTS["Qwen3.5-4B", "H100"].plain_bytes
+
+
+# What can run.
+
+
+def test_modes_that_cannot_run_say_so_before_any_starts() -> None:
+    config = entry("Qwen3.5-4B").config
+    plain = Job("stock", config, "H100", 12 << 30, None, "chat", 9, 0, 1.0, 256, 8192)
+    held, refused = split(replace(plain, mode=mode) for mode in MODES)
+    assert set(held) == {"stock", "elastic", "bound"}
+    assert all(tokens and 300_000 < tokens < 450_000 for tokens in held.values())
+    assert "nothing is left for attention" in refused["fixed"]
+    modes: tuple[Mode, ...] = ("stock", "elastic", "bound")
+    changes: tuple[tuple[dict[str, Any], dict[Mode, str]], ...] = (
+        ({"kv_dtype": "nvfp4"}, {"elastic": "kv-cache-dtype"}),
+        ({"kv_dtype": "fp8"}, {}),
+        ({"kv_dtype": "tqkv-k4v4"}, {"stock": "vLLM has no", "bound": "vLLM has no", "elastic": "CPU"}),
+        ({"tp": 2, "draft_tokens": 2}, {"elastic": "speculative-ranks"}),
+        ({"kv_bytes": 1 << 10}, {"stock": "One request needs", "bound": "One request needs", "elastic": "1,024 bytes"}),
+    )
+    for change, reasons in changes:
+        held, refused = split(replace(plain, mode=mode, **change) for mode in modes)
+        assert set(refused) == set(reasons)
+        assert set(held) == set(modes) - set(reasons)
+        assert all(part in refused[mode] for mode, part in reasons.items())
 
 
 # Several devices and drafts on the clock.

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tidepool.cache import FullAttention, State
 from tidepool.models import entry
 from tidepool.replay.generate import generate
 from tidepool.replay.job import Job, Mode, Result
+from tidepool.replay.model import find_replay_model
 from tidepool.replay.parent import run_jobs
 from tidepool.replay.report import Report, Setting
 from tidepool.replay.table import print_report
@@ -129,6 +131,34 @@ def test_answers_are_hit_by_the_next_turn() -> None:
         shares.append(result.hit_rate)
     told, dropped = shares
     assert dropped + 0.1 < told
+
+
+def test_devices_and_formats_are_planned_as_asked() -> None:
+    """Of two devices each keeps half the states, and of the attention half in half the bytes."""
+    asked = replace(job("elastic"), tp=2, kv_dtype="fp8", prefix_caching=False)
+    (made,), failures = run_all([asked])
+    assert not failures
+    caches = find_replay_model("Qwen3.5-0.8B").shapes.layer_caches(asked.cache_options()).values()
+    states = sum(cache.bytes for cache in caches if isinstance(cache, State))
+    token = sum(cache.bytes_per_token for cache in caches if isinstance(cache, FullAttention))
+    assert [group.natural_bytes for group in made.groups] == [states, 16 * token]
+    assert made.hit_tokens == 0
+
+
+def test_drafts_and_salts(tmp_path: Path) -> None:
+    """A prompt that comes again and again for two adapters; every draft is accepted."""
+    lines = [
+        {"timestamp": 10_000 * place, "token_ids": [*range(2_000)], "output_length": 40, "lora": place % 2}
+        for place in range(6)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    asked = replace(job("elastic"), trace=str(tmp_path / "t.jsonl"), workload=None, draft_tokens=3, acceptance=1.0)
+    (made,), failures = run_all([asked])
+    assert not failures
+    each = made.hit_tokens // 4
+    assert each > 1_500, "all but the first of each adapter"
+    assert each * 4 == made.hit_tokens
+    assert made.requests * 10 <= made.steps <= made.requests * 13, "four tokens a step, behind the prompt's"
 
 
 def test_too_little_memory_is_said() -> None:

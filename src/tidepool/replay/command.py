@@ -6,10 +6,10 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,18 +18,25 @@ from tidepool.gpus import GPUS, Gpu, find_gpu
 from tidepool.models import KV_DTYPES, ModelConfigError
 from tidepool.plan import Card, parse_layer_dtypes
 from tidepool.plan.reserve import Step, reserve
-from tidepool.plan.served import reasons, stock_lacks
 from tidepool.replay.bound import attention_only
-from tidepool.replay.fits import memory_tokens
+from tidepool.replay.clock import cost_model
+from tidepool.replay.comparison import comparison_to_dict, print_comparison, read_report, render_comparison
+from tidepool.replay.fits import split
 from tidepool.replay.generate import MOST_REQUESTS, WORKLOADS
+from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_eviction, parse_modes, require_folder, require_positive
 from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.model import ReplayModel, find_replay_model
+from tidepool.replay.page import render_page
 from tidepool.replay.report import Report, Setting, versions
+from tidepool.replay.table import WIDTH, print_report
 from tidepool.replay.trace import TraceError
 from tidepool.replay.workload import Workload, leave_out_long, load_workload
 from tidepool.running.unpacked import UnpackError, environment_with
 from tidepool.sizes import parse_size, size
-from tidepool.vllm_plugin.settings import EVICTIONS, Eviction
+from tidepool.vllm_plugin.settings import EVICTIONS
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 UTILIZATION = 0.92
 """Share of a card that is used where --memory doesn't say."""
@@ -107,18 +114,15 @@ def replay(
     from rich.console import Console
 
     from tidepool.replay.parent import run_jobs
-    from tidepool.replay.table import WIDTH, print_report
 
     console = Console(width=WIDTH if not sys.stdout.isatty() else None)
     try:
         for file in (json_file, html):
-            _require_folder(file)
+            require_folder(file)
         if compare:
-            from tidepool.replay.comparison import compare_files
-
-            compare_files(traces or [], console, json_file, html)
+            _compare(traces or [], console, json_file, html)
             return
-        _require_numbers(
+        require_positive(
             requests=requests,
             rate=rate,
             tp=tp,
@@ -126,21 +130,12 @@ def replay(
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
         )
-        if max_num_batched_tokens < max_num_seqs:
-            raise UsageError(
-                f"--max-num-batched-tokens ({max_num_batched_tokens:,}) must be at least --max-num-seqs "
-                f"({max_num_seqs:,}): vLLM gives every running request a token."
-            )
-        if not 0 <= drop_reasoning <= 1:
-            raise UsageError(f"--drop-reasoning must be from 0 to 1, not {drop_reasoning:g}.")
-        if not 0 <= speculative_tokens <= 1_000:
-            raise UsageError(f"--speculative-tokens must be from 0 to 1,000, not {speculative_tokens:,}.")
-        if bool(speculative_tokens) != (acceptance is not None) or not 0 <= (acceptance or 0.0) <= 1:
-            raise UsageError("--speculative-tokens and --acceptance, from 0 to 1, belong together.")
-        if generate is not None and (requests or 0) > MOST_REQUESTS:
-            raise UsageError(f"--generate makes at most {MOST_REQUESTS:,} requests.")
         if len(traces or ()) + (generate is not None) != 1:
             raise TraceError("Name a trace, or a workload with --generate, and not both.")
+        if generate is not None and (requests or 0) > MOST_REQUESTS:
+            raise UsageError(f"--generate makes at most {MOST_REQUESTS:,} requests.")
+        if bool(speculative_tokens) != (acceptance is not None):
+            raise UsageError("--speculative-tokens and --acceptance belong together.")
         chosen = parse_modes(modes)
         found = find_replay_model(model)
         card, device = find_gpu(gpu)
@@ -159,7 +154,7 @@ def replay(
             rate=rate,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            eviction=_parse_eviction(eviction),
+            eviction=parse_eviction(eviction),
             layer_kv_dtypes=parse_layer_dtypes(layer_kv_dtype),
             host_bytes=parse_size(host_memory) if host_memory else 0,
             host_bandwidth=parse_bandwidth(host_bandwidth),
@@ -172,24 +167,20 @@ def replay(
             acceptance=acceptance or 0.0,
             tokenizer=None if tokenizer is None else str(tokenizer),
         )
-        found.shapes.layer_caches(job.cache_options())
+        cost_model(found.config, device, job.cache_options())
         if "bound" in chosen:
             attention_only(found.config)
             if job.layer_kv_dtypes:
                 raise UsageError("The bound keeps all layers alike: leave it out of --modes, or --layer-kv-dtype away.")
-        if job.host_bytes and not prefix_caching:
-            raise UsageError("Host memory is for the prefix cache: leave out --no-prefix-caching or --host-memory.")
-        refused = {mode: reason for mode in chosen if (reason := _refused(replace(job, mode=mode), found))}
-        jobs = [replace(job, mode=mode) for mode in chosen if mode not in refused]
-        workload = _load(job, jobs, strict)
+        held, refused = split(replace(job, mode=mode) for mode in chosen)
+        workload = _load(job, held, strict)
         environ = environment_with(vllm, os.environ) if vllm else os.environ
         if not has_vllm():
             fail(NO_VLLM, 1)
+        jobs = [replace(job, mode=mode) for mode in chosen if mode in held]
         results, failures = run_jobs(jobs, workload.requests, Console(stderr=True), environ)
     except (UsageError, ModelConfigError, TraceError, UnpackError) as error:
         fail(str(error), 2)
-    except OSError as error:
-        fail(cannot_write(error), 2)
     failures = refused | failures
     if not results:
         for mode, reason in failures.items():
@@ -204,84 +195,36 @@ def replay(
     )
     report = Report(setting, results, failures, workload.skipped, workload.notes)
     print_report(report, console)
-    try:
-        if json_file is not None:
-            json_file.write_text(json.dumps(report.to_dict()) + "\n", encoding="utf-8")
-        if html is not None:
-            from tidepool.replay.page import render_page
-
-            html.write_text(render_page(report), encoding="utf-8")
-    except OSError as error:
-        fail(cannot_write(error), 2)
+    _write(json_file, lambda: json.dumps(report.to_dict()) + "\n")
+    _write(html, lambda: render_page(report))
 
 
-LINKS = {"pcie4": 25e9, "pcie5": 50e9, "gh200": 400e9}
-"""Bytes a second that copies of large blocks reach in each direction, about: four fifths of the link's peak."""
+def _compare(files: list[Path], console: Console, json_file: Path | None, html: Path | None) -> None:
+    if not files:
+        raise UsageError("Name the files that --json wrote: tidepool replay --compare A.json B.json --html PAGE.html.")
+    reports = [read_report(file) for file in files]
+    print_comparison(reports, console)
+    _write(json_file, lambda: json.dumps(comparison_to_dict(reports)) + "\n")
+    _write(html, lambda: render_comparison(reports))
 
 
-def parse_bandwidth(text: str) -> float:
-    """Bytes a second of ``50GB/s`` or a name of `LINKS`.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    named = LINKS.get(text.strip().lower())
-    number, _, second = text.strip().partition("/")
-    if named is None and second != "s":
-        raise UsageError(f"--host-bandwidth takes {', '.join(LINKS)} or bytes a second like 50GB/s, not {text!r}.")
-    return named or float(parse_size(number))
+def _write(file: Path | None, content: Callable[[], str]) -> None:
+    if file is not None:
+        try:
+            file.write_text(content(), encoding="utf-8")
+        except OSError as error:
+            fail(cannot_write(error), 2)
 
 
-def parse_modes(text: str) -> list[Mode]:
-    """Modes of ``stock,elastic``, in the order given.
-
-    Raises:
-        UsageError: one of them is unknown or comes twice.
-    """
-    words = [part.strip() for part in text.split(",")]
-    chosen = [mode for word in words for mode in MODES if mode == word]
-    if len(chosen) < len(words) or len(set(chosen)) < len(chosen):
-        raise UsageError(f"--modes takes some of {', '.join(MODES)}, each once, not {text!r}.")
-    return chosen
-
-
-def _parse_eviction(text: str) -> Eviction:
-    for policy in EVICTIONS:
-        if policy == text:
-            return policy
-    raise UsageError(f"--eviction takes {' or '.join(EVICTIONS)}, not {text!r}.")
-
-
-def _load(job: Job, jobs: list[Job], strict: bool) -> Workload:
-    """The requests that can run in all modes."""
+def _load(job: Job, held: Mapping[Mode, int | None], strict: bool) -> Workload:
+    """The requests that can run in all modes; the fixed partition leaves attention little, and says so itself."""
     workload = load_workload(job, strict=strict)
     if job.max_model_len is not None:
         workload = leave_out_long(workload, job.max_model_len, "that are served", strict=strict)
-    if (held := memory_tokens(jobs)) is not None:
-        workload = leave_out_long(workload, held, "that the memory holds", strict=strict)
+    tokens = min((tokens for mode, tokens in held.items() if tokens and mode != "fixed"), default=None)
+    if tokens is not None:
+        workload = leave_out_long(workload, tokens, "that the memory holds", strict=strict)
     return workload
-
-
-def _refused(job: Job, found: ReplayModel) -> str | None:
-    """Why a mode wouldn't be served like this, as far as an engine without kernels doesn't find out itself."""
-    if job.mode in ("stock", "bound"):
-        return stock_lacks([job.kv_dtype])
-    told = reasons(
-        gpu=True,
-        hybrid=True,
-        latent=False,
-        formats=[job.kv_dtype],
-        prefix_caching=job.prefix_caching,
-        drafts=job.draft_tokens > 0,
-        own_head=False,
-        family=found.shapes.model_type,
-        tp=job.tp,
-        pp=1,
-    )
-    # A certificate is for the card; a replay shows what there is with one.
-    return next(
-        (f"tidepool falls back to vLLM's own KV cache. {why}." for why in told if "certificate" not in why), None
-    )
 
 
 def _device_bytes(
@@ -293,23 +236,11 @@ def _device_bytes(
         if given > MOST_MEMORY:
             raise UsageError(f"--memory is that of one device, and none has {size(given)}.")
         return given
-    needed = reserve(found.shapes, gpu, Step(tokens, seqs), tp, draft_tokens=drafts).total
-    left = Card(name, gpu.total_bytes, UTILIZATION, found.shapes.weight_bytes(tp), needed).kv_bytes
+    try:
+        needed = reserve(found.shapes, gpu, Step(tokens, seqs), tp, draft_tokens=drafts).total
+        left = Card(name, gpu.total_bytes, UTILIZATION, found.shapes.weight_bytes(tp), needed).kv_bytes
+    except ModelConfigError as error:
+        raise UsageError(f"What {found.name} leaves to the KV cache on {name} isn't known: give --memory.") from error
     if left <= 0:
         raise UsageError(f"The weights of {found.name} leave nothing for the KV cache on {name}: give --memory.")
     return left
-
-
-def _require_numbers(**options: float | None) -> None:
-    for name, value in options.items():
-        if value is not None and not 0 < value < inf:
-            raise UsageError(f"--{name.replace('_', '-')} must be above zero, not {value:g}.")
-
-
-def _require_folder(file: Path | None) -> None:
-    if file is None:
-        return
-    if not file.parent.is_dir():
-        raise UsageError(f"Can't write {file}: there is no such directory.")
-    if file.is_dir():
-        raise UsageError(f"Can't write {file}: it is a directory.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -76,33 +77,24 @@ PLOTS: tuple[tuple[str, str, str, Callable[[Result], float]], ...] = (
 )
 
 
-def compare_files(files: Sequence[Path], console: Console, json_file: Path | None, html: Path | None) -> None:
-    """Print the table, and write what is asked for.
-
-    Raises:
-        UsageError: there are no files, or one isn't what ``--json`` writes.
-        OSError: the page or the JSON can't be written.
-    """
-    if not files:
-        raise UsageError("Name the files that --json wrote: tidepool replay --compare A.json B.json --html PAGE.html.")
-    reports = [read_report(file) for file in files]
-    curves = curves_of(reports)
+def print_comparison(reports: Sequence[Report], console: Console) -> None:
+    """A table of all runs."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("")
     for name, _ in COLUMNS:
         table.add_column(name, justify="right")
-    for series, runs in curves.items():
+    for series, runs in curves_of(reports).items():
         for index, run in enumerate(runs):
             table.add_row("" if index else series, *(of(run) for _, of in COLUMNS))
     console.print(table)
-    if html is not None:
-        html.write_text(render_comparison(reports), encoding="utf-8")
-    if json_file is not None:
-        content = {
-            series: [{"kv_bytes": run.setting.kv_bytes} | _figures(run.result) for run in runs]
-            for series, runs in curves.items()
-        }
-        json_file.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def comparison_to_dict(reports: Sequence[Report]) -> dict[str, list[dict[str, Any]]]:
+    """The figures of all runs, by the name of their curve, as JSON."""
+    return {
+        series: [{"kv_bytes": run.setting.kv_bytes, **_figures(run.result)} for run in runs]
+        for series, runs in curves_of(reports).items()
+    }
 
 
 def read_report(file: Path) -> Report:
@@ -191,7 +183,7 @@ def _counts(key: str, result: Result) -> bool:
     return key != "eviction" or result.mode in ("fixed", "elastic")
 
 
-def _figures(result: Result) -> dict[str, object]:
+def _figures(result: Result) -> dict[str, Any]:
     return {key: value for key, value in result.to_dict().items() if key not in ("samples", "groups")}
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from tidepool import sides
+from tidepool.command_line import UsageError
 from tidepool.models import CacheOptions
 from tidepool.sides import Side
 from tidepool.vllm_plugin.settings import Eviction
@@ -62,6 +63,21 @@ class Job:
     """How likely it is of a draft token to be accepted where those before it were, 0 to 1."""
     tokenizer: str | None = None
     """Model directory or ``tokenizer.json`` for a trace of text; None where words stand for tokens."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UsageError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens:,}) must be at least --max-num-seqs "
+                f"({self.max_num_seqs:,}): vLLM gives every running request a token."
+            )
+        if not 0 <= self.drop_reasoning <= 1:
+            raise UsageError(f"--drop-reasoning must be from 0 to 1, not {self.drop_reasoning:g}.")
+        if not 0 <= self.draft_tokens <= 1_000:
+            raise UsageError(f"--speculative-tokens must be from 0 to 1,000, not {self.draft_tokens:,}.")
+        if not 0 <= self.acceptance <= 1:
+            raise UsageError(f"--acceptance must be from 0 to 1, not {self.acceptance:g}.")
+        if self.host_bytes and not self.prefix_caching:
+            raise UsageError("Host memory is for the prefix cache: leave out --no-prefix-caching or --host-memory.")
 
     @property
     def side(self) -> Side:

@@ -40,6 +40,11 @@ def find_replay_model(name_or_path: str) -> ReplayModel:
             f"A replay builds vLLM's own class of a model, and knows it for {', '.join(ARCHITECTURES)}, "
             f"not for {config['model_type']!r}."
         )
+    if shapes.quantization.unknown:
+        raise ModelConfigError(
+            f"The checkpoint is quantized in a way that isn't known here ({shapes.quantization.unknown}), so how long a "
+            "step takes isn't known either."
+        )
     config.setdefault("max_position_embeddings", shapes.max_tokens)
     return ReplayModel(name, config, shapes)
 
