@@ -88,21 +88,12 @@ def test_a_recording_passes_everything_on_and_keeps_no_text(server: str, tmp_pat
     command = [sys.executable, "-m", "tidepool", "record", server, str(out), "--port", str(port)]
     proxy = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(port)
-        with urllib.request.urlopen(f"{proxy}/v1/models?x=1") as answer:
-            assert answer.read() == b"/v1/models?x=1"
-        first: list[dict[str, str]] = [{"role": "user", "content": SECRET * 2}]
-        later = [*first, {"role": "assistant", "content": "x" * 7}, {"role": "user", "content": "And mine?"}]
-        for messages in (first, later):
-            asked: dict[str, Any] = {"model": "a", "messages": messages, "cache_salt": "swordfish"}
-            assert json.loads(post(f"{proxy}/v1/chat/completions", asked))["usage"] == {"completion_tokens": 7}
-        streamed = post(f"{proxy}/v1/chat/completions", {"model": "b", "messages": first, "stream": True})
-        assert streamed.endswith(b"data: [DONE]\n\n")
-        post(f"{proxy}/v1/completions", {"model": "a", "prompt": [1, 2, 3]})
-        with pytest.raises(urllib.error.HTTPError):
-            post(f"{proxy}/v1/completions", {"model": "unknown", "prompt": [1, 2, 3]})
-        process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=30)
+        try:
+            ask(proxy, port)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert f"4 requests are in {out}; 0 couldn't be recorded." in told
     content = gzip.decompress(out.read_bytes()).decode()
@@ -126,6 +117,23 @@ def test_a_recording_passes_everything_on_and_keeps_no_text(server: str, tmp_pat
     assert one.blocks[full:] != two.blocks[full:]
     assert len({request.salt for request in trace.requests}) == 3, "none, a salt, another model"
     assert {key for path, key in Server.asked if path == "/tokenize"} == {"Bearer swordfish"}
+
+
+def ask(proxy: str, port: int) -> None:
+    """Requests of all kinds."""
+    wait_for(port)
+    with urllib.request.urlopen(f"{proxy}/v1/models?x=1") as answer:
+        assert answer.read() == b"/v1/models?x=1"
+    first: list[dict[str, str]] = [{"role": "user", "content": SECRET * 2}]
+    later = [*first, {"role": "assistant", "content": "x" * 7}, {"role": "user", "content": "And mine?"}]
+    for messages in (first, later):
+        asked: dict[str, Any] = {"model": "a", "messages": messages, "cache_salt": "swordfish"}
+        assert json.loads(post(f"{proxy}/v1/chat/completions", asked))["usage"] == {"completion_tokens": 7}
+    streamed = post(f"{proxy}/v1/chat/completions", {"model": "b", "messages": first, "stream": True})
+    assert streamed.endswith(b"data: [DONE]\n\n")
+    post(f"{proxy}/v1/completions", {"model": "a", "prompt": [1, 2, 3]})
+    with pytest.raises(urllib.error.HTTPError):
+        post(f"{proxy}/v1/completions", {"model": "unknown", "prompt": [1, 2, 3]})
 
 
 def wait_for(port: int) -> None:

@@ -42,8 +42,8 @@ def find_replay_model(name_or_path: str) -> ReplayModel:
         )
     if shapes.quantization.unknown:
         raise ModelConfigError(
-            f"The checkpoint is quantized in a way that isn't known here ({shapes.quantization.unknown}), so how long a "
-            "step takes isn't known either."
+            f"The checkpoint is quantized in a way that isn't known here ({shapes.quantization.unknown}), "
+            "so how long a step takes isn't known either."
         )
     config.setdefault("max_position_embeddings", shapes.max_tokens)
     return ReplayModel(name, config, shapes)
