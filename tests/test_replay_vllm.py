@@ -161,6 +161,18 @@ def test_drafts_and_salts(tmp_path: Path) -> None:
     assert made.requests * 10 <= made.steps <= made.requests * 13, "four tokens a step, behind the prompt's"
 
 
+def test_hits_of_both_tiers_are_counted() -> None:
+    """Chats on little memory: what host memory gives back is a part of the hits, with vLLM's own offloading too."""
+    asked = replace(job("stock"), workload="chat", requests=60, kv_bytes=500 << 20, max_num_seqs=16, host_bytes=8 << 30)
+    made, failures = run_all([asked, replace(asked, mode="elastic")])
+    assert not failures
+    for result in made:
+        assert result.host
+        assert 0 < result.host.loaded_tokens < result.hit_tokens
+        assert result.host.loaded_bytes > 0 < result.host.stored_bytes
+        assert result.host.waited > 0
+
+
 def test_too_little_memory_is_said() -> None:
     made, failures = run_all([replace(job("stock"), kv_bytes=50 << 20)])
     assert not made

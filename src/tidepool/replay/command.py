@@ -20,15 +20,12 @@ from tidepool.plan import Card, parse_layer_dtypes
 from tidepool.plan.reserve import Step, reserve
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import cost_model
-from tidepool.replay.comparison import comparison_to_dict, print_comparison, read_report, render_comparison
 from tidepool.replay.fits import split
 from tidepool.replay.generate import MOST_REQUESTS, WORKLOADS
 from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_eviction, parse_modes, require_folder, require_positive
 from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.model import ReplayModel, find_replay_model
-from tidepool.replay.page import render_page
 from tidepool.replay.report import Report, Setting, versions
-from tidepool.replay.table import WIDTH, print_report
 from tidepool.replay.trace import TraceError
 from tidepool.replay.workload import Workload, leave_out_long, load_workload
 from tidepool.running.unpacked import UnpackError, environment_with
@@ -113,7 +110,9 @@ def replay(
     """Replay a trace through vLLM's scheduler, with a clock in place of the model, and compare kinds of memory."""
     from rich.console import Console
 
+    from tidepool.replay.page import render_page
     from tidepool.replay.parent import run_jobs
+    from tidepool.replay.table import WIDTH, print_report
 
     console = Console(width=WIDTH if not sys.stdout.isatty() else None)
     try:
@@ -200,6 +199,8 @@ def replay(
 
 
 def _compare(files: list[Path], console: Console, json_file: Path | None, html: Path | None) -> None:
+    from tidepool.replay.comparison import comparison_to_dict, print_comparison, read_report, render_comparison
+
     if not files:
         raise UsageError("Name the files that --json wrote: tidepool replay --compare A.json B.json --html PAGE.html.")
     reports = [read_report(file) for file in files]
