@@ -25,7 +25,7 @@ from tidepool.replay.clock import STEP_OVERHEAD, Work, cost_model
 from tidepool.replay.command import replay
 from tidepool.replay.comparison import curves_of, gain, read_report, render_comparison
 from tidepool.replay.drafts import Drafts
-from tidepool.replay.fits import split
+from tidepool.replay.fits import split, too_small
 from tidepool.replay.formats import read_trace
 from tidepool.replay.generate import WORKLOADS, generate
 from tidepool.replay.inputs import parse_modes
@@ -685,6 +685,13 @@ def test_modes_that_cannot_run_say_so_before_any_starts() -> None:
         assert set(refused) == set(reasons)
         assert set(held) == set(modes) - set(reasons)
         assert all(part in refused[mode] for mode, part in reasons.items())
+
+
+def test_a_mode_too_small_for_the_longest_request_says_what_helps() -> None:
+    assert too_small({"stock": None, "elastic": 500, "fixed": 499}, 500) == {
+        "fixed": "It holds requests of at most 499 tokens, and the longest has 500: --max-model-len leaves longer ones "
+        "out."
+    }
 
 
 # Several devices and drafts on the clock.

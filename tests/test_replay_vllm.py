@@ -163,7 +163,9 @@ def test_drafts_and_salts(tmp_path: Path) -> None:
 
 def test_hits_of_both_tiers_are_counted() -> None:
     """Chats on little memory: what host memory gives back is a part of the hits, with vLLM's own offloading too."""
-    asked = replace(job("stock"), workload="chat", requests=60, kv_bytes=500 << 20, max_num_seqs=16, host_bytes=8 << 30)
+    asked = replace(
+        job("stock"), workload="chat", requests=120, kv_bytes=500 << 20, max_num_seqs=16, host_bytes=8 << 30
+    )
     made, failures = run_all([asked, replace(asked, mode="elastic")])
     assert not failures
     for result in made:

@@ -20,7 +20,7 @@ from tidepool.plan import Card, parse_layer_dtypes
 from tidepool.plan.reserve import Step, reserve
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import cost_model
-from tidepool.replay.fits import split
+from tidepool.replay.fits import split, too_small
 from tidepool.replay.generate import MOST_REQUESTS, WORKLOADS
 from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_eviction, parse_modes, require_folder, require_positive
 from tidepool.replay.job import MODES, Job, Mode
@@ -139,6 +139,7 @@ def replay(
         found = find_replay_model(model)
         card, device = find_gpu(gpu)
         kv_dtype = found.shapes.quantization.kv_dtype or "auto" if kv_cache_dtype == "auto" else kv_cache_dtype
+        served = min(max_model_len or found.shapes.max_tokens, found.shapes.max_tokens)
         job = Job(
             mode=chosen[0],
             config=found.config,
@@ -158,7 +159,7 @@ def replay(
             host_bytes=parse_size(host_memory) if host_memory else 0,
             host_bandwidth=parse_bandwidth(host_bandwidth),
             drop_reasoning=drop_reasoning,
-            max_model_len=min(max_model_len or found.shapes.max_tokens, found.shapes.max_tokens),
+            max_model_len=served,
             tp=tp,
             kv_dtype=kv_dtype,
             prefix_caching=prefix_caching,
@@ -172,11 +173,16 @@ def replay(
             if job.layer_kv_dtypes:
                 raise UsageError("The bound keeps all layers alike: leave it out of --modes, or --layer-kv-dtype away.")
         held, refused = split(replace(job, mode=mode) for mode in chosen)
-        workload = _load(job, held, strict)
+        workload = _load(job, served, held, strict)
         environ = environment_with(vllm, os.environ) if vllm else os.environ
         if not has_vllm():
             fail(NO_VLLM, 1)
-        jobs = [replace(job, mode=mode) for mode in chosen if mode in held]
+        refused |= too_small(held, workload.longest)
+        jobs = [
+            replace(job, mode=mode, max_model_len=min(served, tokens or served))
+            for mode, tokens in held.items()
+            if mode not in refused
+        ]
         results, failures = run_jobs(jobs, workload.requests, Console(stderr=True), environ)
     except (UsageError, ModelConfigError, TraceError, UnpackError) as error:
         fail(str(error), 2)
@@ -217,11 +223,9 @@ def _write(file: Path | None, content: Callable[[], str]) -> None:
             fail(cannot_write(error), 2)
 
 
-def _load(job: Job, held: Mapping[Mode, int | None], strict: bool) -> Workload:
-    """The requests that can run in all modes; the fixed partition leaves attention little, and says so itself."""
-    workload = load_workload(job, strict=strict)
-    if job.max_model_len is not None:
-        workload = leave_out_long(workload, job.max_model_len, "that are served", strict=strict)
+def _load(job: Job, served: int, held: Mapping[Mode, int | None], strict: bool) -> Workload:
+    """The requests that can run in all modes but the fixed partition, which leaves attention little."""
+    workload = leave_out_long(load_workload(job, strict=strict), served, "that are served", strict=strict)
     tokens = min((tokens for mode, tokens in held.items() if tokens and mode != "fixed"), default=None)
     if tokens is not None:
         workload = leave_out_long(workload, tokens, "that the memory holds", strict=strict)

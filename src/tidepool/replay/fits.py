@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tidepool.cache import CacheConfigError
 from tidepool.models import model_from_config
@@ -30,6 +30,16 @@ def split(jobs: Iterable[Job]) -> tuple[dict[Mode, int | None], dict[Mode, str]]
         except CacheConfigError as error:
             refused[job.mode] = str(error)
     return held, refused
+
+
+def too_small(held: Mapping[Mode, int | None], longest: int) -> dict[Mode, str]:
+    """A sentence for each mode that doesn't hold a request of so many tokens, of what `split` says that they hold."""
+    return {
+        mode: f"It holds requests of at most {tokens:,} tokens, and the longest has {longest:,}: --max-model-len "
+        "leaves longer ones out."
+        for mode, tokens in held.items()
+        if tokens is not None and tokens < longest
+    }
 
 
 def _unserved(job: Job) -> str | None:

@@ -24,6 +24,11 @@ class Workload:
     notes: Sequence[str] = ()
     """Sentences on what the trace's format doesn't record."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request and its answer."""
+        return max(request.input_tokens + request.output_tokens for request in self.requests)
+
 
 def load_workload(job: Job, *, strict: bool = False) -> Workload:
     """Read or generate it.
