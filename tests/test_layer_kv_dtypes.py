@@ -94,6 +94,7 @@ def small() -> dict[str, Any]:
 def test_the_engine_core_plans_the_same(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     from tidepool.replay.parent import run_jobs
+    from tidepool.replay.workload import load_workload
 
     trace = tmp_path / "trace.jsonl"
     prompts = [{"token_ids": [index * 12 + place for place in range(12)], "output_length": 2} for index in range(40)]
@@ -103,7 +104,8 @@ def test_the_engine_core_plans_the_same(tmp_path: Path) -> None:
     kv_bytes = 400_000_000
     plain = Job("stock", small(), "H100", kv_bytes, str(trace), None, None, 0, 1.0, 64, 2048, layer_kv_dtypes=kinds)
     modes: tuple[Mode, ...] = ("stock", "elastic")
-    made, failures = run_jobs([replace(plain, mode=mode) for mode in modes], 40, Console(file=io.StringIO()))
+    requests = load_workload(plain).requests
+    made, failures = run_jobs([replace(plain, mode=mode) for mode in modes], requests, Console(file=io.StringIO()))
     assert not failures
     stock, elastic = made
 

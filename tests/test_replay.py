@@ -1,11 +1,15 @@
 """The parts of a replay that need no vLLM: traces, generated workloads, the clock, figures, the page."""
 
 import gzip
+import html
 import json
 import random
+import re
+import time
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -18,16 +22,22 @@ from tidepool.models.mixers import CacheOptions
 from tidepool.replay.answers import with_answers, with_own_tokens, without_reasoning
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import STEP_OVERHEAD, Work, cost_model
-from tidepool.replay.command import parse_modes, replay
+from tidepool.replay.command import replay
+from tidepool.replay.comparison import curves_of, gain, read_report, render_comparison
+from tidepool.replay.drafts import Drafts
+from tidepool.replay.fits import split, too_small
+from tidepool.replay.formats import read_trace
 from tidepool.replay.generate import WORKLOADS, generate
-from tidepool.replay.job import USES, GroupLayout, Job, Mode, Result, Sample, Spread
+from tidepool.replay.inputs import parse_modes
+from tidepool.replay.job import MODES, USES, GroupLayout, HostFigures, Job, Mode, Result, Sample, Spread
+from tidepool.replay.model import find_replay_model, language_config, without_weights
 from tidepool.replay.page import render_page
 from tidepool.replay.plot import round_step
-from tidepool.replay.report import Report, Setting, mean_uses
+from tidepool.replay.report import Report, Setting, mean_uses, rows, verdict
 from tidepool.replay.sampling import FEWEST, Sampler
 from tidepool.replay.statistics import median, percentile, spread
-from tidepool.replay.trace import GENERATED_TOKEN, TraceError, TraceRequest, read_trace
-from tidepool.replay.workload import load_workload
+from tidepool.replay.trace import GENERATED_TOKEN, Skipped, TraceError, TraceRequest, sentences
+from tidepool.replay.workload import Workload, leave_out_long, load_workload
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -37,7 +47,7 @@ def write(path: Path, *lines: object) -> Path:
 
 def read(path: Path, *lines: object) -> list[TraceRequest]:
     """The requests of a trace, with their answers."""
-    return with_answers(read_trace(write(path / "t.jsonl", *lines)))
+    return with_answers(read_trace(write(path / "t.jsonl", *lines)).requests)
 
 
 def answer(request: TraceRequest) -> list[int]:
@@ -70,9 +80,33 @@ def test_blocks_of_another_size_and_plain_tokens(tmp_path: Path) -> None:
 
 def test_only_the_first_requests_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "t.jsonl", *[{"output_length": 1, "token_ids": [1]}] * 5, "not JSON")
-    assert len(read_trace(path, 5)) == 5
+    assert len(read_trace(path, 5, strict=True).requests) == 5
     with pytest.raises(TraceError, match="line 6: not valid JSON"):
-        read_trace(path)
+        read_trace(path, strict=True)
+
+
+def test_what_is_no_request_is_left_out_and_counted(tmp_path: Path) -> None:
+    good = {"output_length": 1, "token_ids": [1]}
+    trace = read_trace(write(tmp_path / "t.jsonl", good, "[", good | {"timestamp": float("nan")}, good, "]"))
+    assert [request.line for request in trace.requests] == [1, 4]
+    assert [each.line for each in trace.skipped] == [2, 3, 5]
+    assert sentences(trace.skipped) == [
+        "Left out: 2 requests, not valid JSON (lines 2, 5).",
+        'Left out: 1 request, "timestamp" must be milliseconds from 0 (line 3).',
+    ]
+    assert sentences([Skipped(n, "bad") for n in range(1, 9)]) == [
+        "Left out: 8 requests, bad (lines 1, 2, 3, 4, 5, ...)."
+    ]
+
+
+def test_what_is_too_long_is_left_out_and_counted() -> None:
+    requests = [TraceRequest(0, (range(tokens),), tokens, 10, line=tokens) for tokens in (80, 90, 91)]
+    made = leave_out_long(Workload(requests), 100, "that are served")
+    assert made.requests == requests[:2]
+    assert sentences(made.skipped) == ["Left out: 1 request, longer than the 100 tokens that are served (line 91)."]
+    for tokens, strict in ((100, True), (50, False)):
+        with pytest.raises(TraceError, match=r"The request of line .* tokens\) is longer than the .*\.$"):
+            leave_out_long(Workload(requests), tokens, "that are served", strict=strict)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +122,15 @@ def test_only_the_first_requests_are_read(tmp_path: Path) -> None:
         ({"output_length": 1, "hash_ids": [1], "input_length": 513}, "too few"),
         ({"output_length": 1, "hash_ids": [1], "block_size": 0}, '"block_size" must be a positive'),
         ({"output_length": 1, "token_ids": [1], "timestamp": -1}, '"timestamp"'),
+        ('{"output_length": 1, "token_ids": [1], "timestamp": NaN}', '"timestamp"'),
+        ('{"output_length": 1, "token_ids": [1], "timestamp": 1e999}', '"timestamp"'),
+        ({"output_length": 1, "token_ids": [1], "timestamp": 10**400}, '"timestamp"'),
+        ({"output_length": 10**30, "token_ids": [1]}, '"output_length"'),
+        ({"output_length": 1, "token_ids": [1 << 70]}, "below 2\\^62"),
+        ({"output_length": 1, "hash_ids": [1 << 50]}, "below 2\\^40"),
+        ({"output_length": 1, "hash_ids": [1], "block_size": 10**9}, '"block_size" must be at most'),
+        ({"output_length": 1, "token_ids": [1], "lora": {}}, "must be names"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_bad_line_is_one_sentence(tmp_path: Path, line: object, message: str) -> None:
@@ -261,11 +304,11 @@ def test_reasoning_is_dropped_from_a_share_of_the_answers() -> None:
 
 def test_a_workload_is_loaded_with_answers(tmp_path: Path) -> None:
     job = Job("stock", {}, "H100", 1, None, "chat", 50, 3, 1.0, 256, 8192)
-    assert load_workload(job) == generate("chat", 50, 3)
-    dropped = load_workload(replace(job, drop_reasoning=1.0))
+    assert load_workload(job).requests == generate("chat", 50, 3)
+    dropped = load_workload(replace(job, drop_reasoning=1.0)).requests
     assert not {t for r in dropped for t in answer(r)} & {t for r in dropped for t in r.prompt()}
     path = write(tmp_path / "t.jsonl", {"output_length": 2, "token_ids": list(range(40))})
-    (request,) = load_workload(replace(job, workload=None, trace=str(path)))
+    (request,) = load_workload(replace(job, workload=None, trace=str(path))).requests
     assert answer(request) == [40, 41]
 
 
@@ -433,6 +476,8 @@ def result(mode: Mode = "stock") -> Result:
         hit_tokens=25,
         output_tokens=30,
         ttft=Spread(1.0, 1.0, 2.0, 2.0),
+        tpot=None,
+        e2e=Spread(3.0, 3.0, 4.0, 4.0),
         makespan=10.0,
         preemptions=0,
         running_mean=1.5,
@@ -477,6 +522,215 @@ def test_the_page_needs_nothing_else() -> None:
     assert page.count("<svg") == 5
 
 
+def test_the_page_says_how_it_was_made_and_what_came_out() -> None:
+    made = replace(report().setting, command="tidepool replay <t>", seed=7, versions={"vLLM": "0.32"})
+    page = html.unescape(render_page(replace(report(), setting=made, skipped=[Skipped(3, "too long")])))
+    assert "tidepool replay <t> (seed 7; vLLM 0.32)" in page
+    assert verdict(report().results) in page
+    assert "Left out: 1 request, too long (line 3)." in page
+
+
+def test_all_plots_have_one_axis_of_time() -> None:
+    short = replace(result("elastic"), samples=[sample(0, 0, 100), sample(5, 100)])
+    page = render_page(replace(report(), results=[result(), short]))
+    drawings = page.split("<svg")[1:]
+    assert len({tuple(re.findall(r'text-anchor="middle">(\d+)</text>', each)) for each in drawings}) == 1
+    assert 'points="58.0' in drawings[-1]
+    widest = max(float(x) for x in re.findall(r"([\d.]+),[\d.]+", drawings[-1].split("<polygon")[1]))
+    assert widest == pytest.approx(58 + (480 - 58 - 16) / 2, abs=0.1), "half as long"
+
+
+def test_the_verdict_is_two_sentences() -> None:
+    stock = result()
+    more = replace(result("elastic"), hit_tokens=50, ttft=replace(stock.ttft, mean=0.5))
+    assert verdict([stock, more]) == (
+        "On this traffic tidepool elastic finds 50.0% of the prompt tokens in its cache, stock vLLM 25.0%. On average "
+        "the first token comes after 500 ms instead of 1.00 s, and the last after 3.00 s with either."
+    )
+    assert verdict([stock, result("elastic")]) == (
+        "On this traffic tidepool elastic and stock vLLM find as much of the prompts in their caches, 25.0%. Requests "
+        "take as long with either, 3.00 s on average."
+    )
+    assert verdict([result("bound")]).startswith("On this traffic attention only finds 25.0%")
+
+
+def test_hits_are_told_by_tier() -> None:
+    host = HostFigures(loaded_bytes=1 << 30, stored_bytes=2 << 30, stalled=0.5, loaded_tokens=10, waited=2.0)
+    with_host = replace(result("elastic"), host=host)
+    assert Result.from_dict(json.loads(json.dumps(with_host.to_dict()))) == with_host
+    told = {row.label.strip(): row.of(with_host) for row in rows([with_host])}
+    assert told["of these on the device"] == "15"
+    assert told["loaded from the host"] == "10"
+    assert told["host memory: bytes loaded"] == "1.00 GiB"
+    assert told["requests waited for loads"] == "2.00 s"
+    assert [row.of(result()) for row in rows([result(), with_host])].count("-") == 4 + 6 + 1
+    assert len(rows([result()])) == len(rows([with_host])) - 6
+
+
+# Comparisons.
+
+
+def compared(folder: Path, *changes: dict[str, Any]) -> list[Path]:
+    """What replays that differ like this wrote."""
+    files = []
+    for index, change in enumerate(changes):
+        made = replace(report(), setting=replace(report().setting, **change), skipped=[Skipped(2, "bad")])
+        files.append(write(folder / f"{index}.json", made.to_dict()))
+        assert json.dumps(read_report(files[-1]).to_dict()) == json.dumps(made.to_dict())
+    return files
+
+
+def test_runs_that_differ_by_memory_are_one_curve(tmp_path: Path) -> None:
+    files = compared(
+        tmp_path, {"kv_bytes": 2 << 30}, {"kv_bytes": 1 << 30}, {"kv_bytes": 1 << 30, "host_bytes": 5 << 30}
+    )
+    reports = [read_report(file) for file in files]
+    curves = curves_of(reports)
+    assert {name: [run.setting.kv_bytes >> 30 for run in runs] for name, runs in curves.items()} == {
+        "stock vLLM, no host memory": [1, 2],
+        "stock vLLM, 5.00 GiB of host memory": [1],
+        "tidepool elastic, no host memory": [1, 2],
+        "tidepool elastic, 5.00 GiB of host memory": [1],
+    }
+    page = render_comparison(reports)
+    assert page.count("<svg") == 4
+    assert page.count("<circle") == 4 * 6
+    assert "M<1>" not in page
+    assert "M&lt;1&gt;" in page
+
+
+def test_the_policy_concerns_tidepool_alone(tmp_path: Path) -> None:
+    files = compared(tmp_path, {"eviction": "lru"}, {"eviction": "returns", "kv_bytes": 200})
+    curves = curves_of([read_report(file) for file in files])
+    assert [len(runs) for runs in curves.values()] == [2, 1, 1]
+    assert list(curves)[1:] == ["tidepool elastic, evicts by lru", "tidepool elastic, evicts by returns"]
+
+
+def test_the_least_memory_that_does_as_well_is_named(tmp_path: Path) -> None:
+    files = compared(tmp_path, {"kv_bytes": 4 << 30}, {"kv_bytes": 1 << 30})
+    assert gain(curves_of([read_report(file) for file in files])) == (
+        "Most prompt tokens are found with stock vLLM on 1.00 GiB: 25.0%. No run with less memory comes within a "
+        "twentieth of that."
+    )
+
+
+def test_the_command_compares(tmp_path: Path) -> None:
+    files = compared(tmp_path, {}, {"kv_bytes": 200})
+    app = typer.Typer()
+    app.command()(replay)
+    out = ["--html", str(tmp_path / "c.html"), "--json", str(tmp_path / "c.json")]
+    done = CliRunner().invoke(app, ["--compare", *map(str, files), *out])
+    assert done.exit_code == 0, done.output
+    assert "25.00%" in done.output
+    assert (tmp_path / "c.html").read_text("utf-8").startswith("<!doctype html>")
+    content = json.loads((tmp_path / "c.json").read_text("utf-8"))
+    assert [run["kv_bytes"] for run in content["stock vLLM"]] == [100, 200]
+
+
+# Models.
+
+
+def test_wrappers_are_their_language_model() -> None:
+    text = dict(entry("Qwen3.5-0.8B").config)
+    untyped = {key: value for key, value in text.items() if key != "model_type"}
+    vision = {"vision_config": {"depth": 3, "hidden_size": 5}, "architectures": ["X"], "auto_map": {"a": "b"}}
+    for key in ("text_config", "llm_config", "language_config"):
+        for kind, nested in (("qwen3_5", untyped), ("some_vl", text)):
+            made = language_config({"model_type": kind, "image_token_id": 5, **vision, key: nested})
+            assert made == text | {"image_token_id": 5}
+    assert language_config(text | {"architectures": ["X"]}) == text
+
+
+def test_a_model_whose_weights_are_unknown_is_refused(tmp_path: Path) -> None:
+    content = entry("Qwen3.5-0.8B").config | {"quantization_config": {"quant_method": "zip"}}
+    (tmp_path / "config.json").write_text(json.dumps(content), "utf-8")
+    assert "(zip), so how long a step takes" in refused("--generate", "chat", "--model", str(tmp_path))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
+def test_a_folder_without_weights_is_a_model(tmp_path: Path, whole: bool) -> None:
+    text = entry("Qwen3.5-0.8B").config
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    content = {"model_type": "qwen3_5", "text_config": text, **quantized}
+    (tmp_path / "config.json").write_text(json.dumps(content), "utf-8")
+    found = find_replay_model(str(tmp_path if whole else tmp_path / "config.json"))
+    assert found.name == tmp_path.name
+    assert found.config["model_type"] == "qwen3_5_text"
+    assert found.shapes.weight_bytes() < 0.8 * find_replay_model("Qwen3.5-0.8B").shapes.weight_bytes()
+    assert "quantization_config" not in without_weights(found.config)
+    costs = cost_model(found.config, GPUS["H100"])
+    assert costs.plain_bytes < COSTS["Qwen3.5-4B", "H100"].plain_bytes
+
+
+# What can run.
+
+
+def test_modes_that_cannot_run_say_so_before_any_starts() -> None:
+    config = entry("Qwen3.5-4B").config
+    plain = Job("stock", config, "H100", 12 << 30, None, "chat", 9, 0, 1.0, 256, 8192)
+    held, refused = split(replace(plain, mode=mode) for mode in MODES)
+    assert set(held) == {"stock", "elastic", "bound"}
+    assert all(tokens and 300_000 < tokens < 450_000 for tokens in held.values())
+    assert "nothing is left for attention" in refused["fixed"]
+    modes: tuple[Mode, ...] = ("stock", "elastic", "bound")
+    changes: tuple[tuple[dict[str, Any], dict[Mode, str]], ...] = (
+        ({"kv_dtype": "nvfp4"}, {"elastic": "kv-cache-dtype"}),
+        ({"kv_dtype": "fp8"}, {}),
+        ({"kv_dtype": "tqkv-k4v4"}, {"stock": "vLLM has no", "bound": "vLLM has no", "elastic": "CPU"}),
+        ({"tp": 2, "draft_tokens": 2}, {"elastic": "speculative-ranks"}),
+        ({"kv_bytes": 1 << 10}, {"stock": "One request needs", "bound": "One request needs", "elastic": "1,024 bytes"}),
+    )
+    for change, reasons in changes:
+        held, refused = split(replace(plain, mode=mode, **change) for mode in modes)
+        assert set(refused) == set(reasons)
+        assert set(held) == set(modes) - set(reasons)
+        assert all(part in refused[mode] for mode, part in reasons.items())
+
+
+def test_a_mode_too_small_for_the_longest_request_says_what_helps() -> None:
+    assert too_small({"stock": None, "elastic": 500, "fixed": 499}, 500) == {
+        "fixed": "It holds requests of at most 499 tokens, and the longest has 500: --max-model-len leaves longer ones "
+        "out."
+    }
+
+
+# Several devices and drafts on the clock.
+
+
+def test_devices_share_weights_and_pay_for_sums() -> None:
+    config, gpu = entry("Qwen3.5-27B").config, GPUS["H100"]
+    one, four = (cost_model(config, gpu, CacheOptions(tp=tp)) for tp in (1, 4))
+    decode, prefill = Work(1, 1000, 1000, 1), Work(8192, 8192 * 4096, 8192, 1)
+    for work in (decode, prefill):
+        faster = (one.seconds(work) - STEP_OVERHEAD) / (four.seconds(work) - STEP_OVERHEAD)
+        assert 2 < faster < 4
+
+
+def test_drafts_write_a_state_each() -> None:
+    config, gpu = entry("Qwen3.5-4B").config, GPUS["H100"]
+    plain, drafting = (cost_model(config, gpu, CacheOptions(speculative_tokens=k)) for k in (0, 3))
+    work = Work(64, 64, 64, 64)
+    more = 64 * 3 * plain.state_bytes / (gpu.bandwidth * 0.75)
+    assert drafting.seconds(work) - plain.seconds(work) == pytest.approx(more, rel=0.1)
+
+
+def test_drafts_are_accepted_as_often_as_said() -> None:
+    drafts = Drafts(3, 0.6, 1)
+    accepted = [drafts.accepted("r", position, 3) for position in range(4_000)]
+    assert accepted == [drafts.accepted("r", position, 3) for position in range(4_000)]
+    assert sum(accepted) / 4_000 == pytest.approx(0.6 + 0.6**2 + 0.6**3, rel=0.05)
+    assert {Drafts(3, share, 1).accepted("r", 1, 3) for share in (0.0, 1.0)} == {0, 3}
+
+
+def test_salts_keep_prompts_apart(tmp_path: Path) -> None:
+    first = {"output_length": 9, "hash_ids": [0, 1], "block_size": 16, "input_length": 20, "lora": "sql"}
+    later = first | {"timestamp": 1, "hash_ids": [0, 2, 3], "input_length": 48}
+    same, other = read(tmp_path, first, later), read(tmp_path, first, later | {"lora": "code"})
+    assert answer(same[0]) == same[1].prompt()[20:29]
+    assert answer(other[0]) == []
+    assert same[0].salt == same[1].salt != other[1].salt
+
+
 def test_a_job_survives_json() -> None:
     job = Job("bound", {"a": 1}, "H100", 5, None, "chat", None, 0, 1.5, 256, 8192, layer_kv_dtypes=((3, "fp8"),))
     assert Job.from_dict(json.loads(json.dumps(asdict(job)))) == job
@@ -510,12 +764,83 @@ def test_modes_are_known_and_once_each() -> None:
         (["--generate", "chat", "--drop-reasoning", "1.5"], "--drop-reasoning must be from 0 to 1"),
         (["--generate", "chat", "--json", "missing/x.json"], "no such directory"),
         (["--generate", "chat", "--model", "Qwen3.5-27B", "--gpu", "4090"], "leave nothing"),
+        (["--generate", "chat", "--rate", "nan"], "--rate must be above zero"),
+        (["--generate", "chat", "--rate", "inf"], "--rate must be above zero"),
+        (["--generate", "chat", "--requests", "1000000000000"], "at most 1,000,000 requests"),
+        (["--generate", "chat", "--memory", "500TiB"], "none has"),
+        (["--generate", "chat", "--max-model-len", "0"], "--max-model-len must be above zero"),
+        (["--generate", "chat", "--max-model-len", "8"], "longer than the 8 tokens that are served"),
+        (["--generate", "chat", "--max-model-len", "900", "--strict"], "longer than the 900 tokens that are served"),
+        (["--generate", "hot-prefix", "--memory", "220MiB"], "that the memory holds, and so are all others"),
+        (["--generate", "chat", "--max-num-batched-tokens", "100"], "must be at least --max-num-seqs (256)"),
+        (["--generate", "chat", "--json", "."], "it is a directory"),
+        (["--generate", "chat", "--tp", "0"], "--tp must be above zero"),
+        (["--generate", "chat", "--tp", "3"], "3"),
+        (["--generate", "chat", "--kv-cache-dtype", "fp3"], "There is no KV cache dtype 'fp3'"),
+        (["--generate", "chat", "--speculative-tokens", "3"], "belong together"),
+        (["--generate", "chat", "--acceptance", "0.5"], "belong together"),
+        (["--generate", "chat", "--speculative-tokens", "3", "--acceptance", "1.5"], "from 0 to 1"),
+        (["--generate", "chat", "--speculative-tokens", "-1", "--acceptance", "1"], "from 0 to 1,000"),
+        (["--generate", "chat", "--host-memory", "1GiB", "--no-prefix-caching"], "for the prefix cache"),
+        (["--generate", "chat", "--host-memory", "1GiB", "--host-bandwidth", "fast"], "--host-bandwidth takes"),
+        (["--generate", "chat", "--drop-reasoning", "nan"], "--drop-reasoning must be from 0 to 1"),
+        (["--generate", "chat", "--vllm", "0.1"], "vLLM 0.1 isn't here"),
+        (["a.jsonl", "b.jsonl"], "and not both"),
+        (["/dev/zero"], "isn't a regular file"),
+        (["."], "isn't a regular file"),
+        (["--compare"], "Name the files that --json wrote"),
+        (["--compare", "missing.json"], "No such file"),
+        (["--compare", __file__], "isn't what tidepool replay --json of this version writes"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments: list[str], message: str) -> None:
+    assert message in refused(*arguments)
+
+
+LINE = b'{"output_length": 1, "token_ids": [1, 2]}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no requests"),
+        (b"\n \n", "holds no requests"),
+        (b"\xff\xfe" + LINE.decode().encode("utf-16-le"), "isn't UTF-8 text"),
+        (b"\x00\x01\x02\x80", "isn't UTF-8 text"),
+        (b"\x1f\x8b" + LINE, "gzip data is broken"),
+        (b"%PDF-1.7\n", "line 1: not valid JSON"),
+        (b"[1, 2]\n", "line 1: a request must be a JSON object"),
+        (b'{"timestamp": NaN, "output_length": 1, "token_ids": [1]}\n', 'line 1: "timestamp"'),
+        (b'{"timestamp": -Infinity, "output_length": 1, "token_ids": [1]}\n', 'line 1: "timestamp"'),
+        (b'{"timestamp": 1e300, "output_length": 1, "token_ids": [1]}\n', 'line 1: "timestamp"'),
+        (b'{"timestamp": "now", "output_length": 1, "token_ids": [1]}\n', 'line 1: "timestamp"'),
+        (b'{"output_length": 99999999999999999999, "token_ids": [1]}\n', 'line 1: "output_length"'),
+        (b'{"output_length": ' + b"9" * 5_000 + b', "token_ids": [1]}\n', "line 1: not valid JSON"),
+        (b'{"output_length": 1, "hash_ids": [1], "input_length": 1e3}\n', 'line 1: "input_length"'),
+        (b'{"output_length": 300000, "token_ids": [1]}\n', "longer than the 262,144 tokens that are served"),
+        (b"{" * 100_000, "line 1: not valid JSON"),
+    ],
+    ids=range(16),
+)
+def test_a_bad_trace_is_one_sentence_and_exit_code_2(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_bytes(content)
+    assert message in refused(str(file))
+    if content.startswith(b"{") and "longer" not in message:
+        file.write_bytes(LINE + content)
+        assert message.replace("line 1", "line 2") in refused(str(file), "--strict")
+
+
+def refused(*arguments: str) -> str:
+    """What the command says to input that it doesn't take."""
     app = typer.Typer()
     app.command()(replay)
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 2
-    assert message in done.output
+    began = time.process_time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tidepool.replay.parent.run_jobs", lambda *jobs: pytest.fail("it would run"))
+        done = CliRunner().invoke(app, arguments)
+    assert time.process_time() - began < 2
+    assert done.exit_code == 2, done.output
     assert len(done.output.strip().splitlines()) == 1
+    assert done.output.endswith((".\n", "?\n"))
+    return done.output

@@ -14,6 +14,7 @@ from tidepool.compare.messages import Job
 from tidepool.models import entry
 from tidepool.replay.job import Job as ReplayJob
 from tidepool.replay.parent import run_jobs
+from tidepool.replay.workload import load_workload
 from tidepool.verify import drive as verify
 from tidepool.verify.scenarios import PREEMPTED, Part
 from wrapped_python import run_first
@@ -61,7 +62,7 @@ def verified(model: Path, folder: Path) -> str:
 def replayed(model: Path, folder: Path) -> str:
     config = entry("Llama-3.1-8B").config
     job = ReplayJob("elastic", config, "H100", 4 << 30, None, "hot-prefix", 3, 0, 1.0, 32, 2048)
-    made, failures = run_jobs([job], 3, Console(file=io.StringIO(), width=120))
+    made, failures = run_jobs([job], load_workload(job).requests, Console(file=io.StringIO(), width=120))
     assert not made
     return failures["elastic"]
 

@@ -15,6 +15,7 @@ from tidepool.command_line import NO_VLLM, fail, has_vllm
 from tidepool.compare.command import compare
 from tidepool.plan.command import plan
 from tidepool.replay.command import replay
+from tidepool.replay.record import record
 from tidepool.verify.command import verify, verify_for
 
 PASSED_ON = {"ignore_unknown_options": True}
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(compare)
 app.command()(replay)
+app.command()(record)
 app.command(context_settings=PASSED_ON)(verify)
 
 

@@ -13,6 +13,8 @@ class ModelConfigError(ValueError):
 
 
 MAX_LAYERS = 10_000
+TEXT_KEYS = ("text_config", "llm_config", "language_config")
+"""Under which a wrapper has its language model."""
 
 
 class Config:
@@ -24,7 +26,7 @@ class Config:
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
-        candidates = (content[key] for key in _TEXT_KEYS if isinstance(content.get(key), Mapping))
+        candidates = (content[key] for key in TEXT_KEYS if isinstance(content.get(key), Mapping))
         nested: Mapping[str, Any] = next(candidates, {})
         self._content: dict[str, Any] = {**content, **nested}
         self.model_type = self.text("model_type")
@@ -123,6 +125,3 @@ def _read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelConfigError(f"{file} must hold a JSON object.")
     return content
-
-
-_TEXT_KEYS = ("text_config", "llm_config", "language_config")

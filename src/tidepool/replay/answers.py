@@ -11,6 +11,7 @@ get the same tokens as far as the shorter one goes. Where prompts are recorded a
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -53,10 +54,12 @@ def with_answers(recorded: Sequence[Recorded]) -> list[TraceRequest]:
     Args:
         recorded: in the order of their arrival.
     """
-    root = _Block(())
-    prompts = [_enter(root, each) for each in recorded]
+    roots: defaultdict[str | None, _Block] = defaultdict(lambda: _Block(()))
+    prompts = [_enter(roots[each.salt], each) for each in recorded]
     return [
-        TraceRequest(each.arrival, prompt.runs, each.input_tokens, each.output_tokens, prompt.answer)
+        TraceRequest(
+            each.arrival, prompt.runs, each.input_tokens, each.output_tokens, prompt.answer, each.salt, each.line
+        )
         for each, prompt in zip(recorded, prompts, strict=True)
     ]
 

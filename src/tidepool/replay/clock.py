@@ -25,6 +25,10 @@ BANDWIDTH_SHARE = 0.75
 """Of the peak that reading weights and caches reaches."""
 STEP_OVERHEAD = 0.003
 """Seconds of a step that are neither: launches, sampling, the scheduler."""
+LINK_SHARE = 1 / 8
+"""Of a card's bandwidth that the links between cards have: about NVLink's; PCIe is slower."""
+SUM_LATENCY = 10e-6
+"""Seconds of a sum over several devices, however small."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,14 @@ class CostModel:
     """Bytes of attention that a token keeps in all layers."""
     state_bytes: int
     """Bytes of a request's states in all layers."""
+    states_written: int = 1
+    """Of each layer in a step: one, and one more for each draft token."""
+    devices: int = 1
+    """That share the weights; ``token_bytes`` and ``state_bytes`` are those of one of them."""
+    sums: int = 0
+    """Over all devices in a step: one behind each part of a layer."""
+    sum_bytes: int = 0
+    """Bytes of a token in each."""
 
     def seconds(self, work: Work) -> float:
         """How long a step takes."""
@@ -70,26 +82,30 @@ class CostModel:
         flops = 2 * (active * work.tokens + self.output_weights * work.requests) + 4 * self.head_elements * work.pairs
         touched = 1 - (1 - self.expert_share) ** work.tokens
         traffic = (
-            self.plain_bytes
-            + self.expert_bytes * touched
+            (self.plain_bytes + self.expert_bytes * touched) / self.devices
             + self.token_bytes * work.context_tokens
-            + 2 * self.state_bytes * work.requests
+            + (1 + self.states_written) * self.state_bytes * work.requests
         )
-        compute = flops / (self.gpu.flops * COMPUTE_SHARE)
+        compute = flops / (self.devices * self.gpu.flops * COMPUTE_SHARE)
         memory = traffic / (self.gpu.bandwidth * BANDWIDTH_SHARE)
-        return max(compute, memory) + STEP_OVERHEAD
+        return max(compute, memory) + self._sum_seconds(work.tokens) + STEP_OVERHEAD
+
+    def _sum_seconds(self, tokens: int) -> float:
+        """What sums over several devices take: each sends and gets all but its own part twice."""
+        if self.devices == 1:
+            return 0.0
+        sent = 2 * (1 - 1 / self.devices) * self.sum_bytes * tokens
+        return self.sums * (SUM_LATENCY + sent / (self.gpu.bandwidth * LINK_SHARE))
 
 
-def cost_model(
-    config: Mapping[str, Any], gpu: Gpu, layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
-) -> CostModel:
-    """The costs of a model with this HF-style configuration, some layers of which may keep tokens in other formats.
+def cost_model(config: Mapping[str, Any], gpu: Gpu, options: CacheOptions = CacheOptions()) -> CostModel:  # noqa: B008
+    """The costs of a model with this HF-style configuration, on each of the devices that it is cut for.
 
     Raises:
         ModelConfigError: the model can't be read.
     """
     model = model_from_config(config)
-    caches = model.layer_caches(CacheOptions(layer_kv_dtypes=layer_kv_dtypes)).values()
+    caches = model.layer_caches(options).values()
     experts = sum(layer.experts for layer in model.layers)
     keys = Config(config)
     expert_bytes = experts * model.expert_bytes_each
@@ -104,6 +120,10 @@ def cost_model(
         head_elements=_head_elements(model),
         token_bytes=sum(c.bytes_per_token for c in caches if isinstance(c, FullAttention | SlidingWindow)),
         state_bytes=sum(c.bytes for c in caches if isinstance(c, State)),
+        states_written=1 + options.speculative_tokens,
+        devices=options.tp,
+        sums=sum(bool(layer.mixers) + bool(layer.feed_forward) for layer in model.layers),
+        sum_bytes=2 * model.hidden,
     )
 
 

@@ -29,11 +29,12 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 from tidepool.models import WINDOWS
 from tidepool.models.dtypes import head_bytes
 from tidepool.replay.architectures import ARCHITECTURES
+from tidepool.replay.drafts import Drafts
 from tidepool.replay.link import Link
 from tidepool.replay.trace import GENERATED_TOKEN
 from tidepool.running.engine import require_side
@@ -62,9 +63,12 @@ class EngineShape:
     eviction: Eviction = "returns"
     change_specs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Makes other layers of the model's, both given as layer name to vLLM's KVCacheSpec."""
+    tp: int = 1
+    """Tensor parallel size: one device of so many is built, for all keep the same."""
+    drafts: Drafts | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's EngineArgs; they win over the fields above. Drafts are never made, for there is no
-    model, but memory is kept for them."""
+    """Further arguments of vLLM's EngineArgs; they win over the fields above. With a drafter among them memory is kept
+    for drafts, and none are made."""
 
 
 class GpuBlocks:
@@ -88,7 +92,7 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
 
     def _init_executor(self) -> None:
         self.answers = defaultdict(lambda: iter(()))
-        build_on_meta_device(self.vllm_config)
+        build_on_meta_device(self.vllm_config, self.shape.tp)
         prepare_gpu_blocks(self.vllm_config)
         specs = layer_specs_of(self.vllm_config)
         self.specs = self.shape.change_specs(specs) if self.shape.change_specs else specs
@@ -137,15 +141,25 @@ class NoModelExecutor(Executor):  # type: ignore[misc]
         return _Done(output) if non_block else output
 
     def sample(self, scheduler_output: Any, scheduled: Sequence[str]) -> list[list[int]]:
-        """A token for every request whose prompt this step completes, none for the others."""
-        scheduler = self.scheduler
+        """A token for every request whose prompt this step completes, and one for each accepted draft."""
+        scheduler, drafts = self.scheduler, self.shape.drafts
         tokens: list[list[int]] = []
         for req_id in scheduled:
             request = scheduler.requests[req_id]
             # num_computed_tokens has been advanced past this step's tokens already.
-            made = request.num_computed_tokens >= request.num_tokens
-            tokens.append([next(self.answers[req_id], GENERATED_TOKEN)] if made else [])
+            made = int(request.num_computed_tokens >= request.num_tokens)
+            if made and drafts:
+                drafted = len(scheduler_output.scheduled_spec_decode_tokens.get(req_id, ()))
+                made += drafts.accepted(req_id, request.num_tokens, drafted)
+            tokens.append([next(self.answers[req_id], GENERATED_TOKEN) for _ in range(made)])
         return tokens
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Drafts for the next step, of every request that runs; the scheduler leaves out those that still read."""
+        if self.shape.drafts is None:
+            return None
+        running = [request.request_id for request in self.scheduler.running]
+        return DraftTokenIds(running, [[GENERATED_TOKEN] * self.shape.drafts.tokens for _ in running])
 
     scheduler: Any = None
     """Set once the engine core has one."""
@@ -192,7 +206,12 @@ def make_engine(shape: EngineShape) -> EngineCore:
             "additional_config": {"tidepool": {"eviction": shape.eviction}},
             "language_model_only": True,
             "kv_offloading_size": shape.host_bytes / (1 << 30) or None,
+            "tensor_parallel_size": shape.tp,
+            "distributed_executor_backend": "mp" if shape.tp > 1 else None,
         }
+        if shape.drafts:
+            drafts = {"num_speculative_tokens": shape.drafts.tokens, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+            arguments["speculative_config"] = {"method": "ngram"} | drafts
         vllm_config = EngineArgs(**arguments | dict(shape.options)).create_engine_config()
         executor = type("SizedExecutor", (NoModelExecutor,), {"shape": shape})
         engine = EngineCore(vllm_config, executor, log_stats=True)
@@ -211,26 +230,35 @@ def make_checked_engine(shape: EngineShape) -> EngineCore:
     return engine
 
 
-def typed_layers(specs: Mapping[str, Any], layer_kv_dtypes: Sequence[tuple[int | str, str]]) -> dict[str, Any]:
+def typed_layers(
+    specs: Mapping[str, Any], layer_kv_dtypes: Sequence[tuple[int | str, str]], kv_dtype: str = "auto"
+) -> dict[str, Any]:
     """The specs of layers that keep their tokens in other formats: packed, as vLLM's own packing backends declare it.
 
     Args:
         specs: layer name to vLLM's KVCacheSpec.
         layer_kv_dtypes: see `tidepool.models.CacheOptions`.
+        kv_dtype: of the other attention layers.
     """
     made = dict(specs)
-    for layer, dtype in layer_kv_dtypes:
-        for name, spec in specs.items():
-            if not isinstance(spec, AttentionSpec):
-                continue
-            if extract_layer_index(name) == layer or (layer == WINDOWS and isinstance(spec, SlidingWindowSpec)):
-                each = head_bytes(dtype, spec.head_size, spec.head_size_v, get_dtype_size(spec.dtype))
-                made[name] = replace(spec, state_content_bytes=each)
+    for name, spec in specs.items():
+        if not isinstance(spec, AttentionSpec):
+            continue
+        keys = [extract_layer_index(name), *([WINDOWS] if isinstance(spec, SlidingWindowSpec) else [])]
+        dtype = next((dtype for layer, dtype in reversed(layer_kv_dtypes) if layer in keys), kv_dtype)
+        if dtype != "auto":
+            each = head_bytes(dtype, spec.head_size, spec.head_size_v, get_dtype_size(spec.dtype))
+            made[name] = replace(spec, state_content_bytes=each)
     return made
 
 
 def add_request(
-    engine: EngineCore, req_id: str, prompt: list[int], output_tokens: int, answer: Iterable[int] = ()
+    engine: EngineCore,
+    req_id: str,
+    prompt: list[int],
+    output_tokens: int,
+    answer: Iterable[int] = (),
+    salt: str | None = None,
 ) -> None:
     """Queue a request that will generate ``output_tokens`` tokens: those of ``answer``, as far as it goes."""
     engine.model_executor.answers[req_id] = iter(answer)
@@ -242,7 +270,7 @@ def add_request(
         pooling_params=None,
         arrival_time=0.0,
         lora_request=None,
-        cache_salt=None,
+        cache_salt=salt,
         data_parallel_rank=None,
     )
     engine.add_request(*engine.preprocess_add_request(request))
@@ -261,16 +289,23 @@ def prepare_gpu_blocks(vllm_config: Any) -> None:
     GpuPlatform._align_hybrid_block_size(vllm_config, GpuBlocks)
 
 
-def build_on_meta_device(vllm_config: Any) -> None:
-    """Build the model without its weights, which registers its layers in the configuration."""
-    from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
+def build_on_meta_device(vllm_config: Any, tp: int = 1) -> None:
+    """Build one device's part of the model without its weights, which registers its layers in the configuration."""
+    from vllm.distributed import (
+        get_tp_group,
+        init_distributed_environment,
+        initialize_model_parallel,
+        model_parallel_is_initialized,
+    )
     from vllm.model_executor.model_loader.utils import initialize_model
 
     with set_current_vllm_config(vllm_config):
         if not model_parallel_is_initialized():
-            store = tempfile.mktemp(prefix="tidepool-")
-            init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-            initialize_model_parallel()
+            with tempfile.TemporaryDirectory(prefix="tidepool-") as folder:
+                init_distributed_environment(1, 0, f"file://{folder}/store", 0, "gloo")
+                initialize_model_parallel()
+        # Layers ask the group how many devices they are cut for; nothing is sent between them.
+        get_tp_group().world_size = tp
         default = torch.get_default_dtype()
         torch.set_default_dtype(vllm_config.model_config.dtype)
         try:

@@ -14,6 +14,8 @@ from tidepool.replay.trace import FIRST_TOKEN, Run, TraceError, TraceRequest
 
 REQUESTS = 1_000
 """How many requests are made where none are asked for."""
+MOST_REQUESTS = 1_000_000
+"""More take longer to make than anyone waits."""
 
 
 @dataclass

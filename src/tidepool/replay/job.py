@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from tidepool import sides
+from tidepool.command_line import UsageError
+from tidepool.models import CacheOptions
 from tidepool.sides import Side
 from tidepool.vllm_plugin.settings import Eviction
 
@@ -48,11 +50,48 @@ class Job:
     """Bytes a second between the two, in each direction."""
     drop_reasoning: float = 0.0
     """Share of the answers that come back in no prompt, of those that would."""
+    max_model_len: int | None = None
+    """Tokens of the longest request that is served; None for the workload's longest."""
+    tp: int = 1
+    """Tensor parallel size; the memory is that of one device."""
+    kv_dtype: str = "auto"
+    """How all attention layers keep their tokens, see `tidepool.models.CacheOptions`."""
+    prefix_caching: bool = True
+    draft_tokens: int = 0
+    """Tokens drafted in a step for each request."""
+    acceptance: float = 0.0
+    """How likely it is of a draft token to be accepted where those before it were, 0 to 1."""
+    tokenizer: str | None = None
+    """Model directory or ``tokenizer.json`` for a trace of text; None where words stand for tokens."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UsageError(
+                f"--max-num-batched-tokens ({self.max_num_batched_tokens:,}) must be at least --max-num-seqs "
+                f"({self.max_num_seqs:,}): vLLM gives every running request a token."
+            )
+        if not 0 <= self.drop_reasoning <= 1:
+            raise UsageError(f"--drop-reasoning must be from 0 to 1, not {self.drop_reasoning:g}.")
+        if not 0 <= self.draft_tokens <= 1_000:
+            raise UsageError(f"--speculative-tokens must be from 0 to 1,000, not {self.draft_tokens:,}.")
+        if not 0 <= self.acceptance <= 1:
+            raise UsageError(f"--acceptance must be from 0 to 1, not {self.acceptance:g}.")
+        if self.host_bytes and not self.prefix_caching:
+            raise UsageError("Host memory is for the prefix cache: leave out --no-prefix-caching or --host-memory.")
 
     @property
     def side(self) -> Side:
         """Whose memory it runs on."""
         return "stock" if self.mode == "bound" else self.mode
+
+    def cache_options(self) -> CacheOptions:
+        """How its layers keep their tokens, on one device."""
+        return CacheOptions(
+            kv_dtype=self.kv_dtype,
+            layer_kv_dtypes=self.layer_kv_dtypes,
+            tp=self.tp,
+            speculative_tokens=self.draft_tokens,
+        )
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Job:
@@ -101,9 +140,9 @@ class HostFigures:
     stored_bytes: int
     stalled: float
     """Seconds that steps waited for copies to the host, before blocks were reused."""
-    loaded_tokens: int | None
-    """Prompt tokens that hit for having been loaded; None where that isn't counted."""
-    waited: float | None
+    loaded_tokens: int
+    """Hit tokens that had to be loaded."""
+    waited: float
     """Seconds that requests waited for loads, all together."""
 
 
@@ -128,6 +167,11 @@ class Result:
     """Prompt tokens found in the prefix cache when a request was first scheduled; later resumptions don't count."""
     output_tokens: int
     ttft: Spread
+    """From arrival to the first token."""
+    tpot: Spread | None
+    """From one token of an answer to the next, a mean for each request; None if all answers have one token."""
+    e2e: Spread
+    """From arrival to the last token."""
     makespan: float
     """From the first arrival to the last token."""
     preemptions: int
@@ -175,7 +219,8 @@ class Result:
     def from_dict(cls, content: dict[str, Any]) -> Result:
         """Read what `to_dict` made."""
         fields = {key: content[key] for key in cls.__dataclass_fields__}
-        fields["ttft"] = Spread(**fields["ttft"])
+        for key in ("ttft", "tpot", "e2e"):
+            fields[key] = fields[key] and Spread(**fields[key])
         fields["groups"] = [GroupLayout(**group) for group in fields["groups"]]
         fields["samples"] = [Sample(**sample | {"uses": tuple(sample["uses"])}) for sample in fields["samples"]]
         fields["host"] = fields["host"] and HostFigures(**fields["host"])

@@ -27,6 +27,8 @@ class Carried:
     from_host: int = 0
     stalled: float = 0.0
     """Seconds that steps waited for copies to the host: stock vLLM's, where it reuses blocks that are being copied."""
+    waited: float = 0.0
+    """Seconds that requests of stock vLLM's waited for loads, all together."""
 
 
 class _UnderWay(NamedTuple):
@@ -76,6 +78,9 @@ class Link:
             self._begin(number, self._bytes_of(job.src_spec), to_host=True)
         for number, job in orders.load_jobs.items():
             self._begin(number, self._bytes_of(job.dst_spec), to_host=False, request=job.req_id)
+        began = {job.req_id for job in orders.load_jobs.values()}
+        ends = {each.request: each.end for each in self._under_way if each.request in began}
+        self.carried.waited += sum(ends.values()) - len(ends) * self._clock()
         flushed = orders.jobs_to_flush or ()
         waits = max((each.end for each in self._under_way if each.number in flushed), default=0.0) - self._clock()
         self.carried.stalled += max(waits, 0.0)

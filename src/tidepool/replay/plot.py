@@ -17,10 +17,12 @@ def round_step(top: float) -> float:
 
 
 class Frame:
-    """Axes from zero: seconds to the right, a value upwards."""
+    """Axes from zero: seconds to the right, or another quantity, and a value upwards."""
 
-    def __init__(self, seconds: float, top: float, unit: str, label: str) -> None:
+    def __init__(self, seconds: float, top: float, unit: str, label: str, along: str | None = None) -> None:
         self.seconds = seconds or 1.0
+        self.along = along
+        """What goes to the right in place of time."""
         self.step = round_step(top)
         self.top = max(ceil(top / self.step - 1e-9), 1) * self.step
         self.unit = unit
@@ -43,14 +45,14 @@ class Frame:
             parts.append(
                 f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{index * self.step:g}{self.unit}</text>'
             )
-        minutes = self.seconds >= 180
+        minutes = self.along is None and self.seconds >= 180
         scale, step = (60, round_step(self.seconds / 60)) if minutes else (1, round_step(self.seconds))
         for index in range(int(self.seconds / scale / step + 1e-9) + 1):
             x = self.x(index * step * scale)
             parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{index * step:g}</text>')
         parts.append(
             f'<text x="{(_LEFT + _WIDTH) / 2:.0f}" y="{_HEIGHT - 6}" text-anchor="middle">'
-            f"{'minutes' if minutes else 'seconds'} of virtual time</text>"
+            f"{self.along or ('minutes' if minutes else 'seconds') + ' of virtual time'}</text>"
         )
         return "".join(parts)
 
@@ -71,10 +73,25 @@ def line_plot(label: str, unit: str, lines: Sequence[tuple[str, Sequence[tuple[f
     return "".join(drawn) + "</svg>"
 
 
-def area_plot(label: str, unit: str, seconds: Sequence[float], areas: Sequence[tuple[str, Sequence[float]]]) -> str:
-    """Values stacked from the bottom up; each comes with the name of its colour."""
+def curve_plot(label: str, unit: str, along: str, curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> str:
+    """Points (quantity, value), joined in this order; each curve comes with its colour, as CSS."""
+    points = [point for _, curve in curves for point in curve]
+    frame = Frame(max(x for x, _ in points) * 1.05, max(y for _, y in points), unit, label, along)
+    drawn = [frame.open()]
+    for colour, curve in curves:
+        places = [(f"{frame.x(x):.1f}", f"{frame.y(y):.1f}") for x, y in curve]
+        path = " ".join(",".join(place) for place in places)
+        drawn.append(f'<polyline class="curve" style="stroke:{colour}" points="{path}"/>')
+        drawn += [f'<circle cx="{x}" cy="{y}" r="4" style="fill:{colour}"/>' for x, y in places]
+    return "".join(drawn) + "</svg>"
+
+
+def area_plot(
+    label: str, unit: str, seconds: Sequence[float], areas: Sequence[tuple[str, Sequence[float]]], end: float
+) -> str:
+    """Values stacked from the bottom up; each comes with the name of its colour. The axis ends at ``end`` seconds."""
     totals = [sum(values) for values in zip(*(values for _, values in areas), strict=True)]
-    frame = Frame(seconds[-1], max(totals), unit, label)
+    frame = Frame(end, max(totals), unit, label)
     drawn = [frame.open()]
     below = [0.0] * len(seconds)
     for colour, values in areas:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,10 +14,12 @@ from vllm.v1.engine.core import EngineCore
 from tidepool.gpus import find_gpu
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import CostModel, Work, cost_model
+from tidepool.replay.drafts import Drafts
 from tidepool.replay.engine import EngineShape, add_request, make_checked_engine, typed_layers
 from tidepool.replay.job import HostFigures, Job, Result, Sample
 from tidepool.replay.link import Link
 from tidepool.replay.memory_use import MemoryMeter
+from tidepool.replay.model import without_weights
 from tidepool.replay.sampling import Sampler
 from tidepool.replay.statistics import median, spread
 from tidepool.replay.step import Step, take_step
@@ -45,9 +47,12 @@ class Replay:
         self.arrived = 0
         self.first_token: dict[str, float] = {}
         """Time from a request's arrival to its first token, in seconds, by its id."""
-        self.hits: dict[str, int] = {}
-        """Prompt tokens of a request that were in the prefix cache when it was first scheduled."""
-        self.hit_tokens = self.prompt_tokens = 0
+        self.last_token: dict[str, float] = {}
+        """Likewise to its last token so far."""
+        self.seen: set[str] = set()
+        """Requests that have been scheduled."""
+        self.hit_tokens = self.external_tokens = self.prompt_tokens = 0
+        """Of requests when they were first scheduled: in the prefix cache, of these loaded by stock vLLM, and all."""
         self.preemptions = 0
         self.running_peak = 0
         self.running_seconds = 0.0
@@ -103,15 +108,16 @@ class Replay:
         while self.arrived < len(self.requests) and self.arrival(self.arrived) <= self.now:
             request = self.requests[self.arrived]
             answer = chain.from_iterable(request.answer)
-            add_request(self.engine, str(self.arrived), request.prompt(), request.output_tokens, answer)
+            add_request(self.engine, str(self.arrived), request.prompt(), request.output_tokens, answer, request.salt)
             self.arrived += 1
 
     def _account(self, step: Step) -> None:
         output = step.output
         for new in output.scheduled_new_reqs:
-            if new.req_id not in self.hits:
-                self.hits[new.req_id] = new.num_computed_tokens
+            if new.req_id not in self.seen:
+                self.seen.add(new.req_id)
                 self.hit_tokens += new.num_computed_tokens
+                self.external_tokens += step.external_tokens[new.req_id]
                 self.prompt_tokens += self.requests[int(new.req_id)].input_tokens
         seconds = self.costs.seconds(self._work(output)) if output.num_scheduled_tokens else 0.0
         seconds += self.engine.model_executor.waited
@@ -122,8 +128,15 @@ class Replay:
         self.scheduler_seconds.append(step.scheduler_seconds)
         self.preemptions += len(output.preempted_req_ids or ())
         for req_id in step.emitted:
-            if req_id not in self.first_token:
-                self.first_token[req_id] = self.now - self.arrival(int(req_id))
+            self.last_token[req_id] = self.now - self.arrival(int(req_id))
+            self.first_token.setdefault(req_id, self.last_token[req_id])
+
+    def token_times(self) -> Iterator[float]:
+        """Of each request with several tokens the seconds from one to the next."""
+        for req_id, first in self.first_token.items():
+            tokens = self.requests[int(req_id)].output_tokens
+            if tokens > 1:
+                yield (self.last_token[req_id] - first) / (tokens - 1)
 
     def _work(self, output: Any) -> Work:
         new = {request.req_id: request.num_computed_tokens for request in output.scheduled_new_reqs}
@@ -147,37 +160,45 @@ def _link(engine: EngineCore, job: Job, replay: Replay) -> Link:
     return link
 
 
-def _host_figures(engine: EngineCore, link: Link | None) -> HostFigures | None:
+def _host_figures(replay: Replay, link: Link | None) -> HostFigures | None:
     if link is None:
         return None
-    connector, carried = engine.scheduler.connector, link.carried
+    connector, carried = replay.engine.scheduler.connector, link.carried
     traffic = connector.host.traffic if isinstance(connector, HostConnector) else None
     return HostFigures(
         loaded_bytes=carried.from_host,
         stored_bytes=carried.to_host,
         stalled=carried.stalled,
-        loaded_tokens=traffic.loaded_tokens if traffic else None,
-        waited=traffic.wait_seconds if traffic else None,
+        loaded_tokens=traffic.loaded_tokens if traffic else replay.external_tokens,
+        waited=traffic.wait_seconds if traffic else carried.waited,
+    )
+
+
+def _shape(job: Job, requests: Sequence[TraceRequest]) -> EngineShape:
+    # One token more than the longest request, as far as the model was made for so many.
+    longest = max(request.input_tokens + request.output_tokens for request in requests)
+    return EngineShape(
+        hf_config=attention_only(job.config) if job.mode == "bound" else without_weights(job.config),
+        kv_bytes=job.kv_bytes,
+        side=job.side,
+        max_num_seqs=job.max_num_seqs,
+        max_model_len=min(longest + 1, job.max_model_len or longest + 1),
+        max_num_batched_tokens=job.max_num_batched_tokens,
+        prefix_caching=job.prefix_caching,
+        eviction=job.eviction,
+        change_specs=partial(typed_layers, kv_dtype=job.kv_dtype, layer_kv_dtypes=job.layer_kv_dtypes),
+        host_bytes=0 if job.mode == "bound" else job.host_bytes,
+        tp=job.tp,
+        drafts=Drafts(job.draft_tokens, job.acceptance, job.seed) if job.draft_tokens else None,
     )
 
 
 def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int], None]) -> Result:
     """Replay one mode in this process."""
-    longest = max(request.input_tokens + request.output_tokens for request in requests)
-    shape = EngineShape(
-        hf_config=attention_only(job.config) if job.mode == "bound" else job.config,
-        kv_bytes=job.kv_bytes,
-        side=job.side,
-        max_num_seqs=job.max_num_seqs,
-        max_model_len=longest + 1,
-        max_num_batched_tokens=job.max_num_batched_tokens,
-        eviction=job.eviction,
-        change_specs=partial(typed_layers, layer_kv_dtypes=job.layer_kv_dtypes),
-        host_bytes=0 if job.mode == "bound" else job.host_bytes,
-    )
+    shape = _shape(job, requests)
     engine = make_checked_engine(shape)
     # The clock is the hybrid model's in every mode, so that times differ by what the memory policy does alone.
-    costs = cost_model(job.config, find_gpu(job.gpu)[1], job.layer_kv_dtypes)
+    costs = cost_model(job.config, find_gpu(job.gpu)[1], job.cache_options())
     replay = Replay(engine, costs, requests, job.rate)
     link = _link(engine, job, replay) if shape.host_bytes else None
     meter = MemoryMeter(engine.scheduler, job.kv_bytes, engine.model_executor.specs)
@@ -205,6 +226,8 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
         hit_tokens=replay.hit_tokens,
         output_tokens=sum(request.output_tokens for request in requests),
         ttft=spread(replay.first_token.values()),
+        tpot=spread(times) if (times := list(replay.token_times())) else None,
+        e2e=spread(replay.last_token.values()),
         makespan=replay.now,
         preemptions=replay.preemptions,
         running_mean=replay.running_seconds / replay.now,
@@ -218,6 +241,6 @@ def run_job(job: Job, requests: Sequence[TraceRequest], progress: Callable[[int]
         wall_seconds=wall,
         block_tokens=next((group.block_tokens for group in meter.groups if group.kind == "attention"), 0),
         groups=meter.groups,
-        host=_host_figures(engine, link),
+        host=_host_figures(replay, link),
         samples=sampler.samples,
     )

@@ -8,7 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 from tidepool.replay.job import USES
-from tidepool.replay.report import ROWS, USE_TITLES, Report, describe, layout, mean_uses, missing, title
+from tidepool.replay.report import (
+    USE_TITLES,
+    Report,
+    describe,
+    layout,
+    made_by,
+    mean_uses,
+    missing,
+    rows,
+    title,
+    verdict,
+)
 from tidepool.sizes import size
 
 WIDTH = 120
@@ -25,7 +36,7 @@ def print_report(report: Report, console: Console) -> None:
     table.add_column("")
     for result in report.results:
         table.add_column(title(result), justify="right")
-    for row in ROWS:
+    for row in rows(report.results):
         table.add_row(row.label, *(row.of(result) for result in report.results))
     table.add_section()
     table.add_row(Text("mean bytes by use", style="bold"))
@@ -38,3 +49,6 @@ def print_report(report: Report, console: Console) -> None:
         console.print(Text.assemble((f"{title(result)}: ", "bold"), layout(result)))
     for line in missing(report):
         console.print(Text(line, style="yellow"))
+    console.print()
+    console.print(Text(verdict(report.results), style="bold"))
+    console.print(Text(made_by(report.setting), style="dim"))

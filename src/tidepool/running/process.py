@@ -78,8 +78,11 @@ class Child:
     def _receive_line(self) -> dict[str, Any]:
         alarm, began = Timer(ANSWER_SECONDS, self.kill), time.monotonic()
         alarm.start()
-        line = _pipe(self._process.stdout).readline()
-        alarm.cancel()
+        try:
+            line = _pipe(self._process.stdout).readline()
+        finally:
+            # Also where a signal ends the wait: the interpreter waits for threads before it exits.
+            alarm.cancel()
         if not line.endswith("\n"):
             silent = time.monotonic() - began >= ANSWER_SECONDS
             return {"error": f"no answer in {ANSWER_SECONDS:.0f} s" if silent else "the process ended"}
