@@ -13,6 +13,7 @@ import typer
 from tidepool import __version__
 from tidepool.command_line import NO_VLLM, fail, has_vllm
 from tidepool.compare.command import compare
+from tidepool.observe.command import dashboard, explain, top
 from tidepool.plan.command import plan
 from tidepool.replay.command import replay
 from tidepool.verify.command import verify, verify_for
@@ -30,6 +31,9 @@ app = typer.Typer(
 app.command()(plan)
 app.command()(compare)
 app.command()(replay)
+app.command()(top)
+app.command()(explain)
+app.command()(dashboard)
 app.command(context_settings=PASSED_ON)(verify)
 
 
