@@ -116,7 +116,6 @@ def test_under_load_every_scrape_is_what_the_arena_says_at_that_moment(server: S
     for text in texts:
         found = Scrape(text)
         memory = sorted((*key, int(count)) for key, count in found.by("tidepool_memory_bytes", "group", "use").items())
-        assert sum(count for *_, count in memory) == MEMORY
         moment = memory, int(found.total("tidepool_extent_moves_total"))
         agreeing += moment in accounts.get(int(found.total("tidepool_allocated_bytes_total")), [])
         states_in_use.add(found.total("tidepool_memory_bytes", kind="states", use="in_use"))

@@ -12,10 +12,14 @@ from tidepool.metrics.table import ENGINE_LABELS, METRICS, Kind, Metric
 
 
 class Exporter:
-    """The metrics of one process. Make it once: Prometheus refuses a second metric of the same name."""
+    """The metrics of one process. Make it once: a registry refuses a second metric of the same name.
 
-    def __init__(self) -> None:
-        self._metrics = {metric.name: (metric, _make(metric)) for metric in METRICS}
+    Args:
+        registry: Prometheus'; None for the one that vLLM's metrics are in.
+    """
+
+    def __init__(self, registry: Any = None) -> None:
+        self._metrics = {metric.name: (metric, _make(metric, registry)) for metric in METRICS}
 
     def export(self, samples: Samples, model_name: str, engine: int) -> None:
         """Tell Prometheus what an engine has sent."""
@@ -32,12 +36,12 @@ class Exporter:
                         child.observe(each)
 
 
-def _make(metric: Metric) -> Any:
-    from prometheus_client import Counter, Gauge, Histogram
+def _make(metric: Metric, registry: Any) -> Any:
+    from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
-    labels = (*ENGINE_LABELS, *metric.labels)
+    labels, registry = (*ENGINE_LABELS, *metric.labels), registry or REGISTRY
     if metric.kind == Kind.GAUGE:
-        return Gauge(metric.name, metric.help, labels, multiprocess_mode="mostrecent")
+        return Gauge(metric.name, metric.help, labels, registry=registry, multiprocess_mode="mostrecent")
     if metric.kind == Kind.COUNTER:
-        return Counter(metric.name, metric.help, labels)
-    return Histogram(metric.name, metric.help, labels, buckets=metric.buckets)
+        return Counter(metric.name, metric.help, labels, registry=registry)
+    return Histogram(metric.name, metric.help, labels, registry=registry, buckets=metric.buckets)

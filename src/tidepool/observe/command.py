@@ -73,7 +73,8 @@ def explain(
         if seconds < 0:
             raise UsageError(f"The time to look must not be below 0 seconds, not {seconds:g}.")
         path = Path(what)
-        evidence = evidence_of_replay(_read(path)) if path.is_file() else _watch(what, seconds)
+        is_file = path.is_file() or path.suffix == ".json"
+        evidence = evidence_of_replay(_read(path)) if is_file else _watch(what, seconds)
     except UsageError as error:
         fail(str(error), 1)
     found = explain_evidence(evidence)

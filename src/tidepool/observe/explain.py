@@ -249,10 +249,8 @@ def _more_memory(evidence: Evidence) -> str:
     more = evidence.look.planned(round(evidence.total * _MORE))
     assert more is not None
     now, then = _requests_of(planned, tokens), _requests_of(more, tokens)
-    return (
-        f"{text} Of requests of {tokens:,} tokens, as they run now, with one state each {now:,} fit in {size(planned.budget_bytes)} and "
-        f"{then:,} in {size(more.budget_bytes)}."
-    )
+    fit = f"{now:,} fit in {size(planned.budget_bytes)} and {then:,} in {size(more.budget_bytes)}"
+    return f"{text} Of requests of {tokens:,} tokens, as they run now, with one state each {fit}."
 
 
 def _requests_of(memory: Any, tokens: int) -> int:

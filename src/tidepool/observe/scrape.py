@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Mapping
+from http.client import HTTPException
 from urllib.parse import urlsplit
 
 from tidepool.command_line import UsageError
@@ -97,7 +98,7 @@ def _fetch(url: str) -> str:
             return text
     except urllib.error.HTTPError as error:
         raise UsageError(f"{full} answers with {error.code} {error.reason}, not with metrics.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UsageError(f"There is no server at {url}: {getattr(reason, 'strerror', None) or reason}.") from None
 
