@@ -121,8 +121,8 @@ def test_ages_are_told_once() -> None:
 def test_refusals_evictions_moves_and_lookups_arrive_under_their_labels() -> None:
     watched, told = engine(), Told()
     assert watched.retention
-    refusals = watched.refusals
-    refusals[0], refusals[1], refusals[2] = 3, 2, 1  # type: ignore[index]
+    watched = replace(watched, refusals=[3, 2, 1])
+    assert watched.retention
     watched.arena.pools[1].moves = 4
     watched.arena.pools[0].evictions = 5
     for number, priority in enumerate(watched.arena.evictions):
@@ -264,7 +264,7 @@ def test_everything_has_a_colour_and_words() -> None:
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_the_view_fits_its_width_and_shows_rates(width: int) -> None:
     before = look_of()
-    look = replace(before, moves=30, lookups=before.lookups | {"hit": 3}, tokens=before.tokens | {"hit_device": 48})
+    look = replace(before, moves=30, lookups={**before.lookups, "hit": 3}, tokens={**before.tokens, "hit_device": 48})
     console = Console(width=width, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
     console.print(draw(look, before, 10.0, width=width))
     lines = console.export_text().splitlines()
@@ -277,6 +277,7 @@ def test_the_view_fits_its_width_and_shows_rates(width: int) -> None:
 # Explaining.
 
 
+NOTHING: dict[str, int] = {part.value: 0 for part in TokenResult}
 BASE = Evidence(
     what="a model",
     waits=0.0,
@@ -287,15 +288,15 @@ BASE = Evidence(
     memory={"states": 400 << 20, "attention": 300 << 20, "unowned": 300 << 20},
     host_bytes=0,
     refused={},
-    tokens=dict.fromkeys(TokenResult, 0) | {TokenResult.DEVICE: 100, TokenResult.NEW: 900},
+    tokens=NOTHING | {"hit_device": 100, "new": 900},
     state_bytes=50 << 20,
     token_bytes=32 << 10,
     checkpoint_tokens=512,
     requests=10,
 )
 WAITS = {"waits": 0.9, "waiting": 5.0}
-EVICTED = dict.fromkeys(TokenResult, 0) | {TokenResult.EVICTED: 500, TokenResult.NEW: 500}
-NO_STATE = dict.fromkeys(TokenResult, 0) | {TokenResult.NO_STATE: 2_000, TokenResult.NEW: 2_000}
+EVICTED = NOTHING | {"evicted": 500, "new": 500}
+NO_STATE = NOTHING | {"no_state": 2_000, "new": 2_000}
 
 
 @pytest.mark.parametrize(

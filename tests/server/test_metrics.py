@@ -69,9 +69,7 @@ class Load:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("metrics")
-    path = os.pathsep.join(
-        map(str, (TESTS / "server" / "accounting", TESTS / "metrics", os.environ.get("PYTHONPATH", "")))
-    )
+    path = os.pathsep.join(map(str, (TESTS / "server" / "accounting", TESTS, os.environ.get("PYTHONPATH", ""))))
     served = Server(
         folder / "log",
         [*OPTIONS, "--kv-cache-memory-bytes", str(MEMORY)],

@@ -15,7 +15,7 @@ from tidepool.capacity.predict import label, planned_group
 from tidepool.sizes import size
 from tidepool.vllm_plugin import planning
 from tidepool.vllm_plugin.asked import WITHOUT_EFFECT, asked_of
-from tidepool.vllm_plugin.serving_plan import plan_of
+from tidepool.vllm_plugin.serving_plan import CHECKPOINT_TOKENS, plan_of
 from tidepool.vllm_plugin.settings import read_settings
 
 logger = init_logger("vllm.tidepool")
@@ -140,7 +140,7 @@ def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Itera
     if cache_config.enable_prefix_caching and not (settings.checkpoint_tokens or asked.mamba_block_size):
         interval = cache_config.prefix_cache_retention_interval
         near = f"the part of prefix_cache_retention_interval ({interval:,}) nearest to" if interval else "by default"
-        yield f"  checkpoint_tokens: {config.checkpoint_tokens:,}, {near} {planning.CHECKPOINT_TOKENS:,}"
+        yield f"  checkpoint_tokens: {config.checkpoint_tokens:,}, {near} {CHECKPOINT_TOKENS:,}"
     fitting = planning.requests_with_states(config)
     if asked.max_num_seqs is not None and fitting < asked.max_num_seqs:
         yield (

@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 from account import account
-
 from tidepool.metrics import Collector
 
 _take = Collector.take
@@ -20,7 +19,8 @@ _take = Collector.take
 def take(collector: Collector) -> Any:
     """As it was; the account is written first."""
     arena = collector.engine.arena
-    memory = [[*key, count] for key, count in account(arena._on_evict.__self__).items()]  # vLLM's side of it
+    pool: Any = getattr(arena._on_evict, "__self__")  # noqa: B009  # vLLM's side of the memory
+    memory = [[*key, count] for key, count in account(pool).items()]
     line = {"allocated": arena.bytes_allocated, "memory": memory, "moves": arena.moves}
     with open(os.environ["ACCOUNT"], "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
