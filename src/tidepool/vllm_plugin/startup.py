@@ -139,8 +139,10 @@ def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Itera
         yield f"  block_size: {cache_config.block_size:,} tokens, the fewest that the attention kernels take"
     if cache_config.enable_prefix_caching and not (settings.checkpoint_tokens or asked.mamba_block_size):
         interval = cache_config.prefix_cache_retention_interval
-        near = f"the part of prefix_cache_retention_interval ({interval:,}) nearest to" if interval else "by default"
-        yield f"  checkpoint_tokens: {config.checkpoint_tokens:,}, {near} {CHECKPOINT_TOKENS:,}"
+        why = "the default" if config.checkpoint_tokens == CHECKPOINT_TOKENS else "what kernels and layers take"
+        if interval:
+            why = f"the part of prefix_cache_retention_interval ({interval:,}) nearest to {CHECKPOINT_TOKENS:,}"
+        yield f"  checkpoint_tokens: {config.checkpoint_tokens:,}, {why}"
     fitting = planning.requests_with_states(config)
     if asked.max_num_seqs is not None and fitting < asked.max_num_seqs:
         yield (
