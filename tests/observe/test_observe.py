@@ -45,6 +45,9 @@ def test_counters_go_as_what_was_added_and_arrive_as_what_there_is() -> None:
     told.hear(collector)
     told.hear(collector)
     assert Scrape(told.text).total("tidepool_allocated_bytes_total") == 500 + 5 * 200
+    watched.arena.allocate(0, 1)
+    told.hear(collector)
+    assert Scrape(told.text).total("tidepool_allocated_bytes_total") == 2 * 500 + 5 * 200
 
 
 def test_only_what_grew_is_sent_again() -> None:
