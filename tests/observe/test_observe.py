@@ -357,6 +357,13 @@ def test_more_memory_is_counted_as_plan_counts() -> None:
     )
 
 
+def test_what_was_short_lately_counts_for_more_than_what_was_before() -> None:
+    first = replace(look_of(), running=2, waiting=1, refused={"states": 90, "attention": 1, "reserve": 0})
+    assert explain(evidence_of([first, first])).limit == "states"
+    last = replace(first, refused={**first.refused, "attention": 3})
+    assert explain(evidence_of([first, last])).limit == "attention"
+
+
 def test_a_replay_is_explained() -> None:
     sample = {
         "seconds": 0.0,

@@ -59,6 +59,7 @@ class Evidence:
 def evidence_of(looks: Sequence[Look]) -> Evidence:
     """From looks at a server, one or more."""
     last, count = looks[-1], len(looks)
+    lately = {kind: refused - looks[0].refused[kind] for kind, refused in last.refused.items()}
     device = [look.memory["device"] for look in looks]
     return Evidence(
         what=f"{last.model}, by {count} looks",
@@ -69,7 +70,7 @@ def evidence_of(looks: Sequence[Look]) -> Evidence:
         max_num_seqs=last.max_num_seqs * last.engines,
         memory={use: sum(each[use] for each in device) / count for use in device[0]},
         host_bytes=last.bytes_of("host"),
-        refused=last.refused,
+        refused=lately if any(lately.values()) else last.refused,
         tokens=last.tokens,
         state_bytes=last.state_bytes,
         token_bytes=last.token_bytes,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import accumulate
+from itertools import accumulate, groupby
 
 from rich.box import ROUNDED
 from rich.console import Group, RenderableType
@@ -31,7 +31,7 @@ WORDS = {
     "attention": "attention in use",
     "cached_states": "cached states",
     "cached_attention": "cached attention",
-    "free": "gaps",
+    "free": "free",
     "padding": "padding",
     "unowned": "unowned",
     "null": "null blocks",
@@ -52,6 +52,8 @@ TOKENS = {
     TokenResult.NEW: "nobody left them",
 }
 _MAP_LINES = 3
+_LEGEND = 36
+"""Columns of an entry of the legend."""
 
 
 def draw(look: Look, before: Look | None = None, seconds: float = 0.0, *, width: int = 100) -> RenderableType:
@@ -94,19 +96,20 @@ def cells(uses: Mapping[str, int], count: int) -> list[str]:
 def _map(look: Look, tier: str, width: int) -> Panel:
     uses, total = look.memory[tier], look.bytes_of(tier)
     columns = width - 4
-    drawn = Text()
-    for number, use in enumerate(cells(uses, columns * _MAP_LINES)):
-        if number and number % columns == 0:
-            drawn.append("\n")
-        drawn.append("█", COLOURS[use])
+    drawn, all_cells = Text(), cells(uses, columns * _MAP_LINES)
+    for start in range(0, len(all_cells), columns):
+        drawn.append("\n" if start else "")
+        for use, same in groupby(all_cells[start : start + columns]):
+            drawn.append("█" * len(list(same)), COLOURS[use])
     legend = Table.grid(padding=(0, 2))
     shown = [
         Text.assemble(("■ ", COLOURS[use]), f"{WORDS[use]} ", (size(count), "bold"), f" {percent(count / total)}")
         for use, count in uses.items()
         if count
     ]
-    for start in range(0, len(shown), 3):
-        legend.add_row(*shown[start : start + 3])
+    beside = max(1, columns // _LEGEND)
+    for start in range(0, len(shown), beside):
+        legend.add_row(*shown[start : start + beside])
     title = f"{'KV memory' if tier == 'device' else 'host memory'}, {size(total)}"
     return Panel(Group(drawn, legend), title=title, title_align="left", box=ROUNDED, width=width)
 
@@ -125,7 +128,7 @@ def _requests(look: Look, before: Look | None, seconds: float) -> Panel:
         table.add_row("allocated", f"{size(max(0, round(rate)))}/s")
     for kind, count in look.refused.items():
         if count:
-            short = "kept for running ones" if kind == "reserve" else f"short of {kind}"
+            short = "running will need it" if kind == "reserve" else f"short of {kind}"
             table.add_row(f"refused, {short}", f"{count:,}")
     evicted = {name: count for name, count in look.evicted.items() if count}
     for name, count in evicted.items():
