@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from told import Told, engine, serve
 from typer.testing import CliRunner
 
 from tidepool import cli
-from tidepool.cache import LookupResult, Retention, TokenResult
+from tidepool.cache import Arena, LookupResult, Retention, Share, TokenResult
 from tidepool.metrics import METRICS, Collector, Kind
 from tidepool.observe.dashboard import PANELS, dashboard, names_in, series_of
 from tidepool.observe.explain import Evidence, evidence_of, evidence_of_replay, explain
@@ -87,6 +88,23 @@ def test_bytes_add_up_by_tier() -> None:
         "unowned": 6,
         "null": 1,
     }
+
+
+def test_a_fixed_partition_has_bytes_and_no_extents() -> None:
+    config = ("1.0", "fixed", "returns", 0, 512, 4)
+    arena = Arena.fixed([Share(10, 10, 3, 8), Share(20, 20, 6, 5)], 220)
+    arena.allocate(0, 2)
+    told = Told()
+    told.hear(Collector(replace(engine(), arena=arena, elastic=False, config=config, retention=None)))
+    look = look_at(Scrape(told.text))
+    assert (look.memory["device"]["states"], look.memory["device"]["free"]) == (20, 60 + 100)
+    assert look.bytes_of("device") == 220
+    assert look.extents == {}
+    assert look.hit_rate is None
+    Console(width=80, file=io.StringIO()).print(draw(look))
+    said = explain(evidence_of([replace(look, waiting=1, running=1)]))
+    assert said.limit == "states"
+    assert said.advice.endswith("larger card).")
 
 
 def test_every_metric_is_exported_with_the_labels_of_the_table() -> None:
@@ -268,7 +286,7 @@ def test_everything_has_a_colour_and_words() -> None:
 def test_the_view_fits_its_width_and_shows_rates(width: int) -> None:
     before = look_of()
     look = replace(before, moves=30, lookups={**before.lookups, "hit": 3}, tokens={**before.tokens, "hit_device": 48})
-    console = Console(width=width, record=True, file=open("/dev/null", "w", encoding="utf-8"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(draw(look, before, 10.0, width=width))
     lines = console.export_text().splitlines()
     assert max(map(len, lines)) <= width
