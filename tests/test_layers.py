@@ -20,14 +20,16 @@ LAYERS: dict[str, set[str]] = {
     "tqkv": {"cache"},
     "models": {"cache", "tqkv"},
     "capacity": {"cache", "sides"},
-    "vllm_plugin": {"cache", "tqkv", "capacity", "sizes", "certificates"},
+    "metrics": {"cache"},
+    "vllm_plugin": {"cache", "tqkv", "capacity", "metrics", "sizes", "certificates"},
     "plan": {"cache", "tqkv", "models", "capacity", "vllm_plugin", *SHARED},
     "running": {"vllm_plugin", "sides", "command_line"},
     "testing": {"vllm_plugin"},
     "compare": {"running", "vllm_plugin", "testing", *SHARED},
     "verify": {"cache", "certificates", "running", "vllm_plugin", "testing", *SHARED},
     "replay": {"cache", "models", "plan", "running", "vllm_plugin", *SHARED},
-    "cli": {"plan", "compare", "verify", "replay", "vllm_plugin", *SHARED},
+    "observe": {"cache", "capacity", "metrics", *SHARED},
+    "cli": {"plan", "compare", "verify", "replay", "observe", "vllm_plugin", *SHARED},
     "__main__": {"cli"},
 }
 """For each part what it may import, beside itself; a part stands below all that may import it."""

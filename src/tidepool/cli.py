@@ -13,6 +13,7 @@ import typer
 from tidepool import __version__
 from tidepool.command_line import NO_VLLM, fail, has_vllm
 from tidepool.compare.command import compare
+from tidepool.observe.command import dashboard, explain, top
 from tidepool.plan.command import plan
 from tidepool.replay.command import replay
 from tidepool.replay.record import record
@@ -32,6 +33,9 @@ app.command()(plan)
 app.command()(compare)
 app.command()(replay)
 app.command()(record)
+app.command()(top)
+app.command()(explain)
+app.command()(dashboard)
 app.command(context_settings=PASSED_ON)(verify)
 
 

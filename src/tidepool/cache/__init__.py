@@ -3,12 +3,13 @@
 Read in this order: `spec` (what layers keep), `geometry` (how memory is divided), `pool` (one group's blocks),
 `arena` (who owns which extent), `eviction` (which cached memory goes first), `reuse` (when prompts are continued),
 `prompt_ends` and `branches` (from where), `checkpoints` (where a prompt leaves states), `retention` (what requests
-leave, and what of it is kept), `growth` (what running requests will still need), `host` (what lies in host memory
-behind it), `speeds` (whether that is worth loading) and `waiting` (what requests that wait will find).
+leave, and what of it is kept), `waiting` (what requests that wait will find), `lookups` (why prompts hit or miss),
+`growth` (what running requests will still need), `host` (what lies in host memory behind it) and `speeds` (whether that
+is worth loading).
 """
 
-from tidepool.cache.arena import Arena, OutOfBlocksError, Retention, Usage
-from tidepool.cache.branches import BranchStatistics
+from tidepool.cache.arena import Arena, GroupUsage, OutOfBlocksError, Retention, Usage
+from tidepool.cache.branches import BranchCheckpoints, BranchStatistics
 from tidepool.cache.checkpoints import (
     LARGE_STEP,
     LONG_PROMPT,
@@ -32,6 +33,7 @@ from tidepool.cache.geometry import (
 )
 from tidepool.cache.growth import AnswerLengths, GroupGrowth, Growth, Outlook, headroom
 from tidepool.cache.host import BlockCopy, Copy, Held, HostTier, Left
+from tidepool.cache.lookups import Lookup, LookupResult, LookupStatistics, TokenResult
 from tidepool.cache.prompt_ends import PromptEnds, Resumed
 from tidepool.cache.retention import NO_ANSWER_STATE, AnswerState, RequestRecord, RetentionPolicy
 from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
@@ -57,6 +59,7 @@ __all__ = [
     "AnswerState",
     "Arena",
     "BlockCopy",
+    "BranchCheckpoints",
     "BranchStatistics",
     "CacheConfigError",
     "CachedPrefix",
@@ -70,12 +73,16 @@ __all__ = [
     "Geometry",
     "Group",
     "GroupGrowth",
+    "GroupUsage",
     "Growth",
     "Held",
     "HostTier",
     "LayerCache",
     "LeastRecentlyUsed",
     "Left",
+    "Lookup",
+    "LookupResult",
+    "LookupStatistics",
     "OutOfBlocksError",
     "Outlook",
     "Policy",
@@ -92,6 +99,7 @@ __all__ = [
     "SlidingWindow",
     "Speeds",
     "State",
+    "TokenResult",
     "TurnClass",
     "Usage",
     "Waiting",

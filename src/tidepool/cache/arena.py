@@ -35,6 +35,8 @@ from tidepool.cache.reuse import TurnClass
 WIDE_GAP = 4
 """A gap of an idle extent, its free blocks, is wide from one in so many of its blocks on. A narrower one isn't worth
 pinning the extent for unless it holds all that is asked for."""
+AGES = 1024
+"""The last ages at eviction that are remembered, for whoever reports them."""
 STALE_ENTRIES = 64
 """Entries of a cached prefix that may be stale before they are swept out, beside as many as are true."""
 
@@ -52,6 +54,16 @@ class Retention(IntEnum):
 
 class OutOfBlocksError(RuntimeError):
     """A pool was asked for more blocks than it can get; ask `Arena.extents_needed` first, and reserve them."""
+
+
+@dataclass(frozen=True)
+class GroupUsage:
+    """Where the bytes of one group's extents are."""
+
+    in_use: int
+    cached: int
+    free: int
+    padding: int
 
 
 @dataclass(frozen=True)
@@ -102,10 +114,12 @@ class Arena:
         self.pools = tuple(pools)
         self._unowned = list(unowned)
         self._strides = tuple(strides)
-        self._block_bytes = tuple(block_bytes)
+        self.block_bytes = tuple(block_bytes)
+        """Of one block of each group, without padding."""
         self._extent_bytes = extent_bytes
         self.total_bytes = total_bytes
-        self._null_bytes = null_bytes
+        self.null_bytes = null_bytes
+        """Bytes at the start that belong to nobody."""
         self._on_evict = on_evict or (lambda group, block: None)
         self._on_move = on_move or (lambda extent, old, new: None)
         self._reserved = [0] * len(self.pools)
@@ -123,8 +137,11 @@ class Arena:
         self._clock = clock
         self.released = 0
         """Times so far that a block lost its last reference: as long as it stays, no more can be had than before."""
-        self.moves = 0
-        """Extents that changed hands so far: that a group got and another had had before."""
+        self.evictions: dict[PriorityClass | None, int] = dict.fromkeys((*PriorityClass, None), 0)
+        """Cached prefixes that were evicted so far, by class; None for what running requests had left. A prefix counts
+        when it loses its first block, a block of low priority by itself."""
+        self.eviction_ages: deque[int] = deque(maxlen=AGES)
+        """Ages of prefixes at their eviction, since somebody took them from here."""
 
     @classmethod
     def elastic(
@@ -188,6 +205,11 @@ class Arena:
         for extent in (extent for pool in self.pools for extent in pool.extents.values()):
             extent.never_used = extent.blocks
             extent.returned = list(range(extent.first, extent.first + extent.blocks))
+
+    @property
+    def moves(self) -> int:
+        """Extents that changed hands so far: that a group got and another had had before."""
+        return sum(pool.moves for pool in self.pools)
 
     @property
     def now(self) -> int:
@@ -399,21 +421,28 @@ class Arena:
 
     def usage(self) -> Usage:
         """Where the bytes are now. Costs O(groups)."""
-        sums = [0, 0, 0]
-        padding = 0
-        for pool, stride, block_bytes in zip(self.pools, self._strides, self._block_bytes, strict=True):
-            for index, blocks in enumerate((pool.in_use, pool.cached, pool.free)):
-                sums[index] += blocks * block_bytes
-                padding += blocks * (stride - block_bytes)
+        groups = self.usage_of_groups()
         return Usage(
             total=self.total_bytes,
-            in_use=sums[0],
-            cached=sums[1],
-            free=sums[2],
+            in_use=sum(group.in_use for group in groups),
+            cached=sum(group.cached for group in groups),
+            free=sum(group.free for group in groups),
             unowned=self.unowned_bytes,
-            padding=padding,
-            null=self._null_bytes,
+            padding=sum(group.padding for group in groups),
+            null=self.null_bytes,
         )
+
+    def usage_of_groups(self) -> list[GroupUsage]:
+        """The same for each group. Costs O(groups)."""
+        return [
+            GroupUsage(
+                in_use=pool.in_use * size,
+                cached=pool.cached * size,
+                free=pool.free * size,
+                padding=len(pool.extents) * pool.blocks_per_extent * (stride - size),
+            )
+            for pool, stride, size in zip(self.pools, self._strides, self.block_bytes, strict=True)
+        ]
 
     # Cached prefixes.
 
@@ -462,6 +491,7 @@ class Arena:
 
     def _evict(self, group: int, block: int) -> None:
         """Turn a cached block free, whose contents nobody has dropped yet."""
+        self.pools[group].evictions += 1
         self._on_evict(group, block)
         self._free(group, block)
 
@@ -503,7 +533,7 @@ class Arena:
         number = self._unowned.pop()
         old = self._last_owner.get(number)
         self._last_owner[number] = group
-        self.moves += old not in (None, group)
+        self.pools[group].moves += old not in (None, group)
         self._on_move(number, old, group)
         return self.pools[group].add(number)
 
@@ -531,7 +561,12 @@ class Arena:
 
     def _break(self, prefix: CachedPrefix) -> None:
         """A cached prefix is about to lose a block."""
-        if not prefix.broken and prefix is not self._low:
+        if prefix is self._low:
+            self.evictions[PriorityClass.LOW] += 1
+        elif not prefix.broken:
+            self.evictions[None if prefix.running else prefix.priority] += 1
+            if not prefix.running:
+                self.eviction_ages.append(self.now - prefix.since)
             prefix.broken = True
             self._file(prefix)
 

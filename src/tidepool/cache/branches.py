@@ -7,10 +7,13 @@ end. The state there is of no use to them, and without an earlier one they hit n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 
 _HALVE_AFTER = 256
 """Prompts that continued earlier ones, after which older counts weigh half."""
+_REMEMBERED = 4096
+"""States at branch points that wait for their first hit, at most."""
 _PRIOR = 8.0
 """Prompts that continued one from its very end, to begin with."""
 
@@ -57,3 +60,29 @@ class BranchStatistics:
             if value > best:
                 best, chosen = value, distance
         return chosen
+
+
+class BranchCheckpoints:
+    """Which of the states left where prompts branch were hit: what they take, and what they are good for."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        """States left so far."""
+        self.used = 0
+        """Those of them that a later prompt has hit."""
+        self._unused: OrderedDict[Hashable, None] = OrderedDict()
+        """Keys of those that none has hit yet, the last one last."""
+
+    def leave(self, key: Hashable) -> None:
+        """A state was left at this place; every group of states says so."""
+        if key not in self._unused:
+            self.left += 1
+            self._unused[key] = None
+            if len(self._unused) > _REMEMBERED:
+                self._unused.popitem(last=False)
+
+    def hit(self, key: Hashable) -> None:
+        """A prompt hits the state at this place."""
+        if key in self._unused:
+            del self._unused[key]
+            self.used += 1

@@ -93,6 +93,10 @@ class Pool:
         """Cached blocks."""
         self.pinned = 0
         """Extents with a block in use; they can't change hands."""
+        self.moves = 0
+        """Extents so far that another pool had before."""
+        self.evictions = 0
+        """Cached blocks so far that were taken for something else."""
         # Extents with free blocks, in classes by free.bit_length(): class k has 2^(k-1) to 2^k - 1 of them. Pinned
         # ones come first, idle ones from class _IDLE on; a bit of _nonempty for each class that has any.
         self._partial: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(2 * _IDLE)]

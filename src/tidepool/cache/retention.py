@@ -18,7 +18,7 @@ from math import inf
 from typing import NamedTuple
 
 from tidepool.cache.arena import Arena, Retention
-from tidepool.cache.branches import BranchStatistics
+from tidepool.cache.branches import BranchCheckpoints, BranchStatistics
 from tidepool.cache.checkpoints import (
     LONG_PROMPT,
     NO_CHECKPOINTS,
@@ -27,11 +27,14 @@ from tidepool.cache.checkpoints import (
     FarPlaces,
     plan_checkpoints,
 )
+from tidepool.cache.lookups import Lookup, LookupStatistics
 from tidepool.cache.prompt_ends import PromptEnds, Resumed
 from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
 
 BRANCH_POINTS = 4096
 """Branch points that are remembered at most."""
+LEFT = 16_384
+"""Places at which prompts left states that are remembered at most, evicted or not."""
 LIFETIME = 16
 """Times that the memory is allocated, after which a prompt counts as never continued; see `PromptEnds`."""
 BRANCH_DISTANCES = (1, 2, 4, 8)
@@ -64,6 +67,8 @@ class RequestRecord:
     """Where it leaves states."""
     far: FarPlaces | None = None
     """Which other ends of its steps may keep one."""
+    branch: tuple[int, Hashable] | None = None
+    """The one of them that is left because prompts branch there, and its key."""
     last_checkpoint: int | None = None
     """Up to the last state that it has found or left in the cache, if any."""
     answer_state: int = 0
@@ -99,12 +104,16 @@ class RetentionPolicy:
         self.reuse = reuse
         self.prompt_ends = PromptEnds(rules.spacing, arena.total_bytes * LIFETIME)
         self.branches = BranchStatistics([rules.spacing * steps for steps in BRANCH_DISTANCES])
+        self.lookups = LookupStatistics(rules.unit)
+        self.branch_checkpoints = BranchCheckpoints()
         self.requests: dict[Hashable, RequestRecord] = {}
         """By name, those that were offered memory and haven't ended."""
         self._arena = arena
         self._key_tokens = key_tokens
         self._state_tokens = state_tokens
         self._answer_spacing = rules.answer_spacing
+        self._left: OrderedDict[Hashable | None, int] = OrderedDict()
+        """By keys of places that prompts share, the last state that one left up to there; the last one last."""
         self._branch_points: OrderedDict[Hashable, None] = OrderedDict()
         """Keys of places where prompts branched, the last one last."""
 
@@ -146,6 +155,7 @@ class RetentionPolicy:
             self.remember_branch_point(self._key(keys, branch))
         _, checkpoint = self.rules.last_places(prompt_tokens)
         place = branch or self._branch_checkpoint(checkpoint, computed)
+        record.branch = (place, self._key(keys, place)) if place else None
         record.checkpoints = plan_checkpoints(
             self.rules, self.prompt_ends, prompt_tokens, computed, (place,) if place else (), record.resumed
         )
@@ -172,6 +182,25 @@ class RetentionPolicy:
         record = self.requests.get(name)
         if record is not None:
             record.last_checkpoint = max(tokens, record.last_checkpoint or 0)
+
+    def admitted(
+        self, name: Hashable, keys: Sequence[Hashable], prompt: Sequence[int], found: int, attention: int, loaded: int
+    ) -> None:
+        """Count what a request found in the cache, once, when it gets memory.
+
+        Args:
+            name: the request.
+            keys: its prompt's.
+            prompt: its tokens.
+            found: tokens that hit.
+            attention: up to where attention was found without a state; 0 if that is nowhere.
+            loaded: tokens of those found that were loaded from the host for it.
+        """
+        left = self._left.get(self.begin(name, keys).match.place, 0)
+        if found:
+            self.branch_checkpoints.hit(self._key(keys, found))
+        lookup = Lookup(len(prompt), found, attention, left, loaded)
+        self.lookups.count(lookup, prompt[: self._key_tokens], keys[0] if keys else None)
 
     def release(self, name: Hashable) -> int | None:
         """A request gives up its blocks. Returns where its last state in the cache is; None if it has none."""
@@ -215,14 +244,22 @@ class RetentionPolicy:
         if answer > prompt_tokens and not self.rules.ahead:
             places[answer] = self._key(keys, answer)
         points = [ResumePoint(key, 0, at_either) for key in places.values()]
-        points += [
-            ResumePoint(self._key(keys, place), distance, left(place))
-            for distance in self.branches.distances
-            if (place := checkpoint - distance) > 0
-        ]
+        far = {checkpoint - each: each for each in self.branches.distances if each < checkpoint}
+        points += [ResumePoint(self._key(keys, place), distance, left(place)) for place, distance in far.items()]
         self.reuse.ended(points, now, record.match)
+        states = [place for place in (*far, *places) if left(place)]
+        for place in (*far, *places):
+            if before := max((state for state in states if state <= place), default=0):
+                self._remember_left(self._key(keys, place), before)
         if end and read:
             self.prompt_ends.ended(prompt_tokens, places[end], places.get(checkpoint), now, places.get(answer))
+
+    def _remember_left(self, key: Hashable, tokens: int) -> None:
+        """A prompt that shares this place with an earlier one could hit so many tokens."""
+        self._left[key] = tokens
+        self._left.move_to_end(key)
+        if len(self._left) > LEFT:
+            self._left.popitem(last=False)
 
     def _key(self, keys: Sequence[Hashable], place: int) -> Hashable:
         return keys[place // self._key_tokens - 1]
@@ -235,6 +272,8 @@ class RetentionPolicy:
         if record is None or tokens >= prompt_tokens or tokens % self.rules.unit:
             return Retention.DROP
         interval = self.rules.interval
+        if record.branch and record.branch[0] == tokens:
+            self.branch_checkpoints.leave(record.branch[1])
         if tokens in record.checkpoints or (interval and tokens % interval == 0):
             return Retention.LOW if tokens in record.checkpoints.low else Retention.KEEP
         if record.far is not None and self._has_unowned_memory() and record.far.keeps(tokens):

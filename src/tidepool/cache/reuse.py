@@ -15,7 +15,7 @@ Time is counted in bytes that the arena handed out, for that is what ages a cach
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -119,6 +119,8 @@ class ReuseModel:
         self._exposure = [[0.0] * _BINS for _ in TurnClass]
         self._reuse_index = [[0.0] * _BINS for _ in TurnClass]
         self._since_learned = 0
+        self.return_ages: deque[int] = deque(maxlen=_LEARN_EVERY * 16)
+        """Ages at returns, cached still or not, since somebody took them from here."""
         self._learn(0)
 
     def began(self, keys: Sequence[Hashable], now: int) -> PrefixMatch:
@@ -135,6 +137,7 @@ class ReuseModel:
         wait = known.wait
         if wait is not None and not wait.counted:
             self._returns[wait.turn][self._bin(now - wait.since)] += 1
+            self.return_ages.append(now - wait.since)
             self._count(wait, now)
         if known.uses > _SHARED_USES:
             return PrefixMatch(TurnClass.FIRST, shared=key, place=key)

@@ -13,7 +13,8 @@ from typing import Any
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.request import Request, RequestStatus
 
-from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager
+from tidepool.vllm_plugin.coordinator import Need, TidepoolKVCacheManager
+from tidepool.vllm_plugin.observing import Reporter
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
 from tidepool.vllm_plugin.startup import memory_of
 
@@ -50,6 +51,11 @@ class MeteredKVCacheManager(TidepoolKVCacheManager):
         super().__init__(*args, **kwargs)
         self._shortage: Shortage | None = None
         """The last request that was refused memory or preempted, until it gets some or ends."""
+        self.reporter: Reporter | None = None
+        """Tells others what is counted here, where vLLM's stats are on."""
+        self.refusals = [0] * (len(self.coordinator.single_type_managers) + 1)
+        """Requests refused so far, by the group that was short; the last ones for what is kept for running requests.
+        One that waits counts once."""
 
     @property
     def usage(self) -> float:
@@ -78,6 +84,8 @@ class MeteredKVCacheManager(TidepoolKVCacheManager):
         if slots is None and not need.postponed:
             # Refused as the last time: nothing was counted.
             blocks = last.blocks if last and need is before else need.blocks
+            if not last and need is not before:
+                self.refusals[self._short_group(need)] += 1
             self._shortage = Shortage(request, blocks, max(0, self._room() + 1 - self._extents_for(blocks)))
         elif last:
             self._shortage = None
@@ -92,6 +100,13 @@ class MeteredKVCacheManager(TidepoolKVCacheManager):
         elif self._shortage_of(request):
             self._shortage = None
         super().free(request)
+
+    def _short_group(self, need: Need) -> int:
+        """The group for which a request that was refused needs the most extents; -1 if all of them were there."""
+        if need.charges and sum(need.charges) <= self.block_pool.arena.available:
+            return -1
+        needs = need.charges or need.blocks
+        return max(range(len(needs)), key=needs.__getitem__)
 
     def _shortage_of(self, request: Request) -> Shortage | None:
         """What a request waits for, if it is the one that was refused last."""

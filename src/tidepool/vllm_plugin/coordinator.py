@@ -319,6 +319,8 @@ class Lookup(NamedTuple):
     """What a request that waits has found in the cache."""
 
     found: tuple[KVCacheBlocks, int, int]
+    attention: int
+    """Up to where attention was found without a state behind it; 0 if that is nowhere."""
     released: int
     """`Arena.released` when there was no memory for it; -1 as long as it hasn't been refused."""
 
@@ -379,8 +381,9 @@ class TidepoolKVCacheManager(KVCacheManager):
         blocks, tokens, branch = super().get_computed_blocks(request, *most)
         if not self.enable_caching:
             return blocks, tokens, branch
+        attention = branch
         branch = self._retention.plan(name, request.block_hashes, request.num_prompt_tokens, tokens, branch)
-        self._lookups[name] = Lookup((blocks, tokens, branch), -1)
+        self._lookups[name] = Lookup((blocks, tokens, branch), attention, -1)
         return blocks, tokens, branch
 
     def computed_tokens(self, request: Request) -> int:
@@ -424,9 +427,20 @@ class TidepoolKVCacheManager(KVCacheManager):
         if slots is not None:
             self._waits_no_more(name)
         lookup = self._lookups.pop(name, None)
+        if lookup and slots is not None:
+            self._count_lookup(request, lookup)
         if lookup and slots is None and not self.coordinator.need.postponed:
             self._lookups[name] = lookup._replace(released=pool.arena.released)
         return slots
+
+    def _count_lookup(self, request: Request, lookup: Lookup) -> None:
+        """A request was admitted; one that was preempted finds what it has left itself, and doesn't count."""
+        if request.num_preemptions or not request.prompt_token_ids or not self.prefix_cache_lookup_enabled(request):
+            return
+        name, found = request.request_id, lookup.found[1]
+        loaded = self.host.loaded_for(name) if self.host else 0
+        keys, prompt = request.block_hashes, request.prompt_token_ids
+        self._retention.admitted(name, keys, prompt, found, lookup.attention, min(loaded, found))
 
     def refused_before(self, name: str) -> bool:
         """Whether a waiting request was refused memory, and no block has come free since.

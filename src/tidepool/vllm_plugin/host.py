@@ -81,6 +81,8 @@ class _Load:
     """Of the request that waits for it."""
     tokens: int
     """Of the prefix."""
+    new_tokens: int
+    """Those of them that didn't hit before."""
     held: list[KVCacheBlock]
     """Blocks of the prefix that the device has, which mustn't go meanwhile."""
     began: float
@@ -137,6 +139,8 @@ class HostMemory:
         """Requests that wait, and for which nothing will be loaded."""
         self._reached: dict[str, int] = {}
         """By request for which something was loaded, tokens that the device's cache then held."""
+        self._loaded: dict[str, int] = {}
+        """By request that waits, tokens that were loaded for it."""
         self._to_send: list[Copy] = []
         self._to_poison: list[tuple[int, int]] = []
         """(group, block on the host) of what has gone since the last step."""
@@ -222,7 +226,7 @@ class HostMemory:
         extents = manager.coordinator.extents_beside_others(name, tokens, needs, idle, sum(charges) + pinned)
         if extents > memory.arena.available:
             return False
-        load = _Load(name, tokens, held, self.clock())
+        load = _Load(name, tokens, tokens - computed, held, self.clock())
         self._hold(held)
         memory.arena.reserve(charges)
         with Serving(memory, RequestContext(name)):
@@ -244,6 +248,7 @@ class HostMemory:
         """A request has ended, or begins anew."""
         self._settled.discard(name)
         self._reached.pop(name, None)
+        self._loaded.pop(name, None)
         load = self._loading.pop(name, None)
         if load:
             load.ended = True
@@ -273,6 +278,10 @@ class HostMemory:
         """Whether a request waits for a load."""
         return name in self._loading
 
+    def loaded_for(self, name: str) -> int:
+        """Tokens that were loaded for a request that waits, and hit by now."""
+        return self._loaded.get(name, 0)
+
     @property
     def busy(self) -> bool:
         """Whether copies are under way or wait."""
@@ -300,6 +309,8 @@ class HostMemory:
         else:
             del self._loading[load.name]
             self._reached[load.name] = load.tokens
+            if not failed:
+                self._loaded[load.name] = self._loaded.get(load.name, 0) + load.new_tokens
             with Serving(self._memory, RequestContext(load.name)):
                 self._release(blocks)
         self._release(load.held)
@@ -313,6 +324,7 @@ class HostMemory:
         self._departures.clear()
         self._settled.clear()
         self._reached.clear()
+        self._loaded.clear()
         gone = self.tier.forget_all()
         if self._memory.poison:
             self._to_poison += gone

@@ -256,6 +256,22 @@ PATCHES: tuple[Patch, ...] = (
         "vLLM lets a plugin order the waiting queue",
     ),
     Patch(
+        "vllm.v1.core.sched.scheduler:Scheduler.make_stats",
+        wrappers.make_stats,
+        "self, spec_decoding_stats=, kv_connector_stats=, cudagraph_stats=, perf_stats=, ec_connector_stats=",
+        "sends what it counts with vLLM's stats (metrics.md)",
+        "stats have no place for other allocators'",
+        "plugins can add stats",
+    ),
+    Patch(
+        "vllm.v1.metrics.loggers:StatLoggerManager.record",
+        wrappers.record_stats,
+        "self, scheduler_stats, iteration_stats, mm_cache_stats=, engine_idx=",
+        "takes it off again, for Prometheus",
+        "plugins' stat loggers aren't asked for by vllm.LLM, and switch vLLM's stats on where they are off",
+        "as above",
+    ),
+    Patch(
         "vllm.config.compilation:CompilationConfig.resolve_cudagraph_mode_and_sizes",
         wrappers.resolve_graph_sizes,
         "self, min_cg_support, min_cg_attn_backend, uniform_decode_query_len=, use_v2_model_runner=, "

@@ -15,7 +15,8 @@ from tidepool.capacity.predict import label, planned_group
 from tidepool.sizes import size
 from tidepool.vllm_plugin import planning
 from tidepool.vllm_plugin.asked import WITHOUT_EFFECT, asked_of
-from tidepool.vllm_plugin.serving_plan import plan_of
+from tidepool.vllm_plugin.serving_plan import CHECKPOINT_TOKENS, plan_of
+from tidepool.vllm_plugin.settings import read_settings
 
 logger = init_logger("vllm.tidepool")
 
@@ -132,7 +133,16 @@ def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Itera
     if config.host_geometry:
         each = config.host_geometry.extent_bytes
         yield f"  host memory behind it: {config.host_extents:,} extents in {size(config.host_extents * each)}"
-    asked = asked_of(vllm_config)
+    asked, cache_config = asked_of(vllm_config), vllm_config.cache_config
+    settings = read_settings(vllm_config.additional_config)
+    if not (settings.block_tokens or cache_config.user_specified_block_size):
+        yield f"  block_size: {cache_config.block_size:,} tokens, the fewest that the attention kernels take"
+    if cache_config.enable_prefix_caching and not (settings.checkpoint_tokens or asked.mamba_block_size):
+        interval = cache_config.prefix_cache_retention_interval
+        why = "the default" if config.checkpoint_tokens == CHECKPOINT_TOKENS else "what kernels and layers take"
+        if interval:
+            why = f"the part of prefix_cache_retention_interval ({interval:,}) nearest to {CHECKPOINT_TOKENS:,}"
+        yield f"  checkpoint_tokens: {config.checkpoint_tokens:,}, {why}"
     fitting = planning.requests_with_states(config)
     if asked.max_num_seqs is not None and fitting < asked.max_num_seqs:
         yield (

@@ -20,6 +20,7 @@ from tidepool.vllm_plugin.capacity import MeteredKVCacheManager, publish_capacit
 from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager, make_coordinator
 from tidepool.vllm_plugin.deciding import keep_pages_natural
 from tidepool.vllm_plugin.gates import NO_STATES
+from tidepool.vllm_plugin.observing import Reporter, take_samples
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, own_connector
 from tidepool.vllm_plugin.ranks import agree, over_stages, settle
 from tidepool.vllm_plugin.serving_plan import attach_plan, carries_plan, fall_back, plan_of
@@ -223,6 +224,16 @@ def make_kv_cache_manager(original: Function, *, kv_cache_config: Any, **kwargs:
     return (MeteredKVCacheManager if served else original)(kv_cache_config=kv_cache_config, **kwargs)
 
 
+def make_stats(original: Function, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """What tidepool counts goes along."""
+    stats = original(scheduler, *args, **kwargs)
+    manager = scheduler.kv_cache_manager
+    if stats is not None and isinstance(manager, MeteredKVCacheManager):
+        manager.reporter = manager.reporter or Reporter(scheduler)
+        manager.reporter.attach(stats)
+    return stats
+
+
 def tokens_of_step(
     original: Function,
     scheduler: Any,
@@ -258,6 +269,16 @@ def schedule(original: Function, scheduler: Any, *args: Any, **kwargs: Any) -> A
     if known and scheduler.waiting:
         manager.note_waiting(scheduler.waiting)
     return output
+
+
+# The front end -----------------------------------------------------------------------------------------------
+
+
+def record_stats(original: Function, loggers: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> None:
+    """What tidepool counted goes to Prometheus, before vLLM takes it for a connector's."""
+    engine = kwargs.get("engine_idx", args[2] if len(args) > 2 else None)
+    take_samples(scheduler_stats, engine or 0)
+    original(loggers, scheduler_stats, *args, **kwargs)
 
 
 # Workers, with memory -----------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""What watches a running server: it reads what `tidepool.metrics` names."""
