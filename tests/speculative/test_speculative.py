@@ -12,9 +12,10 @@ import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+from drafters import make_drafter
 
 import engines
 from answers import gaps
@@ -191,6 +192,34 @@ def test_a_head_that_drafts_after_hits(serve: Serve, checkpoint: Checkpoint, kv_
     before, _, after = result["accepted_share"]
     assert 0.2 < before < 0.95
     assert after > before - 0.03
+
+
+TWO_RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+@pytest.mark.parametrize("drafts", [NGRAM, MTP], ids=["ngram", "mtp"])
+def test_drafts_on_two_ranks(serve: Serve, checkpoint: Checkpoint, drafts: dict[str, Any]) -> None:
+    """Tensor ranks add in another order, so answers may part as those of drafts do."""
+    prompts = tiny_prompts(checkpoint("qwen3.5"))[:6]
+    kv_bytes = SHARED_KV_BYTES["qwen3.5"] // 2
+    result = serve("qwen3.5", **SHARED, prompts=prompts, drafts=drafts, kv_bytes=kv_bytes, engine=TWO_RANKS)
+    assert_right(serve, "qwen3.5", result, rounds=3)
+    assert result["cached_tokens"] > 1000, "nothing was reused"
+
+
+@pytest.mark.parametrize("method", ["eagle", "draft_model"])
+def test_a_drafter_whose_layer_is_a_group_of_its_own(
+    serve: Serve, checkpoint: Checkpoint, tmp_path: Path, method: Literal["eagle", "draft_model"]
+) -> None:
+    model = checkpoint("nemotron-h")
+    drafter = make_drafter(method, model, tmp_path / method)
+    drafts = {"method": method, "model": str(drafter), "num_speculative_tokens": DRAFT_TOKENS}
+    prompts = tiny_prompts(model)[:6]
+    result = serve("nemotron-h", **SHARED, prompts=prompts, drafts=drafts, kv_bytes=SHARED_KV_BYTES["nemotron-h"])
+    assert_right(serve, "nemotron-h", result, rounds=3)
+    assert result["cached_tokens"] > 1000, "nothing was reused"
+    assert len(result["pool_blocks"]) == 3, "states, the model's attention, the drafter's"
+    assert result["wrong_attention"] == []
 
 
 def test_a_trained_models_answers_are_right(serve: Serve) -> None:

@@ -1,0 +1,20 @@
+"""Two data parallel engines of a model without experts, on one machine: each has a cache of its own, and is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engines import run_child
+
+pytestmark = pytest.mark.vllm
+
+
+def test_each_engine_has_a_cache_of_its_own() -> None:
+    """Prompts that one engine knows are new to the other. Stock vLLM's blocks are longer than them, so hits are tidepool's."""
+    result = run_child(Path(__file__).with_name("engines_child.py"), {"ranks": [0, 0, 1, 1]}, timeout=900)
+    assert result["wrong"] == []
+    first, again, other, other_again = result["cached"]
+    assert first == other == 0
+    assert again == other_again > 1_000
