@@ -63,7 +63,6 @@ IN_USE: dict[str, tuple[str, Any]] = {
     "speculative-stages": ("speculative_config", SimpleNamespace(method="ngram")),
     "mla": ("model_config.use_mla", True),
     "kv-cache-dtype": ("cache_config.cache_dtype", "fp8"),
-    "mamba-cache-mode": ("cache_config.mamba_cache_mode", "all"),
     "replayssm": ("cache_config.use_replayssm", True),
     "prefix-match-unit": ("cache_config.prefix_match_unit", 32),
     "hisparse": ("attention_config.hisparse_config", object()),

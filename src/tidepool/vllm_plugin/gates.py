@@ -84,7 +84,7 @@ def _parallel(field: str) -> Callable[[Any], bool]:
 
 
 GATES: tuple[Gate, ...] = (
-    Gate("kv-connector", "a KV connector addresses blocks by ids of one pool", _other_connector),
+    Gate("kv-connector", "a KV connector addresses blocks by ids of one pool (what it would take: docs/connectors.md)", _other_connector),
     Gate("ec-connector", "encoder cache connectors are untested", lambda c: c.ec_transfer_config is not None),
     Gate("kv-offload", "host memory behind the pools is for prefix caching, and of vLLM's backend native alone", _other_offloading),
     Gate("data-parallel", "data parallel engines of a mixture of experts step together, which vLLM doesn't do on a CPU, so it is untested", _steps_together),
@@ -93,9 +93,8 @@ GATES: tuple[Gate, ...] = (
     Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] serves others)", _elsewhere),
     Gate("speculative-decoding", "of drafters only n-grams (ngram), the head of Qwen3.5 (mtp), EAGLE's (eagle) and small models (draft_model) have been run", _other_drafter),
     Gate("speculative-stages", "vLLM doesn't start speculative decoding over pipeline stages on a CPU, so it is untested", _drafts_on_stages),
-    Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
+    Gate("mla", "latent attention is untested: vLLM's CPU kernels take its blocks to lie side by side, and tidepool verify has no scenario with it", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "a KV cache dtype of one's own is untested, except for fp8 and TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
-    Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
     Gate("replayssm", "ReplaySSM keeps rings in place of states", lambda c: bool(c.cache_config.use_replayssm)),
     Gate("prefix-match-unit", "prefix hits land on every attention block here, so there is nothing to set: leave prefix_match_unit out", lambda c: c.cache_config.prefix_match_unit is not None),
     Gate("hisparse", "HiSparse has pools of its own", lambda c: c.attention_config.hisparse_config is not None),
