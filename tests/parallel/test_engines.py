@@ -12,7 +12,7 @@ pytestmark = pytest.mark.vllm
 
 
 def test_each_engine_has_a_cache_of_its_own() -> None:
-    """Prompts that one engine knows are new to the other. Stock vLLM's blocks are longer than them, so hits are tidepool's."""
+    """What one engine has cached is new to the other. Stock vLLM's blocks are longer than the prompts and never hit."""
     result = run_child(Path(__file__).with_name("engines_child.py"), {"ranks": [0, 0, 1, 1]}, timeout=900)
     assert result["wrong"] == []
     first, again, other, other_again = result["cached"]

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from drafters import make_drafter
 
 import engines
 from answers import gaps
+from drafters import make_drafter
 from habits import make_habit, tiny_prompts
 from tidepool.cache import State
 from tidepool.models import model_from_config
