@@ -61,7 +61,7 @@ SERVED = (
     Served("LoRA", ("tests/adapters/test_adapters.py::test_nobody_hits_what_another_adapter_left",)),
     Served("drafts: n-grams", (f"{_DRAFTS}test_drafts_change_nothing_through_preemption[qwen3.5]", f"{_DRAFTS}test_drafts_beside_prefix_hits[nemotron-h]"), "[speculative.md](speculative.md)"),
     Served("drafts: Qwen3.5's own head (mtp)", (f"{_DRAFTS}test_a_head_that_drafts_after_hits[room for all]",)),
-    Served("drafts: EAGLE's heads and small models", (f"{_DRAFTS}test_a_drafter_whose_layer_is_a_group_of_its_own[eagle]", f"{_DRAFTS}test_a_drafter_whose_layer_is_a_group_of_its_own[draft_model]"), "without pipeline stages"),
+    Served("drafts: EAGLE's heads and small models", (f"{_DRAFTS}test_a_drafter_whose_layer_is_a_group_of_its_own[eagle]", f"{_DRAFTS}test_a_drafter_whose_layer_is_a_group_of_its_own[draft_model]"), "on the CPU"),
     Served("drafts with tensor parallelism", ("tests/parallel/test_drafts.py::test_drafts_on_two_ranks[ngram]", "tests/parallel/test_drafts.py::test_drafts_on_two_ranks[mtp]")),
     Served("tensor parallelism", ("tests/parallel/test_parallel.py::test_tensor_ranks_answer_as_those_of_stock_vllm",), "in one machine, [parallel.md](parallel.md)"),
     Served("pipeline parallelism", ("tests/parallel/test_parallel.py::test_stages_answer_as_one_process_does[stages, prefix caching]",), "in one machine"),

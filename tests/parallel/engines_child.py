@@ -12,7 +12,7 @@ import quick_kernels
 from tidepool.verify.task import ANSWER_TOKENS, MODEL, make_prompts
 
 LENGTH = 600
-"""Tokens of a story: long enough to leave a state at once."""
+"""Tokens of a story."""
 
 
 async def main(job: dict[str, Any]) -> None:

@@ -40,10 +40,12 @@ def _quantized(config: Any) -> bool:
 
 
 def _other_drafter(config: Any) -> bool:
-    """Whether drafts come from elsewhere than what has been run: see docs/speculative.md."""
+    """Whether drafts come from elsewhere than what has been run on a CPU, or can have a certificate on a GPU."""
     speculative = config.speculative_config
-    if speculative is None or speculative.method in ("ngram", "eagle", "draft_model"):
+    if speculative is None or speculative.method == "ngram":
         return False
+    if speculative.method in ("eagle", "draft_model"):
+        return bool(config.device_config.device_type != "cpu")
     return speculative.method != "mtp" or speculative.draft_model_config.hf_config.model_type != "qwen3_5_mtp"
 
 
@@ -91,7 +93,7 @@ GATES: tuple[Gate, ...] = (
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
     Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] serves others)", _elsewhere),
-    Gate("speculative-decoding", "of drafters only n-grams (ngram), the head of Qwen3.5 (mtp), EAGLE's (eagle) and small models (draft_model) have been run", _other_drafter),
+    Gate("speculative-decoding", "of drafters only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run, and on a CPU EAGLE's heads (eagle) and small models (draft_model)", _other_drafter),
     Gate("speculative-stages", "vLLM doesn't start speculative decoding over pipeline stages on a CPU, so it is untested", _drafts_on_stages),
     Gate("mla", "latent attention is untested: vLLM's CPU kernels take its blocks to lie side by side, and tidepool verify has no scenario with it", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "a KV cache dtype of one's own is untested, except for fp8 and TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
