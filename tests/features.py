@@ -52,7 +52,7 @@ SERVED = (
     Served("windows beside states", (_family("nemotron-h, windows"),)),
     Served("several groups of attention and of states", ("tests/mixed/test_mixed.py::test_four_groups_give_stocks_tokens",)),
     Served("planning and scheduling of latent attention", ("tests/vllm_plugin/test_latent.py::test_what_plan_predicts_is_allocated_to_the_block[elastic]", "tests/vllm_plugin/test_latent.py::test_prompts_hit_and_are_evicted[elastic]"), "engines are left to vLLM: [families.md](families.md#latent-attention-beside-states)"),
-    Served("prefix caching", ("tests/serving/test_prefix_hits.py::test_prefix_hits_give_the_same_answers[qwen3.5-elastic]",)),
+    Served("prefix caching", ("tests/serving/test_prefix_hits.py::test_prefix_hits_give_the_same_answers[elastic-qwen3.5]",)),
     Served("prefix_cache_retention_interval", (f"{_OPTIONS}test_the_retention_interval_is_the_users", "tests/serving/test_prefix_hits.py::test_retained_states_give_the_same_answers[nemotron-h-1024]")),
     Served("--mamba-block-size, as the checkpoint spacing", (f"{_OPTIONS}test_the_checkpoint_spacing_is_the_users",)),
     Served("the scheduler's limits and chunked prefill", (f"{_OPTIONS}test_limits_hold",)),
@@ -68,7 +68,7 @@ SERVED = (
     Served("data parallel engines", ("tests/parallel/test_engines.py::test_each_engine_has_a_cache_of_its_own",), "of models without experts, each with its own arena"),
     Served("host memory behind the pools", ("tests/serving/test_host.py::test_what_was_loaded_gives_the_same_answers[qwen3.5]",), "[host-memory.md](host-memory.md)"),
     Served("packed keys and values (kv) on the CPU", ("tests/tqkv/test_tqkv_engine.py::test_answers_are_right",), "[tqkv.md](tqkv.md)"),
-    Served("the fixed partition", ("tests/serving/test_prefix_hits.py::test_prefix_hits_give_the_same_answers[qwen3.5-fixed]",)),
+    Served("the fixed partition", ("tests/serving/test_prefix_hits.py::test_prefix_hits_give_the_same_answers[fixed-qwen3.5]",)),
 )  # fmt: skip
 """On the CPU without anything else; on a GPU with a certificate for the engine."""
 
@@ -123,7 +123,8 @@ def document() -> str:
             "",
             "## Served",
             "",
-            "On the CPU, by real vLLM; on a GPU where a [certificate](verify.md#certificates) covers the engine.",
+            "On the CPU; on a GPU where a [certificate](verify.md#certificates) covers the engine, which none does yet whose "
+            "states are others than Gated DeltaNet's and Mamba2's.",
             "",
             *_table(("feature", "", "test"), _proven(SERVED)),
             "",

@@ -131,7 +131,9 @@ def test_drafters_that_were_run_are_served() -> None:
         assert found(method, model_type) == ["speculative-decoding"]
     engine.device_config.device_type = "cuda"
     assert found("ngram") == [], "a certificate decides"
-    assert found("eagle") == found("draft_model", "llama") == ["speculative-decoding"], "tidepool verify has none of them"
+    assert found("eagle") == found("draft_model", "llama") == ["speculative-decoding"], (
+        "tidepool verify has none of them"
+    )
     engine.device_config.device_type = "cpu"
     engine.parallel_config.tensor_parallel_size = 2
     assert found("ngram") == []

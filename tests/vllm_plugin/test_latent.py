@@ -7,6 +7,7 @@ another model's. The gate stays closed until a real run has been.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,9 @@ TOKEN = (512 + 64) * 2
 PAGE = 3 * 3 * 32 * 128 * 2 + 32 * 128 * 128 * 4
 """Bytes of a state: three columns of queries, keys and values, and a matrix for each head in float32."""
 
+STOCK_TOKENS = 1_888
+"""The fewest blocks of 16 tokens that are as large as a state."""
+
 
 def of_kimi_linear(specs: dict[str, Any]) -> dict[str, Any]:
     """Kimi Linear's layers, where these specs are of another model with states."""
@@ -43,14 +47,23 @@ def of_kimi_linear(specs: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=["elastic", "fixed"])
-def engine(request: pytest.FixtureRequest) -> Any:
+def engine(request: pytest.FixtureRequest) -> Iterator[Any]:
     from tidepool.replay.engine import EngineShape, make_checked_engine
+    from tidepool.vllm_plugin.serving_plan import StockBlocks
 
-    config = entry("Qwen3.5-4B").config
     shape = EngineShape(
-        config, MEMORY, request.param, max_num_seqs=8, max_model_len=MAX_LEN, change_specs=of_kimi_linear
+        entry("Qwen3.5-4B").config,
+        MEMORY,
+        request.param,
+        max_num_seqs=8,
+        max_model_len=MAX_LEN,
+        change_specs=of_kimi_linear,
     )
-    return make_checked_engine(shape)
+    with pytest.MonkeyPatch.context() as patch:
+        # What stock vLLM would set for these layers, not for those of the model that they replace.
+        stock = StockBlocks(STOCK_TOKENS, STOCK_TOKENS * TOKEN)
+        patch.setattr("tidepool.vllm_plugin.deciding._stock_blocks", lambda *_: stock)
+        yield make_checked_engine(shape)
 
 
 def test_what_plan_predicts_is_allocated_to_the_block(engine: Any) -> None:
