@@ -152,3 +152,5 @@ FAULTS = {"state copies dropped": drop_state_copies, "drafts not rolled on": acc
 
 if __name__ == "__main__":
     main()
+else:  # a worker imports this file
+    quick_kernels.install()

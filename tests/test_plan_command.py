@@ -82,9 +82,9 @@ FALLBACKS = {
     "fp8": (["Qwen3.5-4B", "--memory", "9GiB", "--kv-cache-dtype", "fp8"], "kv-cache-dtype:"),
     "fp8 in one layer": (["Qwen3.5-4B", "--memory", "9GiB", "--layer-kv-dtype", "3=fp8"], "kv-cache-dtype:"),
     "packed codes on a GPU": (["Qwen3.5-4B", "--gpu", "4090", "--kv-cache-dtype", "tqkv-k4v4"], "kv: tqkv-k4v4"),
-    "drafts on ranks": (
-        ["Qwen3.5-4B", "--memory", "9GiB", "--tp", "2", "--speculative-tokens", "2"],
-        "speculative-ranks:",
+    "drafts on stages": (
+        ["Qwen3.5-4B", "--memory", "9GiB", "--pp", "2", "--speculative-tokens", "2"],
+        "speculative-stages:",
     ),
     "another model's head": (
         ["Nemotron-3-Super-120B-A12B", "--memory", "90GiB", "--speculative-tokens", "1", "--mtp"],

@@ -58,6 +58,7 @@ CASES = (
     Case("zamba2", 60_000_000, EXACT),
     Case("zamba2", 60_000_000, EXACT, caching=False),
     Case("lfm2", 4_200_000, EXACT),
+    Case("lfm2-moe", 4_200_000, EXACT),
 )
 
 

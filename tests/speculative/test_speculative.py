@@ -8,16 +8,17 @@ trained model's have to be right.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 import engines
 from answers import gaps
+from drafters import make_drafter
+from habits import make_habit, tiny_prompts
 from tidepool.cache import State
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
@@ -33,40 +34,6 @@ MTP = {"method": "mtp", "num_speculative_tokens": DRAFT_TOKENS}
 KV_BYTES = {"qwen3.5": 73_000_000, "nemotron-h": 72_000_000}
 """Requests are admitted until nothing is left, and each soon takes another block of attention: some are preempted."""
 SHARED_KV_BYTES = {"qwen3.5": 60_000_000, "nemotron-h": 80_000_000}
-
-
-def make_habit(model: Path) -> Callable[[int], list[int]]:
-    """Makes so many tokens that follow the model's own habit.
-
-    By itself the model follows a cycle of tokens (`tidepool.testing.tiny`), and so do prompts, with jumps: so what it
-    answers has mostly stood in the prompt, and goes on otherwise where its layers have it so.
-    """
-    from safetensors.torch import load_file
-
-    weights = load_file(model / "model.safetensors")
-    embedding = next(weights[name] for name in weights if "embed" in name)
-    follower = (weights["lm_head.weight"].float() @ embedding.float().T).argmax(0).tolist()
-    rng = random.Random(5)
-
-    def some(count: int) -> list[int]:
-        tokens = [rng.randrange(5, 500)]
-        while len(tokens) < count:
-            tokens.append(rng.randrange(5, 500) if rng.random() < 0.08 else follower[tokens[-1]])
-        return tokens
-
-    return some
-
-
-def tiny_prompts(model: Path) -> list[list[int]]:
-    """Prompts of which every other begins like two others."""
-    some = make_habit(model)
-    rng = random.Random(5)
-    shared = [some(150), some(200)]
-    prompts = []
-    for number in range(12):
-        start = shared[number // 2 % 2] if number % 2 else []
-        prompts.append(start + some(rng.randrange(306, 317) - len(start)))
-    return prompts
 
 
 JOB: dict[str, Any] = {"side": "elastic", "poison": True, "watch": True, "max_num_seqs": 16, "output_tokens": 48}
@@ -191,6 +158,21 @@ def test_a_head_that_drafts_after_hits(serve: Serve, checkpoint: Checkpoint, kv_
     before, _, after = result["accepted_share"]
     assert 0.2 < before < 0.95
     assert after > before - 0.03
+
+
+@pytest.mark.parametrize("method", ["eagle", "draft_model"])
+def test_a_drafter_whose_layer_is_a_group_of_its_own(
+    serve: Serve, checkpoint: Checkpoint, tmp_path: Path, method: Literal["eagle", "draft_model"]
+) -> None:
+    model = checkpoint("nemotron-h")
+    drafter = make_drafter(method, model, tmp_path / method)
+    drafts = {"method": method, "model": str(drafter), "num_speculative_tokens": DRAFT_TOKENS}
+    prompts = tiny_prompts(model)[:6]
+    result = serve("nemotron-h", **SHARED, prompts=prompts, drafts=drafts, kv_bytes=SHARED_KV_BYTES["nemotron-h"])
+    assert_right(serve, "nemotron-h", result, rounds=3)
+    assert result["cached_tokens"] > 1000, "nothing was reused"
+    assert len(result["pool_blocks"]) == 3, "states, the model's attention, the drafter's"
+    assert result["wrong_attention"] == []
 
 
 def test_a_trained_models_answers_are_right(serve: Serve) -> None:

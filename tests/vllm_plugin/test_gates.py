@@ -35,12 +35,13 @@ def config() -> SimpleNamespace:
             tensor_parallel_size=2,
             pipeline_parallel_size=2,
             data_parallel_size=1,
+            data_parallel_backend="mp",
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
             distributed_executor_backend="mp",
             nnodes=1,
         ),
-        model_config=SimpleNamespace(use_mla=False, is_encoder_decoder=False),
+        model_config=SimpleNamespace(use_mla=False, is_moe=False, is_encoder_decoder=False),
         attention_config=SimpleNamespace(hisparse_config=None),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False, scheduler_cls=None, watermark=0.0),
         observability_config=SimpleNamespace(kv_cache_metrics=False),
@@ -58,11 +59,10 @@ IN_USE: dict[str, tuple[str, Any]] = {
     "decode-context-parallel": ("parallel_config.decode_context_parallel_size", 2),
     "prefill-context-parallel": ("parallel_config.prefill_context_parallel_size", 2),
     "executor": ("parallel_config.distributed_executor_backend", "ray"),
-    "speculative-decoding": ("speculative_config", SimpleNamespace(method="eagle")),
-    "speculative-ranks": ("speculative_config", SimpleNamespace(method="ngram")),
+    "speculative-decoding": ("speculative_config", SimpleNamespace(method="suffix")),
+    "speculative-stages": ("speculative_config", SimpleNamespace(method="ngram")),
     "mla": ("model_config.use_mla", True),
     "kv-cache-dtype": ("cache_config.cache_dtype", "fp8"),
-    "mamba-cache-mode": ("cache_config.mamba_cache_mode", "all"),
     "replayssm": ("cache_config.use_replayssm", True),
     "prefix-match-unit": ("cache_config.prefix_match_unit", 32),
     "hisparse": ("attention_config.hisparse_config", object()),
@@ -88,6 +88,8 @@ def test_each_gate_finds_its_feature_alone(gate: Any) -> None:
     engine = config()
     if gate.name == "speculative-decoding":
         engine.parallel_config.tensor_parallel_size = engine.parallel_config.pipeline_parallel_size = 1
+    if gate.name == "data-parallel":
+        engine.model_config.is_moe = True
     if gate.name == "kv-offload":
         engine.cache_config.kv_offloading_backend = "lmcache"
     *owners, field = path.split(".")
@@ -119,18 +121,32 @@ def test_drafters_that_were_run_are_served() -> None:
 
     assert found("ngram") == []
     assert found("mtp", "qwen3_5_mtp") == []
+    assert found("eagle") == found("draft_model", "llama") == []
     for method, model_type in [
         ("mtp", "nemotron_h_mtp"),
         ("mtp", "qwen3_next_mtp"),
-        ("draft_model", "qwen3"),
+        ("eagle3", "llama"),
         ("ngram_gpu", ""),
     ]:
         assert found(method, model_type) == ["speculative-decoding"]
     engine.device_config.device_type = "cuda"
     assert found("ngram") == [], "a certificate decides"
+    assert found("eagle") == found("draft_model", "llama") == ["speculative-decoding"], (
+        "tidepool verify has none of them"
+    )
     engine.device_config.device_type = "cpu"
     engine.parallel_config.tensor_parallel_size = 2
-    assert found("ngram") == ["speculative-ranks"]
+    assert found("ngram") == []
+    engine.parallel_config.pipeline_parallel_size = 2
+    assert found("ngram") == ["speculative-stages"]
+
+
+def test_data_parallel_engines_are_like_any_other_unless_they_step_together() -> None:
+    engine = config()
+    engine.parallel_config.data_parallel_size = 2
+    assert list(unsupported_features(engine)) == []
+    engine.model_config.is_moe = True
+    assert [reason.partition(":")[0] for reason in unsupported_features(engine)] == ["data-parallel"]
 
 
 def test_what_is_allowed_is_served() -> None:
@@ -139,9 +155,10 @@ def test_what_is_allowed_is_served() -> None:
     assert list(unsupported_features(engine, allow=("executor",))) == []
 
 
-def test_several_nodes_are_untested_whoever_starts_them() -> None:
+@pytest.mark.parametrize(("field", "value"), [("nnodes", 2), ("data_parallel_backend", "ray")])
+def test_several_nodes_are_untested_whoever_starts_them(field: str, value: Any) -> None:
     engine = config()
-    engine.parallel_config.nnodes = 2
+    setattr(engine.parallel_config, field, value)
     assert [reason.partition(":")[0] for reason in unsupported_features(engine)] == ["executor"]
 
 

@@ -98,6 +98,7 @@ UNTRIED = {
     "prefill_context_parallel_size": "vLLM refuses it on the CPU; test_gates has it",
     "distributed_executor_backend": "test_gates has it",
     "nnodes": "test_gates has it",
+    "data_parallel_backend": "test_gates has it",
     "speculative_config": "tests/speculative; test_gates has it",
     "attention_config": "test_gates has it",
     "VLLM_USE_V2_MODEL_RUNNER": "it needs Triton; test_gates has it",

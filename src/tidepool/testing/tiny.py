@@ -28,6 +28,7 @@ Family = Literal[
     "granite-4-h-moe",
     "zamba2",
     "lfm2",
+    "lfm2-moe",
 ]
 
 VOCAB_SIZE = 512
@@ -415,6 +416,20 @@ _GRANITE_CONFIG: dict[str, Any] = (
     }
 )
 
+_LFM2_CONFIG: dict[str, Any] = _COMMON_CONFIG | {
+    "architectures": ["Lfm2ForCausalLM"],
+    "model_type": "lfm2",
+    "head_dim": _HIDDEN // _COMMON_CONFIG["num_attention_heads"],
+    "block_dim": _HIDDEN,
+    "conv_dim": _HIDDEN,
+    "tie_word_embeddings": True,
+    "num_hidden_layers": 8,
+    "layer_types": ["conv", "conv", "full_attention", "conv"] * 2,
+    "intermediate_size": 256,
+    "block_auto_adjust_ff_dim": False,
+    "conv_L_cache": 3,
+}
+
 _LIBRARY_CONFIGS: dict[Family, dict[str, Any]] = {
     "qwen3.5-vl": {
         "architectures": ["Qwen3_5ForConditionalGeneration"],
@@ -477,19 +492,15 @@ _LIBRARY_CONFIGS: dict[Family, dict[str, Any]] = {
         "intermediate_size": 256,
         "chunk_size": 128,
     },
-    "lfm2": _COMMON_CONFIG
+    "lfm2": _LFM2_CONFIG,
+    "lfm2-moe": _LFM2_CONFIG
     | {
-        "architectures": ["Lfm2ForCausalLM"],
-        "model_type": "lfm2",
-        "head_dim": _HIDDEN // _COMMON_CONFIG["num_attention_heads"],
-        "block_dim": _HIDDEN,
-        "conv_dim": _HIDDEN,
-        "tie_word_embeddings": True,
-        "num_hidden_layers": 8,
-        "layer_types": ["conv", "conv", "full_attention", "conv"] * 2,
-        "intermediate_size": 256,
-        "block_auto_adjust_ff_dim": False,
-        "conv_L_cache": 3,
+        "architectures": ["Lfm2MoeForCausalLM"],
+        "model_type": "lfm2_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "num_dense_layers": 2,
     },
 }
 

@@ -40,18 +40,29 @@ def _quantized(config: Any) -> bool:
 
 
 def _other_drafter(config: Any) -> bool:
-    """Whether drafts come from elsewhere than n-grams or a Qwen3.5 model's own head."""
+    """Whether drafts come from elsewhere than what has been run on a CPU, or can have a certificate on a GPU."""
     speculative = config.speculative_config
     if speculative is None or speculative.method == "ngram":
         return False
+    if speculative.method in ("eagle", "draft_model"):
+        return bool(config.device_config.device_type != "cpu")
     return speculative.method != "mtp" or speculative.draft_model_config.hf_config.model_type != "qwen3_5_mtp"
 
 
-def _drafts_on_ranks(config: Any) -> bool:
-    """Whether drafts meet several ranks."""
+def _drafts_on_stages(config: Any) -> bool:
+    return config.speculative_config is not None and config.parallel_config.pipeline_parallel_size > 1
+
+
+def _elsewhere(config: Any) -> bool:
+    """Whether workers run anywhere but in processes of vLLM's own on this machine."""
     parallel = config.parallel_config
-    several = parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1
-    return config.speculative_config is not None and several
+    ours = parallel.distributed_executor_backend in (None, "uni", "mp") and parallel.data_parallel_backend == "mp"
+    return not ours or parallel.nnodes > 1
+
+
+def _steps_together(config: Any) -> bool:
+    """Whether data parallel engines take their steps together; those of other models are engines like any other."""
+    return config.parallel_config.data_parallel_size > 1 and bool(config.model_config.is_moe)
 
 
 def offloads(config: Any) -> bool:
@@ -75,18 +86,17 @@ def _parallel(field: str) -> Callable[[Any], bool]:
 
 
 GATES: tuple[Gate, ...] = (
-    Gate("kv-connector", "a KV connector addresses blocks by ids of one pool", _other_connector),
+    Gate("kv-connector", "a KV connector addresses blocks by ids of one pool (what it would take: docs/connectors.md)", _other_connector),
     Gate("ec-connector", "encoder cache connectors are untested", lambda c: c.ec_transfer_config is not None),
     Gate("kv-offload", "host memory behind the pools is for prefix caching, and of vLLM's backend native alone", _other_offloading),
-    Gate("data-parallel", "data parallelism is untested", _parallel("data_parallel_size")),
+    Gate("data-parallel", "data parallel engines of a mixture of experts step together, which vLLM doesn't do on a CPU, so it is untested", _steps_together),
     Gate("decode-context-parallel", "context parallelism spreads one block over ranks", _parallel("decode_context_parallel_size")),
     Gate("prefill-context-parallel", "context parallelism spreads one block over ranks", _parallel("prefill_context_parallel_size")),
-    Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] serves others)", lambda c: c.parallel_config.distributed_executor_backend not in (None, "uni", "mp") or c.parallel_config.nnodes > 1),
-    Gate("speculative-decoding", "of speculative decoding only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run", _other_drafter),
-    Gate("speculative-ranks", "speculative decoding has been run in one process only", _drafts_on_ranks),
-    Gate("mla", "latent attention is untested", lambda c: bool(c.model_config.use_mla)),
+    Gate("executor", "only vLLM's own executors on one node have been run (the setting allow: [\"executor\"] serves others)", _elsewhere),
+    Gate("speculative-decoding", "of drafters only n-grams (ngram) and the head of Qwen3.5 (mtp) have been run, and on a CPU EAGLE's heads (eagle) and small models (draft_model)", _other_drafter),
+    Gate("speculative-stages", "vLLM doesn't start speculative decoding over pipeline stages on a CPU, so it is untested", _drafts_on_stages),
+    Gate("mla", "latent attention is untested: vLLM's CPU kernels take its blocks to lie side by side, and tidepool verify has no scenario with it", lambda c: bool(c.model_config.use_mla)),
     Gate("kv-cache-dtype", "a KV cache dtype of one's own is untested, except for fp8 and TurboQuant's on a GPU (and the setting kv on the CPU)", _quantized),
-    Gate("mamba-cache-mode", "states at every block (mode all) are untested", lambda c: c.cache_config.mamba_cache_mode not in ("none", "align")),
     Gate("replayssm", "ReplaySSM keeps rings in place of states", lambda c: bool(c.cache_config.use_replayssm)),
     Gate("prefix-match-unit", "prefix hits land on every attention block here, so there is nothing to set: leave prefix_match_unit out", lambda c: c.cache_config.prefix_match_unit is not None),
     Gate("hisparse", "HiSparse has pools of its own", lambda c: c.attention_config.hisparse_config is not None),
