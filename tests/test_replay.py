@@ -759,6 +759,7 @@ def test_modes_are_known_and_once_each() -> None:
         (["--generate", "chat", "--memory", "much"], "is no size"),
         (["--generate", "chat", "--modes", "fast"], "--modes"),
         (["--generate", "chat", "--eviction", "fifo"], "--eviction takes returns or lru"),
+        (["--generate", "chat", "--queue", "lifo"], "--queue takes fcfs or hits-first"),
         (["--generate", "chat", "--requests", "0"], "--requests must be above zero"),
         (["--generate", "chat", "--rate", "-1"], "--rate must be above zero"),
         (["--generate", "chat", "--drop-reasoning", "1.5"], "--drop-reasoning must be from 0 to 1"),

@@ -19,11 +19,10 @@ def text(length: int) -> list[int]:
     return [next(tokens) for _ in range(length)]
 
 
-def engine_of(queue: str) -> Any:
+def engine_of(queue: Any) -> Any:
     from tidepool.replay.engine import EngineShape, make_engine
 
     config = dict(entry("Qwen3.5-0.8B").config)
-    options = {"additional_config": {"tidepool": {"queue": queue, "eviction": "lru"}}}
     return make_engine(
         EngineShape(
             config,
@@ -32,7 +31,8 @@ def engine_of(queue: str) -> Any:
             max_num_seqs=1,
             max_model_len=9_000,
             max_num_batched_tokens=1_024,
-            options=options,
+            eviction="lru",
+            queue=queue,
         )
     )
 

@@ -22,7 +22,7 @@ from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import cost_model
 from tidepool.replay.fits import split, too_small
 from tidepool.replay.generate import MOST_REQUESTS, WORKLOADS
-from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_eviction, parse_modes, require_folder, require_positive
+from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_choice, parse_modes, require_folder, require_positive
 from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.model import ReplayModel, find_replay_model
 from tidepool.replay.report import Report, Setting, versions
@@ -30,7 +30,7 @@ from tidepool.replay.trace import TraceError
 from tidepool.replay.workload import Workload, leave_out_long, load_workload
 from tidepool.running.unpacked import UnpackError, environment_with
 from tidepool.sizes import parse_size, size
-from tidepool.vllm_plugin.settings import EVICTIONS
+from tidepool.vllm_plugin.settings import EVICTIONS, QUEUE_ORDERS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,6 +78,9 @@ def replay(
     eviction: Annotated[
         str, typer.Option(help=f"How tidepool chooses what to evict: {', '.join(EVICTIONS)}.")
     ] = EVICTIONS[0],
+    queue: Annotated[
+        str, typer.Option(help=f"Who goes first with tidepool of requests that wait: {', '.join(QUEUE_ORDERS)}.")
+    ] = QUEUE_ORDERS[0],
     kv_cache_dtype: Annotated[
         str, typer.Option(help=f"How attention keeps keys and values: {', '.join(KV_DTYPES)}.")
     ] = "auto",
@@ -154,7 +157,8 @@ def replay(
             rate=rate,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            eviction=parse_eviction(eviction),
+            eviction=parse_choice("--eviction", eviction, EVICTIONS),
+            queue=parse_choice("--queue", queue, QUEUE_ORDERS),
             layer_kv_dtypes=parse_layer_dtypes(layer_kv_dtype),
             host_bytes=parse_size(host_memory) if host_memory else 0,
             host_bandwidth=parse_bandwidth(host_bandwidth),

@@ -47,6 +47,7 @@ _WORDS: dict[str, Callable[[Setting], str]] = {
     "tp": lambda s: f"tp {s.tp}",
     "kv_dtype": lambda s: f"KV {s.kv_dtype}",
     "eviction": lambda s: f"evicts by {s.eviction}",
+    "queue": lambda s: "hits go first" if s.queue == "hits-first" else "first come, first served",
     "host_bytes": lambda s: f"{size(s.host_bytes)} of host memory" if s.host_bytes else "no host memory",
     "host_bandwidth": lambda s: f"{s.host_bandwidth / 1e9:g} GB/s" if s.host_bytes else "",
     "prefix_caching": lambda s: "" if s.prefix_caching else "no prefix caching",
@@ -180,7 +181,7 @@ def _counts(key: str, result: Result) -> bool:
     """Whether what a setting says matters to a mode."""
     if key in ("host_bytes", "host_bandwidth"):
         return result.mode != "bound"
-    return key != "eviction" or result.mode in ("fixed", "elastic")
+    return key not in ("eviction", "queue") or result.mode in ("fixed", "elastic")
 
 
 def _figures(result: Result) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from tidepool.replay.trace import GENERATED_TOKEN
 from tidepool.running.engine import require_side
 from tidepool.sides import Side, switch
 from tidepool.vllm_plugin.deciding import layer_specs_of
-from tidepool.vllm_plugin.settings import Eviction
+from tidepool.vllm_plugin.settings import Eviction, QueueOrder
 
 GPU_KERNEL_BLOCK = 16
 """Tokens; the smallest block of vLLM's GPU attention kernels."""
@@ -61,6 +61,7 @@ class EngineShape:
     max_num_batched_tokens: int = 8_192
     prefix_caching: bool = True
     eviction: Eviction = "returns"
+    queue: QueueOrder = "fcfs"
     change_specs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Makes other layers of the model's, both given as layer name to vLLM's KVCacheSpec."""
     tp: int = 1
@@ -203,7 +204,7 @@ def make_engine(shape: EngineShape) -> EngineCore:
             "enforce_eager": True,
             "async_scheduling": False,
             "block_size": GPU_KERNEL_BLOCK,
-            "additional_config": {"tidepool": {"eviction": shape.eviction}},
+            "additional_config": {"tidepool": {"eviction": shape.eviction, "queue": shape.queue}},
             "language_model_only": True,
             "kv_offloading_size": shape.host_bytes / (1 << 30) or None,
             "tensor_parallel_size": shape.tp,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 from tidepool.command_line import UsageError
 from tidepool.replay.job import MODES, Mode
 from tidepool.sizes import parse_size
-from tidepool.vllm_plugin.settings import EVICTIONS, Eviction
+
+Choice = TypeVar("Choice", bound=str)
 
 LINKS = {"pcie4": 25e9, "pcie5": 50e9, "gh200": 400e9}
 """Bytes a second that copies of large blocks reach in each direction, about: four fifths of the link's peak."""
@@ -40,16 +43,16 @@ def parse_modes(text: str) -> list[Mode]:
     return chosen
 
 
-def parse_eviction(text: str) -> Eviction:
-    """A policy by its name.
+def parse_choice(option: str, text: str, choices: Sequence[Choice]) -> Choice:
+    """One of some names.
 
     Raises:
-        UsageError: there is none.
+        UsageError: it is none of them.
     """
-    for policy in EVICTIONS:
-        if policy == text:
-            return policy
-    raise UsageError(f"--eviction takes {' or '.join(EVICTIONS)}, not {text!r}.")
+    for choice in choices:
+        if choice == text:
+            return choice
+    raise UsageError(f"{option} takes {' or '.join(choices)}, not {text!r}.")
 
 
 def require_positive(**options: float | None) -> None:

@@ -9,7 +9,7 @@ from tidepool import sides
 from tidepool.command_line import UsageError
 from tidepool.models import CacheOptions
 from tidepool.sides import Side
-from tidepool.vllm_plugin.settings import Eviction
+from tidepool.vllm_plugin.settings import Eviction, QueueOrder
 
 Mode = Literal["stock", "fixed", "elastic", "bound"]
 """``bound`` is stock vLLM with a model of the same attention and no states."""
@@ -42,6 +42,8 @@ class Job:
     max_num_batched_tokens: int
     eviction: Eviction = "returns"
     """What tidepool evicts by."""
+    queue: QueueOrder = "fcfs"
+    """Who goes first with tidepool of requests that wait."""
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """How single attention layers keep their tokens, see `tidepool.models.CacheOptions`."""
     host_bytes: int = 0

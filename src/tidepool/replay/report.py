@@ -30,6 +30,8 @@ class Setting:
     max_num_batched_tokens: int
     eviction: str = "returns"
     """What tidepool evicts by."""
+    queue: str = "fcfs"
+    """Who goes first with tidepool of requests that wait."""
     drop_reasoning: float = 0.0
     """Share of the answers that later prompts lack."""
     seed: int = 0
@@ -244,6 +246,7 @@ def describe(setting: Setting) -> str:
     rate = "" if setting.rate == 1 else f", arrivals {setting.rate:g} times as fast"
     dropped = f", {setting.drop_reasoning:.0%} of the answers dropped" if setting.drop_reasoning else ""
     policy = "" if setting.eviction == "returns" else f"; tidepool evicts by {setting.eviction}"
+    policy += "" if setting.queue == "fcfs" else "; with tidepool hits go first"
     devices = "" if setting.tp == 1 else f"{setting.tp} x "
     options = [
         f"KV cache {setting.kv_dtype}" if setting.kv_dtype != "auto" else "",

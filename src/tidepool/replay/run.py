@@ -186,6 +186,7 @@ def _shape(job: Job, requests: Sequence[TraceRequest]) -> EngineShape:
         max_num_batched_tokens=job.max_num_batched_tokens,
         prefix_caching=job.prefix_caching,
         eviction=job.eviction,
+        queue=job.queue,
         change_specs=partial(typed_layers, kv_dtype=job.kv_dtype, layer_kv_dtypes=job.layer_kv_dtypes),
         host_bytes=0 if job.mode == "bound" else job.host_bytes,
         tp=job.tp,

@@ -231,7 +231,7 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
             state_tokens=pool.state_tokens,
         )
         pool.retention = self.retention
-        if pool.first_states:
+        if pool.first_states and self.kv_cache_config.hits_first:
             pool.waiting = Waiting(pool.first_states.protect)
         for manager in states:
             manager.retention = self.retention
@@ -342,7 +342,7 @@ class TidepoolKVCacheManager(KVCacheManager):
     def order_waiting(self, queue: deque[Request]) -> None:
         """Let a request that has much to lose go before the one that came first; see `Waiting.goes_before`."""
         waiting: Waiting | None = self.block_pool.waiting
-        if not waiting or not self.kv_cache_config.hits_first:
+        if not waiting:
             return
         name = waiting.goes_before(queue[0].request_id)
         if name is not None:

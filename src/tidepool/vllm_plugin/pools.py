@@ -341,7 +341,7 @@ class ArenaBlockPool:
         self.serving: RequestContext | None = None
         """The request that the pools serve now; see `Serving`."""
         self.waiting: Waiting | None = None
-        """With prefix caching, what requests that wait will find."""
+        """What requests that wait will find, where those with much in the cache go first."""
         self.host: HostMemory | None = None
         """The memory behind this one, if there is any."""
         self.block_bytes = config.block_bytes

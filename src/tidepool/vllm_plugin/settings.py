@@ -12,6 +12,8 @@ from tidepool.capacity import Partition
 
 Eviction = Literal["returns", "lru"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
+QueueOrder = Literal["fcfs", "hits-first"]
+QUEUE_ORDERS: tuple[QueueOrder, ...] = get_args(QueueOrder)
 ENV_SWITCH = "TIDEPOOL"
 ENV_POISON = "TIDEPOOL_POISON"
 ENV_OVERCOMMIT = "TIDEPOOL_OVERCOMMIT"
@@ -38,7 +40,7 @@ class Settings(BaseModel):
     """Tokens between two states kept for prefix hits; by default 512, or what --mamba-block-size says."""
     eviction: Eviction = "returns"
     """Which cached memory goes first: by learned times of return, or the least recently used."""
-    queue: Literal["fcfs", "hits-first"] = "fcfs"
+    queue: QueueOrder = "fcfs"
     """Who goes first of requests that wait: who came first, or who has much of its prompt in the cache; at most 64 such
     requests go before one that came earlier. With vLLM's own priority scheduling that decides."""
     kv: str | None = Field(default=None, pattern="^tqkv-k[2348]v[2348]$")
