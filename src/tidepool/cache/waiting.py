@@ -3,8 +3,8 @@
 A request that waits for memory will look its prompt up in the cache when its turn comes. What it would find is evicted
 for others meanwhile, when the queue is long: then its prompt is read anew, which makes the others wait longer. So the
 longest state of each waiting prompt in the cache is kept track of. Requests that have much to lose go before those that
-have not, and the cached prefix that they wait for goes last (`Arena.protect`). The one without the other does harm: what
-is kept for somebody at the end of a long queue is missing to those before.
+have not, and the cached prefix that they wait for goes last (`Arena.protect`). Protecting without reordering does harm:
+what is kept for somebody at the end of a long queue is missing to those before.
 
 States are named by keys as in `tidepool.cache.retention`. Work is done when a request begins to wait, when one ends,
 and when a state that somebody waits for is lost.
