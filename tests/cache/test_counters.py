@@ -241,3 +241,13 @@ def test_what_an_earlier_prompt_left_and_is_gone_was_evicted() -> None:
         TokenResult.EVICTED: 512,
         TokenResult.NEW: 288,
     }
+
+
+def test_the_state_of_an_answer_was_left_too() -> None:
+    policy, text = retention(), keys("a", 960)
+    policy.plan("first", text, 640, 0, 0)
+    policy.state_at("first", 800)
+    policy.end("first", text, 640, 805, policy.release("first"))
+    policy.begin("again", text)
+    policy.admitted("again", text, [1] * 960, 0, 0, 0)
+    assert policy.lookups.tokens[TokenResult.EVICTED] == 800

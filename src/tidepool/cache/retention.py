@@ -248,6 +248,8 @@ class RetentionPolicy:
         points += [ResumePoint(self._key(keys, place), distance, left(place)) for place, distance in far.items()]
         self.reuse.ended(points, now, record.match)
         states = [place for place in (*far, *places) if left(place)]
+        if last_checkpoint is not None and last_checkpoint > prompt_tokens:
+            states.append(last_checkpoint)
         for place in (*far, *places):
             if before := max((state for state in states if state <= place), default=0):
                 self._remember_left(self._key(keys, place), before)
