@@ -21,7 +21,7 @@ to the gaps in those of other requests. That is why an admitted request always g
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -128,8 +128,6 @@ class Arena:
         self._prefixes: dict[Hashable, tuple[CachedPrefix, CachedPrefix]] = {}
         """By request under way: its own cached prefix, and the one for the shared prefixes that it began with."""
         self._low = CachedPrefix(PriorityClass.LOW, running=False)
-        self._awaited: OrderedDict[CachedPrefix, None] = OrderedDict()
-        """Cached prefixes that requests wait for, in the order in which they began to. The policy doesn't have them."""
         self._last_owner: dict[int, int] = {}
         """Which group had an extent last."""
         self.bytes_allocated = 0
@@ -388,19 +386,7 @@ class Arena:
             prefix.running = False
             prefix.since = self.now
             if prefix.live:
-                self._file(prefix)
-
-    def protect(self, group: int, block: int, *, awaited: bool) -> None:
-        """A request waits for what a cached block is part of: its cached prefix goes after all others. Or none does.
-
-        It ends when any of it is hit: who then waits for it still says so again once it is released.
-        """
-        pool = self.pools[group]
-        prefix = pool.prefixes[block]
-        if prefix is None or pool.refs[block] or prefix is self._low or prefix.awaited == awaited:
-            return
-        prefix.awaited = awaited
-        self._file(prefix)
+                self._policy.keep(prefix)
 
     def left_by(self, request: Hashable) -> Iterator[tuple[int, int]]:
         """(group, block) of what a request under way has in the cache, but for what is of low priority; in the order in
@@ -458,7 +444,7 @@ class Arena:
         prefix.live += 1
         if prefix.live == 1:
             prefix.since = self.now
-            self._file(prefix)
+            self._policy.keep(prefix)
 
     def _leave(self, prefix: CachedPrefix | None) -> None:
         """A cached block leaves its cached prefix."""
@@ -466,22 +452,7 @@ class Arena:
         prefix.live -= 1
         if prefix.live == 0:
             prefix.blocks.clear()
-            self._unfile(prefix)
-        elif prefix.awaited:
-            prefix.awaited = False
-            self._file(prefix)
-
-    def _file(self, prefix: CachedPrefix) -> None:
-        """Keep a cached prefix where victims are looked for."""
-        self._unfile(prefix)
-        if prefix.awaited and not prefix.broken:
-            self._awaited[prefix] = None
-        else:
-            self._policy.keep(prefix)
-
-    def _unfile(self, prefix: CachedPrefix) -> None:
-        self._awaited.pop(prefix, None)
-        self._policy.drop(prefix)
+            self._policy.drop(prefix)
 
     def _free(self, group: int, block: int) -> None:
         """Turn a cached block free."""
@@ -549,8 +520,7 @@ class Arena:
 
     def _evict_victim(self) -> bool:
         """Take a block from the policy's victim. Returns False if nothing is cached."""
-        # Of those that requests wait for, the one that will be asked for last.
-        prefix = self._policy.victim(self.now) or next(reversed(self._awaited), None)
+        prefix = self._policy.victim(self.now)
         while prefix is not None:
             group, block = prefix.blocks.popleft()
             if self._holds(prefix, group, block):
@@ -568,7 +538,7 @@ class Arena:
             if not prefix.running:
                 self.eviction_ages.append(self.now - prefix.since)
             prefix.broken = True
-            self._file(prefix)
+            self._policy.keep(prefix)
 
     def _holds(self, prefix: CachedPrefix, group: int, block: int) -> bool:
         """Whether an entry of a cached prefix is true."""

@@ -47,14 +47,12 @@ class CachedPrefix:
     are stale: blocks that were hit, and are of another one by now.
     """
 
-    __slots__ = ("awaited", "blocks", "broken", "live", "priority", "queue", "running", "since")
+    __slots__ = ("blocks", "broken", "live", "priority", "queue", "running", "since")
 
     def __init__(self, priority: PriorityClass, *, running: bool) -> None:
         self.priority = priority
         self.running = running
         """Its request hasn't finished: nobody can come back for it yet."""
-        self.awaited = False
-        """A request that waits would find it; see `Arena.protect`."""
         self.broken = False
         """Some of it was evicted, so the rest is of little use."""
         self.since = 0

@@ -232,7 +232,7 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         )
         pool.retention = self.retention
         if pool.first_states and self.kv_cache_config.hits_first:
-            pool.waiting = Waiting(pool.first_states.protect)
+            pool.waiting = Waiting()
         for manager in states:
             manager.retention = self.retention
 
@@ -351,7 +351,7 @@ class TidepoolKVCacheManager(KVCacheManager):
             queue.appendleft(request)
 
     def note_waiting(self, queue: deque[Request]) -> None:
-        """Requests are left waiting: from now on what they will find in the cache goes last."""
+        """Requests are left waiting when a step has been scheduled."""
         waiting: Waiting | None = self.block_pool.waiting
         if waiting is None:
             return

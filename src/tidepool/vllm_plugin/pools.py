@@ -16,11 +16,9 @@ from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import (
-    BlockHash,
     BlockHashWithGroupId,
     KVCacheBlock,
     get_block_hash,
-    make_block_hash_with_group_id,
 )
 from vllm.v1.kv_cache_interface import MambaSpec
 
@@ -167,8 +165,6 @@ class GroupBlockPool(ExactEvents, BlockPool):
             kept = [self._of_state(block) for block in idle] if self.holds_states else self._of_attention(idle)
             ids = [block.block_id for block in idle]
             self.arena.release(self.group, ids, kept, request=self._filed_under)
-            if self._waiting:
-                self._protect_awaited(block for block, each in zip(idle, kept, strict=True) if each)
             if self.memory.poison:
                 self.memory.operations += [
                     encode_poison(self.group, index, self.memory.groups)
@@ -182,19 +178,6 @@ class GroupBlockPool(ExactEvents, BlockPool):
     def _waiting(self) -> Waiting | None:
         """What requests wait for, if this is the group whose states are looked up for them: the first."""
         return self.memory.waiting if self is self.memory.first_states else None
-
-    def _protect_awaited(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """What requests that wait will find goes last."""
-        waiting = self._waiting
-        for block in blocks:
-            if waiting and block.block_hash is not None and waiting.awaits(get_block_hash(block.block_hash)):
-                self.arena.protect(self.group, block.block_id, awaited=True)
-
-    def protect(self, key: BlockHash, awaited: bool) -> None:
-        """Requests wait for the state with this key, or don't any more."""
-        block = self.cached_block_hash_to_block.get_one_block(make_block_hash_with_group_id(key, self.group))
-        if block is not None and not block.ref_cnt:
-            self.arena.protect(self.group, block.block_id, awaited=awaited)
 
     def _of_state(self, block: KVCacheBlock) -> Retention:
         """What becomes of a state without references."""
@@ -275,11 +258,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
 
     def drop_contents(self, block_id: int) -> None:
         """The arena is taking this cached block away: no lookup may find it any more."""
-        block = self.blocks[block_id]
-        key = block.block_hash
-        self._maybe_evict_cached_block(block)
-        if self._waiting and key is not None:
-            self._waiting.lost(get_block_hash(key))
+        self._maybe_evict_cached_block(self.blocks[block_id])
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached block of this group; the caller has made sure that none is in use."""
