@@ -845,3 +845,9 @@ def refused(*arguments: str) -> str:
     assert len(done.output.strip().splitlines()) == 1
     assert done.output.endswith((".\n", "?\n"))
     return done.output
+
+
+def test_the_documentation_has_every_card() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "replay.md").read_text(encoding="utf-8")
+    for name, card in GPUS.items():
+        assert f"| {name} | {card.flops / 1e12:,.0f} TFLOP/s | {card.bandwidth / 1e12:.2f} TB/s |" in text
