@@ -22,10 +22,14 @@ ROUNDS = 3
 """A short prompt leaves a state only when it comes again, so the third time hits."""
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("qwen3.5", tmp_path_factory.mktemp("drafts") / "model", mtp=True)
+
+
 @pytest.mark.parametrize("method", DRAFTS)
-def test_drafts_on_two_ranks(method: str, tmp_path: Path) -> None:
+def test_drafts_on_two_ranks(method: str, model: Path) -> None:
     """Ranks add in another order than one process, so answers may part as those of drafts do."""
-    model = make_checkpoint("qwen3.5", tmp_path / "model", mtp=True)
     prompts = tiny_prompts(model)[:6]
     job = {"model": str(model), "prompts": prompts, "output_tokens": 24, "max_num_seqs": 4}
     reference = engines.serve(job | {"side": "stock", "kv_bytes": 300_000_000})
