@@ -677,7 +677,7 @@ def test_modes_that_cannot_run_say_so_before_any_starts() -> None:
         ({"kv_dtype": "nvfp4"}, {"elastic": "kv-cache-dtype"}),
         ({"kv_dtype": "fp8"}, {}),
         ({"kv_dtype": "tqkv-k4v4"}, {"stock": "vLLM has no", "bound": "vLLM has no", "elastic": "CPU"}),
-        ({"tp": 2, "draft_tokens": 2}, {"elastic": "speculative-ranks"}),
+        ({"tp": 2, "draft_tokens": 2}, {}),
         ({"kv_bytes": 1 << 10}, {"stock": "One request needs", "bound": "One request needs", "elastic": "1,024 bytes"}),
     )
     for change, reasons in changes:
