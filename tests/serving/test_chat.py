@@ -19,7 +19,7 @@ BLOCK = 32
 JOB = {
     "system": 200,
     "added": 60,
-    "answer_tokens": 24,
+    "answer_tokens": 100,
     "turns": 6,
     "chats": 4,
     "kv_bytes": 120_000_000,
@@ -39,22 +39,15 @@ def chat(model: Path, **changes: Any) -> tuple[dict[str, Any], list[list[int]], 
     return said, cached, reusable
 
 
-def test_turns_reuse_what_they_can(checkpoint: Callable[[Family], Path]) -> None:
-    _, cached, reusable = chat(checkpoint("nemotron-h"))
-    # Until somebody has come back, a short prompt isn't cut for a state at its end.
-    assert sum(cached[1]) >= 0.6 * sum(reusable[1]), "what all chats begin with"
-    assert sum(map(sum, cached[2:])) >= 0.9 * sum(map(sum, reusable[2:])), (cached, reusable)
-
-
 @pytest.mark.parametrize("family", ["qwen3.5", "nemotron-h"])
 def test_turns_reuse_answers(checkpoint: Callable[[Family], Path], family: Family) -> None:
-    said, cached, reusable = chat(checkpoint(family), answer_tokens=100)
+    said, cached, reusable = chat(checkpoint(family))
     assert sum(map(sum, cached[1:])) >= 0.95 * sum(map(sum, reusable[1:])), (cached, reusable)
     job = {"model": str(checkpoint(family)), "side": "stock", "kv_bytes": JOB["kv_bytes"], "max_num_seqs": 4}
-    reference = engines.serve(job | {"prompts": said["prompts"], "output_tokens": 100})
+    reference = engines.serve(job | {"prompts": said["prompts"], "output_tokens": JOB["answer_tokens"]})
     assert all(gap <= BFLOAT16_GAP for gap in gaps(reference, said)), gaps(reference, said)
 
 
 def test_prompts_without_answers_keep_their_own_states(checkpoint: Callable[[Family], Path]) -> None:
-    _, cached, reusable = chat(checkpoint("qwen3.5"), answer_tokens=100, regenerated=True)
+    _, cached, reusable = chat(checkpoint("qwen3.5"), regenerated=True)
     assert sum(map(sum, cached[2:])) >= 0.9 * sum(map(sum, reusable[2:])), (cached, reusable)
