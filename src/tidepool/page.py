@@ -48,3 +48,12 @@ def cells(label: str, values: Iterable[str]) -> str:
     """A row of a table; the label is indented if it begins with a space."""
     inner = ' class="inner"' if label.startswith(" ") else ""
     return f"<tr><td{inner}>{escape(label)}</td>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+
+
+def table(heads: Iterable[str], rows: Iterable[str]) -> str:
+    """A table whose rows are made by `cells`, with the head of each column but that of the labels, as HTML."""
+    head = "".join(f"<th>{each}</th>" for each in heads)
+    return (
+        f'<div class="scroll"><table class="rows"><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )

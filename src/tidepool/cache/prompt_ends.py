@@ -124,14 +124,16 @@ class PromptEnds:
             tokens: where the other one would be.
         """
         kind = self._class(prompt_tokens)
-        elsewhere = self._from_end[kind] - self._from_answer[kind] + self._from_checkpoint[kind] + _DOUBT
-        return self._from_answer[kind] * (tokens - state) > elsewhere * state
+        return self._from_answer[kind] * (tokens - state) > (self._from_elsewhere(kind) + _DOUBT) * state
 
     def answer_may_pay(self, prompt_tokens: int) -> bool:
         """Whether it isn't known that prompts are continued from elsewhere than the ends of their answers."""
         kind = self._class(prompt_tokens)
-        elsewhere = self._from_end[kind] - self._from_answer[kind] + self._from_checkpoint[kind]
-        return self._from_answer[kind] + _DOUBT > elsewhere
+        return self._from_answer[kind] + _DOUBT > self._from_elsewhere(kind)
+
+    def _from_elsewhere(self, kind: int) -> float:
+        """Prompts that were continued from elsewhere than the ends of their answers."""
+        return self._from_end[kind] - self._from_answer[kind] + self._from_checkpoint[kind]
 
     def _class(self, prompt_tokens: int) -> int:
         return min((prompt_tokens // self._spacing).bit_length(), _CLASSES - 1)

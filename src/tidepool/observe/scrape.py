@@ -11,6 +11,7 @@ from http.client import HTTPException
 from urllib.parse import urlsplit
 
 from tidepool.command_line import UsageError
+from tidepool.metrics.table import MEMORY
 
 SECONDS = 10.0
 """Within which a server must answer."""
@@ -78,7 +79,7 @@ def scrape(url: str) -> Scrape:
     found = Scrape(_fetch(url))
     if RUNNING not in found:
         raise UsageError(f"{url} answers, but not as a server of vLLM's does: it has no metric {RUNNING}.")
-    if "tidepool_memory_bytes" not in found:
+    if MEMORY.name not in found:
         raise UsageError(
             f"{url} is a server of vLLM's that tells nothing of tidepool: vLLM's own memory serves it (its log says "
             "why), or it has had no request yet, or --disable-log-stats."

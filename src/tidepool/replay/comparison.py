@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tidepool.command_line import UsageError
-from tidepool.page import cells, document
+from tidepool.page import cells, document, keys, table
 from tidepool.replay.job import Result
 from tidepool.replay.plot import curve_plot
 from tidepool.replay.report import Report, Setting, describe, duration, title
@@ -135,10 +135,6 @@ def render_comparison(reports: Sequence[Report]) -> str:
             ".runs { margin: 8px 0 0; padding: 0; list-style: none; font-size: .9rem; overflow-wrap: anywhere; }",
         ]
     )  # fmt: skip
-    keys = "".join(
-        f'<span><i style="background:var(--curve{index})"></i>{escape(series)}</span>'
-        for index, series in enumerate(curves)
-    )
     commands = "".join(
         f'<li>{escape(describe(report.setting))}: <span class="quiet">{escape(report.setting.command)}</span></li>'
         for report in reports
@@ -149,7 +145,7 @@ def render_comparison(reports: Sequence[Report]) -> str:
         [
             f"<header><h1>{escape(models)}: {len(reports)} replays compared</h1>",
             f"<p>{escape(gain(curves))}</p></header>",
-            f'<div class="keys">{keys}</div>',
+            keys({f"curve{index}": escape(series) for index, series in enumerate(curves)}),
             '<div class="two">',
             *(_plot(curves, *plot) for plot in PLOTS),
             "</div>",
@@ -203,13 +199,9 @@ def _plot(curves: dict[str, list[Run]], heading: str, meaning: str, unit: str, o
 
 
 def _table(curves: dict[str, list[Run]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name, _ in COLUMNS)
-    body = "".join(
+    body = (
         cells("" if index else series, (of(run) for _, of in COLUMNS))
         for series, runs in curves.items()
         for index, run in enumerate(runs)
     )
-    return (
-        f'<section><h2>All runs</h2><div class="scroll"><table class="rows"><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div></section>"
-    )
+    return f"<section><h2>All runs</h2>{table((name for name, _ in COLUMNS), body)}</section>"

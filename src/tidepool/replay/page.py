@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 
-from tidepool.page import cells, document, facts, keys
+from tidepool.page import cells, document, facts, keys, table
 from tidepool.replay.job import USES, Result, Sample
 from tidepool.replay.plot import area_plot, line_plot
 from tidepool.replay.report import (
@@ -145,12 +145,10 @@ def _memory(result: Result, end: float) -> str:
 
 
 def _table(report: Report) -> str:
-    head = "".join(f"<th>{title(result)}</th>" for result in report.results)
-    body = [cells(row.label, (row.of(result) for result in report.results)) for row in rows(report.results)]
+    body = (cells(row.label, (row.of(result) for result in report.results)) for row in rows(report.results))
     groups = "".join(f"<li><b>{title(r)}</b>: {escape(layout(r))}</li>" for r in report.results)
     uses = "; ".join(f"{name}: {meaning}" for name, meaning in USE_TITLES.values())
     return (
-        f'<section><h2>All figures</h2><div class="scroll"><table class="rows"><thead><tr><th></th>{head}</tr></thead>'
-        f'<tbody>{"".join(body)}</tbody></table></div><ul class="groups">{groups}</ul>'
+        f'<section><h2>All figures</h2>{table(map(title, report.results), body)}<ul class="groups">{groups}</ul>'
         f'<p class="quiet">{escape(uses)}.</p></section>'
     )

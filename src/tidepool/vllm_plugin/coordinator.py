@@ -8,7 +8,8 @@ comparison in `KVCacheManager.allocate_slots` stays vLLM's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.core.kv_cache_coordinator import (
@@ -336,38 +337,34 @@ class TidepoolKVCacheManager(KVCacheManager):
         self._answers = AnswerLengths()
         self._lookups: dict[str, Lookup] = {}
         """By request that waits."""
-        self._waiting: dict[Hashable, Request] = {}
-        """By name, requests that were still waiting when a step had been scheduled."""
 
     def order_waiting(self, queue: deque[Request]) -> None:
         """Let a request that has much to lose go before the one that came first; see `Waiting.goes_before`."""
-        waiting: Waiting | None = self.block_pool.waiting
-        if not waiting:
-            return
-        name = waiting.goes_before(queue[0].request_id)
+        name = self._waiting.goes_before(queue[0].request_id) if self._waiting else None
         if name is not None:
-            request = self._waiting[name]
+            request = next(each for each in queue if each.request_id == name)
             queue.remove(request)
             queue.appendleft(request)
 
     def note_waiting(self, queue: deque[Request]) -> None:
         """Requests are left waiting when a step has been scheduled."""
-        waiting: Waiting | None = self.block_pool.waiting
+        waiting = self._waiting
         if waiting is None:
             return
-        new: list[Request] = []
-        for request in reversed(queue):
-            if request.request_id in waiting:
-                break
-            if not request.num_preemptions:
-                new.append(request)
+        new = list(takewhile(lambda request: request.request_id not in waiting, reversed(queue)))
         for request in reversed(new):
-            self._waiting[request.request_id] = request
-            waiting.arrives(request.request_id, request.block_hashes)
+            if not request.num_preemptions:
+                waiting.arrives(request.request_id, request.block_hashes)
 
     def _waits_no_more(self, name: str) -> None:
-        if self._waiting.pop(name, None) is not None:
-            self.block_pool.waiting.leaves(name)
+        if self._waiting:
+            self._waiting.leaves(name)
+
+    @property
+    def _waiting(self) -> Waiting | None:
+        """The requests that were still waiting when a step had been scheduled, where hits go first."""
+        waiting: Waiting | None = self.block_pool.waiting
+        return waiting
 
     def get_computed_blocks(self, request: Request, *most: int | None) -> tuple[KVCacheBlocks, int, int]:
         """As vLLM's; it also plans where the request leaves checkpoints.
@@ -491,7 +488,7 @@ class TidepoolKVCacheManager(KVCacheManager):
             )
             if last_checkpoint and self._waiting:
                 place = last_checkpoint // self.block_pool.pools[0].hash_block_size
-                self.block_pool.waiting.left(request.block_hashes[place - 1], place)
+                self._waiting.left(request.block_hashes[place - 1], place)
 
     def take_new_block_ids(self) -> list[int]:
         """What workers do to blocks before the next step: poisoning first, then zeroing of new attention blocks."""

@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
-from vllm.v1.core.kv_cache_utils import (
-    BlockHashWithGroupId,
-    KVCacheBlock,
-    get_block_hash,
-)
+from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, get_block_hash
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from tidepool.cache import Arena, Retention, RetentionPolicy, ReuseModel, Waiting

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -107,8 +106,8 @@ def _objects(lines: Iterator[Line], tokens: Tokens) -> Iterator[Recorded | Skipp
 def _document(text: str, tokens: Tokens) -> Iterator[Recorded | Skipped]:
     """One JSON object in many lines."""
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError):
+        document = json_object(text)
+    except LineError:
         document = {}
     if not isinstance(document.get("benchmarks"), list):
         yield Skipped(1, "not valid JSON, with a request in each line")
