@@ -39,6 +39,7 @@ OURS = {
     "get_usage",
     "move_block_hashes",
     "_insert_block_hash",
+    "_remove_cached_block_hashes",
     "cache_full_blocks",
     "cache_partial_block",
     "_emit_block_removed_events",
@@ -52,7 +53,6 @@ VLLMS = {
     "_get_partial_block_hash",
     "_get_partial_block_parent_hash_and_start",
     "_maybe_evict_cached_block",
-    "_remove_cached_block_hashes",
     "_generate_event_extra_keys",
     "_lookahead_token_ids",
 }
