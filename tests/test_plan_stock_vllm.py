@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tidepool.cache import FullAttention, LayerCache, State
+from tidepool.cache import FullAttention, LayerCache, SlidingWindow, State
 from tidepool.models import CacheOptions, Model, ModelConfigError, entry, names
 from tidepool.plan import PlanOptions, stock_layout, stock_memory
 from tidepool.plan.stock import attention_block, export_tokens, startup_lines
@@ -149,6 +149,7 @@ def specs_of(layers: dict[str, LayerCache], latent: bool, block_tokens: int, sta
                 block_size=block_tokens, num_kv_heads=1, head_size=cache.bytes_per_token, dtype=torch.uint8
             )
         else:
+            assert isinstance(cache, FullAttention | SlidingWindow)
             half = {"num_kv_heads": 1, "head_size": cache.bytes_per_token // 2, "dtype": torch.uint8}
             if isinstance(cache, FullAttention):
                 specs[name] = FullAttentionSpec(block_size=block_tokens, **half)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import NoReturn
+from typing import NoReturn, TypeVar
+
+Choice = TypeVar("Choice", bound=str)
 
 NO_VLLM = (
     "vLLM isn't installed here: install tidepool with its extra cpu or cuda, as in pip install '.[cpu]' in a clone."
@@ -13,6 +16,18 @@ NO_VLLM = (
 
 class UsageError(ValueError):
     """An option or a question that can't be answered; the message is one sentence for the user."""
+
+
+def parse_choice(option: str, text: str, choices: Sequence[Choice]) -> Choice:
+    """One of some names.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    for choice in choices:
+        if choice == text:
+            return choice
+    raise UsageError(f"{option} takes {' or '.join(choices)}, not {text!r}.")
 
 
 def has_vllm() -> bool:

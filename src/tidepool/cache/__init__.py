@@ -1,11 +1,11 @@
 """The core: block pools of natural page size over one elastic memory. Integers in, integers out.
 
-Read in this order: `spec` (what layers keep), `geometry` (how memory is divided), `pool` (one group's blocks),
-`arena` (who owns which extent), `eviction` (which cached memory goes first), `reuse` (when prompts are continued),
-`prompt_ends` and `branches` (from where), `checkpoints` (where a prompt leaves states), `retention` (what requests
-leave, and what of it is kept), `waiting` (what requests that wait will find), `lookups` (why prompts hit or miss),
-`growth` (what running requests will still need), `host` (what lies in host memory behind it) and `speeds` (whether that
-is worth loading).
+Read in this order: `spec` (what layers keep), `state_format` (how cached states may be packed), `geometry` (how memory
+is divided), `pool` (one group's blocks), `arena` (who owns which extent), `eviction` (which cached memory goes first),
+`reuse` (when prompts are continued), `prompt_ends` and `branches` (from where), `checkpoints` (where a prompt leaves
+states), `retention` (what requests leave, and what of it is kept), `waiting` (what requests that wait will find),
+`lookups` (why prompts hit or miss), `growth` (what running requests will still need), `host` (what lies in host memory
+behind it) and `speeds` (whether that is worth loading).
 """
 
 from tidepool.cache.arena import Arena, GroupUsage, OutOfBlocksError, Retention, Usage
@@ -42,12 +42,15 @@ from tidepool.cache.spec import (
     FullAttention,
     Group,
     LayerCache,
+    PackedState,
     SlidingWindow,
     State,
     block_align,
     group_layers,
+    packed_groups,
 )
 from tidepool.cache.speeds import Speeds
+from tidepool.cache.state_format import PAGE_ALIGN, SCALE_BYTES, STATE_FORMATS, StateFormat, packed_page_bytes
 from tidepool.cache.waiting import Waiting
 
 __all__ = [
@@ -55,6 +58,9 @@ __all__ = [
     "LONG_PROMPT",
     "NO_ANSWER_STATE",
     "NO_CHECKPOINTS",
+    "PAGE_ALIGN",
+    "SCALE_BYTES",
+    "STATE_FORMATS",
     "AnswerLengths",
     "AnswerState",
     "Arena",
@@ -85,6 +91,7 @@ __all__ = [
     "LookupStatistics",
     "OutOfBlocksError",
     "Outlook",
+    "PackedState",
     "Policy",
     "PrefixMatch",
     "PriorityClass",
@@ -99,6 +106,7 @@ __all__ = [
     "SlidingWindow",
     "Speeds",
     "State",
+    "StateFormat",
     "TokenResult",
     "TurnClass",
     "Usage",
@@ -111,6 +119,8 @@ __all__ = [
     "geometry_by_counts",
     "group_layers",
     "headroom",
+    "packed_groups",
+    "packed_page_bytes",
     "plan_checkpoints",
     "spacing_within",
 ]

@@ -12,7 +12,8 @@ is seldom idle, and what can't become idle no other group can have. So an alloca
 New extents are unowned ones. Gaps of idle extents are filled before those are taken as long as more extents are idle
 than pinned: what cached prefixes have lost in an extent that they shared would else stay a gap for good. Where there is
 neither, cached prefixes lose their blocks, in the order that the policy gives (`tidepool.cache.eviction`), until an
-extent is free.
+extent is free. Before that, blocks that may be relocated are gathered: where the gaps between them hold all that one
+extent has, that extent comes free, and nothing is lost.
 
 A new extent may be one that another group could have had. The arena keeps count of what an admission reserved for each
 group (see `Arena.reserve`), and no group spends another's reservation; it then makes do with its pinned extents, down
@@ -86,8 +87,10 @@ class Arena:
     Group numbers index the groups in the order given. Block ids are per group: a block is named by (group, block),
     never by its id alone. Block 0 of every group is the null block, which is never handed out.
 
-    Two callbacks tell the owner of the blocks' contents what is lost:
-    ``on_evict(group, block)`` before a cached block turns free, and
+    Callbacks tell the owner of the blocks' contents what is lost:
+    ``on_evict(group, block)`` before a cached block turns free,
+    ``on_relocate(group, block, new_block)`` when the contents of a cached block of the ``relocatable`` groups are to be
+    copied to another block of the group, before anything else is done with either, and
     ``on_move(extent, old_group, new_group)`` when a group gets an extent; ``old_group`` is the one that had it last.
 
     Cached memory ages by ``clock``, which tells the time in bytes that some arena handed out; by default this one.
@@ -109,6 +112,8 @@ class Arena:
         policy: Policy | None = None,
         on_evict: Callable[[int, int], None] | None = None,
         on_move: Callable[[int, int | None, int], None] | None = None,
+        on_relocate: Callable[[int, int, int], None] | None = None,
+        relocatable: Sequence[int] = (),
         clock: Callable[[], int] | None = None,
     ) -> None:
         self.pools = tuple(pools)
@@ -122,6 +127,10 @@ class Arena:
         """Bytes at the start that belong to nobody."""
         self._on_evict = on_evict or (lambda group, block: None)
         self._on_move = on_move or (lambda extent, old, new: None)
+        self._on_relocate = on_relocate or (lambda group, block, new: None)
+        self._relocatable = tuple(relocatable)
+        self.relocations = 0
+        """Cached blocks so far that were copied to gather them."""
         self._reserved = [0] * len(self.pools)
         self._reserved_total = 0
         self._policy = policy or LeastRecentlyUsed()
@@ -150,6 +159,8 @@ class Arena:
         policy: Policy | None = None,
         on_evict: Callable[[int, int], None] | None = None,
         on_move: Callable[[int, int | None, int], None] | None = None,
+        on_relocate: Callable[[int, int, int], None] | None = None,
+        relocatable: Sequence[int] = (),
         clock: Callable[[], int] | None = None,
     ) -> Arena:
         """An arena of ``extents`` extents, all but extent 0 unowned; extent 0 holds every group's null block."""
@@ -164,6 +175,8 @@ class Arena:
             policy=policy,
             on_evict=on_evict,
             on_move=on_move,
+            on_relocate=on_relocate,
+            relocatable=relocatable,
             clock=clock,
         )
 
@@ -344,6 +357,25 @@ class Arena:
             if own:
                 pool.prefixes[block] = own
 
+    def allocate_for_copy(
+        self, group: int, source_group: int, source: int, *, request: Hashable | None = None
+    ) -> int | None:
+        """Hand out a block of a group, with one reference, for a copy of what a block in use of another group holds.
+
+        It is filed as the source would be if ``request`` released that now.
+
+        Returns:
+            The block; None if everything left is in use.
+        """
+        pool, shared = self.pools[source_group], self.pools[source_group].shared[source]
+        prefix = pool.prefixes[source] if request is None else self._prefixes[request][shared]
+        try:
+            (block,) = self.allocate(group, 1)
+        except OutOfBlocksError:
+            return None
+        self.pools[group].prefixes[block], self.pools[group].shared[block] = prefix, shared
+        return block
+
     def adopt(self, group: int, block: int, request: Hashable) -> None:
         """A block in use goes to this request's cached prefix once it is cached, whosever it was."""
         self.pools[group].prefixes[block] = self._prefixes[request][0]
@@ -435,16 +467,21 @@ class Arena:
     def _join(self, prefix: CachedPrefix, group: int, block: int) -> None:
         """A block that just turned cached joins a cached prefix."""
         self.pools[group].prefixes[block] = prefix
+        self._enter(prefix, group, block)
+        prefix.live += 1
+        if prefix.live == 1:
+            prefix.since = self.now
+            self._policy.keep(prefix)
+
+    def _enter(self, prefix: CachedPrefix | None, group: int, block: int) -> None:
+        """Add an entry to a cached prefix whose pool names it for the block already."""
+        assert prefix is not None, "every cached block is of a cached prefix"
         if len(prefix.blocks) > 2 * prefix.live + STALE_ENTRIES:
             # The last entry of each block that is still the prefix's; paid for by the stale ones.
             entries = reversed(prefix.blocks)
             true = dict.fromkeys(entry for entry in entries if self._holds(prefix, *entry))
             prefix.blocks = deque(reversed(true))
         prefix.blocks.append((group, block))
-        prefix.live += 1
-        if prefix.live == 1:
-            prefix.since = self.now
-            self._policy.keep(prefix)
 
     def _leave(self, prefix: CachedPrefix | None) -> None:
         """A cached block leaves its cached prefix."""
@@ -479,6 +516,8 @@ class Arena:
                 if extent := extent or pool.idle_with(count):
                     self._pins_one(group)
                     return extent
+                if self._gather():
+                    continue
             if not self._evict_victim():
                 return None
         return extent
@@ -496,7 +535,7 @@ class Arena:
         """A wholly free extent. None if all are reserved for other groups."""
         if not self._may_pin(group):
             return None
-        while not self._unowned:
+        while not self._unowned and not self._gather():
             # A cached prefix seldom frees more than its states: the extents that it shares come free with the others.
             evicted = self._evict_victim()
             assert evicted, "available counts unowned and idle extents"
@@ -507,6 +546,31 @@ class Arena:
         self.pools[group].moves += old not in (None, group)
         self._on_move(number, old, group)
         return self.pools[group].add(number)
+
+    def _gather(self) -> bool:
+        """Empty an extent by relocating its cached blocks to gaps of others. Returns False if no gaps hold them."""
+        for group in self._relocatable:
+            pool = self.pools[group]
+            extent = pool.idle_widest(1)
+            if extent is None or pool.free - extent.free < extent.cached:
+                continue
+            blocks = pool.set_apart(extent)
+            new: list[int] = []
+            while len(new) < len(blocks):
+                gap = pool.partial() or pool.idle_with(1)
+                assert gap, "free blocks outside of the extent were counted"
+                new += pool.take(gap, len(blocks) - len(new), None)
+            for block, target in zip(blocks, new, strict=True):
+                pool.prefixes[target], pool.shared[target] = pool.prefixes[block], pool.shared[block]
+            pool.release(new, repeat(Retention.KEEP))
+            for block, target in zip(blocks, new, strict=True):
+                self._on_relocate(group, block, target)
+                self._enter(pool.prefixes[target], group, target)
+                pool.forget(block)
+            self._come_free(group, extent)
+            self.relocations += len(new)
+            return True
+        return False
 
     def _pins_one(self, group: int) -> None:
         """A group pins one more extent: one less is reserved for it."""

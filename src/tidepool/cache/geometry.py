@@ -14,11 +14,11 @@ between groups an extent at a time, so the smallest E that pads little enough is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
-from tidepool.cache.spec import CacheConfigError, Group
+from tidepool.cache.spec import CacheConfigError, Group, PackedState
 
 MAX_PADDING_TWO = 0.01
 """Padding that every group stays under where there are at most two."""
@@ -28,6 +28,14 @@ MAX_PADDING = 0.08
 """Padding that every group stays under in any case."""
 MAX_BLOCKS_OF_LARGEST = 128
 """An extent holds at most so many blocks of the group with the largest ones."""
+MAX_PADDING_PACKED = 0.5
+"""Padding that packed states stay under."""
+MAX_BLOCKS_BESIDE_PACKED = 16
+"""An extent with packed states holds at most so many of the largest blocks."""
+PACKED_SHARE = 0.25
+"""Share of a full cache that packed states take, about."""
+EXTENT_COST = 0.006
+"""Share of the memory that an extent costs for each of the largest blocks in it."""
 PATIENCE_MANY = 4
 """How many of them, where there are more than two groups, `MAX_PADDING_MANY` is worth."""
 
@@ -81,8 +89,10 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
     aren't enough, of the least padded extents for each n that one is chosen whose size x padding is least.
     `Geometry.padding` says what it is.
 
+    Packed states are the exception: they may be padded by more, see `_beside_packed`.
+
     Args:
-        groups: the groups, of any block sizes.
+        groups: the groups, of any block sizes; those of packed states last.
         max_padding: 0 to 1; the limit in place of these, which then holds in extents of any size.
 
     Raises:
@@ -91,6 +101,8 @@ def choose_geometry(groups: Sequence[Group], *, max_padding: float | None = None
     if not groups:
         raise CacheConfigError("A geometry needs at least one group.")
     # Groups of equal blocks and alignment have equal layouts.
+    if max_padding is None and any(_is_packed(group) for group in groups):
+        return _beside_packed(groups)
     kinds = sorted({(group.block_bytes, group.align) for group in groups})
     if max_padding is not None:
         target, limit, patience = max_padding, max_padding, MAX_BLOCKS_OF_LARGEST
@@ -152,6 +164,66 @@ def geometry_by_counts(groups: Sequence[Group], per_extent: Sequence[int]) -> Ge
     extent = max(1, -(-need // step)) * step
     pairs = zip(groups, per_extent, strict=True)
     return Geometry(extent, tuple(ExtentLayout(group.block_bytes, extent // count, count) for group, count in pairs))
+
+
+def _is_packed(group: Group) -> bool:
+    return isinstance(group.cache, PackedState)
+
+
+def _beside_packed(groups: Sequence[Group]) -> Geometry:
+    """The geometry with the least waste where some groups are of packed states.
+
+    Those may be padded by more than the others, since an extent that fits them, too, may hold a dozen states. They take
+    about a quarter of a full cache (`PACKED_SHARE`), so their padding counts by that. Each group leaves the last of its
+    extents partly empty: that costs `EXTENT_COST` for each of the largest blocks in an extent, as in a memory of some
+    170 of them.
+
+    Raises:
+        CacheConfigError: no extent suits the other groups.
+    """
+    plain = [group for group in groups if not _is_packed(group)]
+    kinds = sorted({(group.block_bytes, group.align) for group in plain})
+    packed = sorted({(group.block_bytes, group.align) for group in groups if _is_packed(group)})
+    best: tuple[float, Geometry] | None = None
+    for bound in (MAX_PADDING / 2, MAX_PADDING):
+        for count in range(1, MAX_BLOCKS_BESIDE_PACKED + 1):
+            if best and count * EXTENT_COST >= best[0]:
+                break
+            for extent, layouts in _extents(kinds, count, bound):
+                fitting = {kind: _layout(extent, *kind, MAX_PADDING_PACKED) for kind in packed}
+                if None in fitting.values():
+                    continue
+                padding = max((each.padding for each in fitting.values() if each), default=0.0)
+                waste = max(each.padding for each in layouts.values()) + PACKED_SHARE * padding + count * EXTENT_COST
+                if best is None or waste < best[0]:
+                    all_layouts = layouts | {kind: each for kind, each in fitting.items() if each}
+                    in_order = tuple(all_layouts[group.block_bytes, group.align] for group in groups)
+                    best = waste, Geometry(extent, in_order)
+        if best:
+            return best[1]
+    raise CacheConfigError(
+        f"No extent of up to {MAX_BLOCKS_BESIDE_PACKED} x {kinds[-1][0]:,} bytes holds these block sizes with under "
+        f"{MAX_PADDING:.1%} padding beside packed states: leave out checkpoint_states, or change a group's block size."
+    )
+
+
+def _extents(
+    kinds: Sequence[tuple[int, int]], count: int, bound: float
+) -> Iterator[tuple[int, dict[tuple[int, int], ExtentLayout]]]:
+    """Extents that ``count`` of the largest blocks fill up to padding, all kinds padded by less than ``bound``."""
+    (smallest, align), (largest, largest_align) = kinds[0], kinds[-1]
+    first = count * _round_up(largest, largest_align)
+    seen: set[int] = set()
+    stride = _round_up(smallest, align)
+    while 1 - smallest / stride < bound:
+        step = lcm(stride, count * largest_align)
+        extent = _round_up(first, step)
+        while 1 - count * largest / extent < bound:
+            if extent not in seen and (layouts := _layouts(extent, kinds, bound)) is not None:
+                seen.add(extent)
+                yield extent, layouts
+            extent += step
+        stride += align
 
 
 def _exact_for_smallest(kinds: Sequence[tuple[int, int]], bound: float) -> Geometry | None:

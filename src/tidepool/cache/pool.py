@@ -246,6 +246,11 @@ class Pool:
         self._file(extent)
         return extent
 
+    def set_apart(self, extent: Extent) -> list[int]:
+        """Take no block from this extent until one of it is released or turned free. Returns its cached blocks."""
+        self._place(extent, -1)
+        return [block for block in range(extent.first, extent.first + extent.never_used) if self.is_cached(block)]
+
     def kept(self) -> Iterator[int]:
         """Cached blocks."""
         return (block for block in self._handed_out() if self.is_cached(block))
@@ -287,6 +292,10 @@ class Pool:
             place = -1
         else:
             place = free.bit_length() + (0 if extent.pins else _IDLE)
+        self._place(extent, place)
+
+    def _place(self, extent: Extent, place: int) -> None:
+        """Put an extent into a class of that index; -1 for none."""
         if place == extent.bucket:
             return
         if extent.bucket >= 0:

@@ -7,7 +7,7 @@ page for every layer of the group, side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, gcd
 
@@ -69,10 +69,14 @@ class State:
 
     bytes: int
     copies: int = 1
+    packed_bytes: int = 0
+    """Bytes of a state that is only cached, where those are kept in a smaller format; else 0."""
 
     def __post_init__(self) -> None:
         _require_positive("bytes", self.bytes)
         _require_positive("copies", self.copies)
+        if not 0 <= self.packed_bytes < self.bytes:
+            raise CacheConfigError(f"A packed state of {self.packed_bytes:,} bytes isn't smaller than {self.bytes:,}.")
 
     def page_bytes(self, block_tokens: int) -> int:
         """Bytes of one state, however many tokens lie behind it."""
@@ -83,7 +87,28 @@ class State:
         return self.copies
 
 
-LayerCache = FullAttention | SlidingWindow | State
+@dataclass(frozen=True)
+class PackedState:
+    """A layer's states that are only cached, ``bytes`` each, in a smaller format than running ones.
+
+    No running request holds any: what one continues from is unpacked into a block of its own first.
+    """
+
+    bytes: int
+
+    def __post_init__(self) -> None:
+        _require_positive("bytes", self.bytes)
+
+    def page_bytes(self, block_tokens: int) -> int:
+        """Bytes of one state, however many tokens lie behind it."""
+        return self.bytes
+
+    def blocks_for(self, tokens: int, block_tokens: int) -> int:
+        """None."""
+        return 0
+
+
+LayerCache = FullAttention | SlidingWindow | State | PackedState
 
 
 @dataclass(frozen=True)
@@ -125,7 +150,7 @@ class Group:
     @property
     def constant(self) -> bool:
         """Whether a request's need doesn't grow with its length (an O(1) group)."""
-        return isinstance(self.cache, State)
+        return isinstance(self.cache, State | PackedState)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that a request of ``tokens`` tokens holds in this group."""
@@ -171,6 +196,23 @@ def group_layers(
             align=align,
         )
         for cache, names in members.items()
+    )
+
+
+def packed_groups(groups: Sequence[Group]) -> tuple[Group, ...]:
+    """A group of packed states for each group of states that has them, in the order of the groups.
+
+    They come behind all others in an arena, since engines know nothing of them.
+    """
+    return tuple(
+        Group(
+            cache=PackedState(group.cache.packed_bytes),
+            layers=group.layers,
+            block_tokens=group.block_tokens,
+            align=block_align(group.cache.packed_bytes),
+        )
+        for group in groups
+        if isinstance(group.cache, State) and group.cache.packed_bytes
     )
 
 

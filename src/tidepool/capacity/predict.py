@@ -10,8 +10,8 @@ from tidepool.cache import (
     FullAttention,
     Group,
     LayerCache,
+    PackedState,
     SlidingWindow,
-    State,
     choose_stage_geometries,
     fixed_stage_shares,
 )
@@ -111,7 +111,9 @@ def _same_groups(stages: Sequence[Sequence[Group]]) -> list[list[Group]]:
 def planned_group(group: Group, stride: int, blocks: int) -> PlannedGroup:
     """A group whose blocks lie ``stride`` bytes apart, and of which it may hold ``blocks``."""
     natural = len(group.layers) * group.cache.page_bytes(group.block_tokens)
-    per_token = 0 if isinstance(group.cache, State) else len(group.layers) * group.cache.bytes_per_token
+    per_token = 0
+    if isinstance(group.cache, FullAttention | SlidingWindow):
+        per_token = len(group.layers) * group.cache.bytes_per_token
     return PlannedGroup(
         label=label(group.cache),
         cache=group.cache,
@@ -129,6 +131,8 @@ def label(cache: LayerCache) -> str:
     """What kind of layer cache this is, in one word."""
     if isinstance(cache, FullAttention):
         return "attention"
+    if isinstance(cache, PackedState):
+        return "packed"
     return "window" if isinstance(cache, SlidingWindow) else "state"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tidepool.cache.spec import FullAttention, LayerCache, SlidingWindow, State
+from tidepool.cache.state_format import StateFormat, packed_page_bytes
 from tidepool.models.config import ModelConfigError
 from tidepool.models.dtypes import head_bytes, latent_bytes, state_bytes
 from tidepool.models.weights import Linear
@@ -35,6 +36,8 @@ class CacheOptions:
     """Whether the model's own draft layers (MTP) are used, and keep a cache too."""
     step_tokens: int = 1
     """Tokens that may be under way at once, which layers with a window hold beside it."""
+    checkpoint_states: StateFormat = "same"
+    """In which format tidepool keeps states that are only cached, if any are."""
 
 
 WINDOWS = "sliding_window"
@@ -220,8 +223,8 @@ class GatedDelta:
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels`` in the model's type, ``value heads x value x key`` in the state's."""
         channels = 2 * self.key_heads * self.key_size + self.value_heads * self.value_size
-        matrices = _share(self.value_heads, options.tp, "value heads") * self.value_size * self.key_size
-        return _state(options, numerics, channels, self.kernel, matrices)
+        rows = _share(self.value_heads, options.tp, "value heads") * self.value_size
+        return _state(options, numerics, channels, self.kernel, rows, self.key_size)
 
 
 @dataclass(frozen=True)
@@ -261,8 +264,8 @@ class KimiDelta:
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels`` in the model's type and ``heads x size x size`` in the state's."""
-        matrices = _share(self.heads, options.tp, "heads") * self.head_size**2
-        return _state(options, numerics, 3 * self.heads * self.head_size, self.kernel, matrices)
+        rows = _share(self.heads, options.tp, "heads") * self.head_size
+        return _state(options, numerics, 3 * self.heads * self.head_size, self.kernel, rows, self.head_size)
 
 
 @dataclass(frozen=True)
@@ -302,11 +305,11 @@ class Mamba2:
         """
         groups = self.groups if self.groups % options.tp == 0 else options.tp
         channels = self.heads * self.head_size + 2 * groups * self.state_size
-        matrices = _share(self.heads, options.tp, "heads") * self.head_size * self.state_size
+        rows = _share(self.heads, options.tp, "heads") * self.head_size
         if options.copies > 1 + options.speculative_tokens:
             # With prefix caching vLLM's Mamba2 layers export a checkpoint from within a step, to a block of its own.
             options = replace(options, copies=options.copies + 1)
-        return _state(options, numerics, channels, self.kernel, matrices)
+        return _state(options, numerics, channels, self.kernel, rows, self.state_size)
 
 
 @dataclass(frozen=True)
@@ -336,9 +339,8 @@ class Mamba1:
 
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels`` in the model's type and ``channels x state`` in the state's."""
-        numbers = _share(self.inner, options.tp, "channels") * self.state_size
-        plain = CacheOptions(state_dtype=options.state_dtype, tp=options.tp, copies=options.copies)
-        return _state(plain, numerics, self.inner, self.kernel, numbers)
+        rows = _share(self.inner, options.tp, "channels")
+        return _state(replace(options, speculative_tokens=0), numerics, self.inner, self.kernel, rows, self.state_size)
 
 
 @dataclass(frozen=True)
@@ -365,15 +367,20 @@ class ShortConvolution:
     def cache(self, options: CacheOptions, numerics: Numerics) -> LayerCache:
         """``(kernel - 1) x channels``."""
         plain = CacheOptions(tp=options.tp, copies=options.copies)
-        return _state(plain, numerics, self.channels, self.kernel, 0)
+        return _state(plain, numerics, self.channels, self.kernel, 0, 0)
 
 
-def _state(options: CacheOptions, numerics: Numerics, channels: int, kernel: int, numbers: int) -> State:
-    """A convolution of ``channels`` on all devices, and ``numbers`` of recurrent state on this one."""
+def _state(options: CacheOptions, numerics: Numerics, channels: int, kernel: int, rows: int, numbers: int) -> State:
+    """A convolution of ``channels`` on all devices, and ``rows`` of ``numbers`` of recurrent state on this one."""
     columns = kernel - 1 + options.speculative_tokens
     convolution = columns * _share(channels, options.tp, "convolution channels") * numerics.model_bytes
-    recurrent = numbers * state_bytes(options.state_dtype, numerics.state_dtype)
-    return State(convolution + recurrent, options.copies)
+    each = state_bytes(options.state_dtype, numerics.state_dtype)
+    packed = 0
+    if options.checkpoint_states != "same":
+        packed = packed_page_bytes(
+            options.checkpoint_states, rest=convolution, rows=rows, numbers=numbers, number_bytes=each
+        )
+    return State(convolution + rows * numbers * each, options.copies, packed)
 
 
 def _share(count: int, tp: int, what: str) -> int:

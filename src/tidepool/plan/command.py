@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tidepool.cache import CacheConfigError
-from tidepool.command_line import UsageError, cannot_write, fail
+from tidepool.cache import STATE_FORMATS, CacheConfigError
+from tidepool.command_line import UsageError, cannot_write, fail, parse_choice
 from tidepool.gpus import GPUS, Gpu, find_gpu
 from tidepool.models import KV_DTYPES, STATE_DTYPES, Model, ModelConfigError, find_model, names
 from tidepool.plan.inputs import Card, parse_layer_dtypes, parse_lengths, parse_mix
@@ -62,6 +62,9 @@ def plan(
         typer.Option(help="Of single layers: 3=fp8,7-11=tqkv-k4v4,sliding_window=auto; see docs/many-groups.md."),
     ] = None,
     state_dtype: Annotated[str, typer.Option(help=f"How states are kept: {', '.join(STATE_DTYPES)}.")] = "auto",
+    checkpoint_states: Annotated[
+        str, typer.Option(help=f"How tidepool keeps states that are only cached: {', '.join(STATE_FORMATS)}.")
+    ] = STATE_FORMATS[0],
     block_size: Annotated[int, typer.Option(help="Tokens of an attention block; CPU kernels need 32.")] = 16,
     prefix_caching: Annotated[
         bool,
@@ -129,6 +132,7 @@ def plan(
             kv_dtype=kv_cache_dtype,
             layer_kv_dtypes=parse_layer_dtypes(layer_kv_dtype),
             state_dtype=state_dtype,
+            checkpoint_states=parse_choice("--checkpoint-states", checkpoint_states, STATE_FORMATS),
             tp=tp,
             pp=pp,
             max_num_seqs=step.requests,

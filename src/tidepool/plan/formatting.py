@@ -43,6 +43,8 @@ def setting(plan: CapacityPlan) -> str:
         f"prefix caching {'on' if options.prefix_caching else 'off'}",
         f"at most {requests(options.max_num_seqs)}",
     ]
+    if options.checkpoint_states != "same":
+        parts.append(f"cached states {options.checkpoint_states}")
     if options.tp > 1 or options.pp > 1:
         parts.append(f"tp {options.tp}, pp {options.pp}, figures for one device")
     if options.speculative_tokens:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidepool.cache import CacheConfigError, FullAttention, Group, LayerCache, State, block_align, group_layers
+from tidepool.cache import (
+    CacheConfigError,
+    FullAttention,
+    Group,
+    LayerCache,
+    PackedState,
+    State,
+    StateFormat,
+    block_align,
+    group_layers,
+    packed_groups,
+)
 from tidepool.capacity.memory import ElasticMemory, Memory, StockMemory
 from tidepool.capacity.predict import predict_stages
 from tidepool.command_line import UsageError
@@ -51,6 +62,8 @@ class PlanOptions:
     mix: tuple[Requests, ...] = (Requests(32, 2_100), Requests(2, 33_000))
     vllm_version: str = VLLM_VERSIONS[0]
     """Series of the vLLM that stock is."""
+    checkpoint_states: StateFormat = "same"
+    """In which format the elastic partition keeps states that are only cached."""
     host_bytes: int = 0
     """Host memory behind the pools, of all ranks together; 0 for none."""
 
@@ -91,6 +104,7 @@ class PlanOptions:
             layer_kv_dtypes=self.layer_kv_dtypes,
             mtp=self.mtp,
             step_tokens=self.in_flight_tokens,
+            checkpoint_states=self.checkpoint_states if self.prefix_caching else "same",
         )
 
 
@@ -117,6 +131,8 @@ class Column:
     """Where the bytes go while they do."""
     curve: list[tuple[int, int]]
     """Running requests and tokens that they hold."""
+    cached_states: int | None = None
+    """States that the prefix cache holds at most, where it holds nothing else; None without prefix caching."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +292,8 @@ def divide(
             raise CacheConfigError(f"One request needs {need:,} bytes: a block for every group and the null block.")
         return memory
     groups = [plan_groups(stage, options.block_tokens) for stage in stages]
+    if kind == "elastic":
+        groups = [(*stage, *packed_groups(stage)) for stage in groups]
     return predict_stages(groups, options.kv_bytes, kind, options.max_num_seqs, max_model_len)
 
 
@@ -309,7 +327,16 @@ def _column(memory: Memory, options: PlanOptions) -> Column:
         admitted=admitted,
         account=account(memory, admitted, options.block_tokens),
         curve=[(count, memory.tokens_with(count) or 0) for count in _curve_counts(options.max_num_seqs)],
+        cached_states=_cached_states(memory) if options.prefix_caching else None,
     )
+
+
+def _cached_states(memory: Memory) -> int | None:
+    """States of all layers that fit, if nothing else is there; None in a model without."""
+    prompts = [group for group in _of_prompts(memory).groups if isinstance(group.cache, State)]
+    if isinstance(memory, StockMemory):
+        return (memory.pool_blocks - 1) // len(prompts) if prompts else None
+    return min((group.blocks for group in prompts), default=None)
 
 
 def _decoding(memory: Memory, options: PlanOptions) -> Memory:
@@ -328,13 +355,28 @@ def _with_states(memory: Memory, copies: int) -> Memory:
     return replace(memory, groups=tuple(groups))
 
 
+def _of_prompts(memory: Memory) -> Memory:
+    """The same memory, of prompts that are only cached: one state each, packed if states are."""
+    packs = any(isinstance(group.cache, PackedState) for group in memory.groups)
+    caches = (
+        State(group.cache.bytes)
+        if isinstance(group.cache, PackedState)
+        else PackedState(group.cache.bytes)
+        if packs and isinstance(group.cache, State) and group.cache.packed_bytes
+        else group.cache
+        for group in memory.groups
+    )
+    groups = tuple(replace(group, cache=cache) for group, cache in zip(memory.groups, caches, strict=True))
+    return _with_states(replace(memory, groups=groups), 1)
+
+
 def _host(device: Memory, options: PlanOptions) -> HostPlan:
     """What host memory holds: extents as large as the device's, and of each prompt its attention and one state.
 
     Raises:
         UsageError: not one prompt.
     """
-    host = _with_states(device, 1)
+    host = _of_prompts(device)
     assert isinstance(host, ElasticMemory)
     rank_bytes = options.host_bytes // (options.tp * options.pp)
     extents = rank_bytes // host.extent_bytes

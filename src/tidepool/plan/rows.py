@@ -14,7 +14,12 @@ from tidepool.sizes import percent, size
 NONE = "-"
 """A cell without an answer."""
 _CUT: dict[Side, str] = {"stock": "equal blocks", "fixed": "one share a group", "elastic": "extents"}
-_BLOCKS = {"attention": "an attention block", "window": "a window block", "state": "a state block"}
+_BLOCKS = {
+    "attention": "an attention block",
+    "window": "a window block",
+    "state": "a state block",
+    "packed": "a packed state",
+}
 
 
 @dataclass
@@ -47,6 +52,10 @@ def sections(plan: CapacityPlan) -> list[Section]:
     first = next(iter(plan.columns.values()))
     for count in first.tokens:
         held.add(plan, f"{formatting.requests(count)} running", _tokens, count)
+
+    if plan.options.prefix_caching:
+        held.add(plan, "states in the cache, alone", _cached_states)
+        held.add(plan, "  for each GiB", _states_per_gib)
 
     running = Section("Requests that run at once (* as many as --max-num-seqs allows)")
     running.add(plan, "of 1 token", lambda column: _limited(column, column.max_requests))
@@ -98,6 +107,16 @@ def _block_padding(column: Column, label: str) -> str:
 
 def _tokens(column: Column, count: int) -> str:
     return formatting.tokens(column.tokens[count])
+
+
+def _cached_states(column: Column) -> str:
+    return NONE if column.cached_states is None else f"{column.cached_states:,}"
+
+
+def _states_per_gib(column: Column) -> str:
+    if column.cached_states is None:
+        return NONE
+    return f"{column.cached_states * (1 << 30) / column.memory.budget_bytes:.1f}"
 
 
 def _concurrency(column: Column, length: int) -> str:

@@ -182,7 +182,7 @@ def _planned(
         cache=first,
         layers=len(here),
         block_tokens=group.block_tokens,
-        token_bytes=sum(cache.bytes_per_token for cache in caches if not isinstance(cache, State)),
+        token_bytes=sum(each.bytes_per_token for each in caches if isinstance(each, FullAttention | SlidingWindow)),
         natural_bytes=natural,
         page_padding=pages - natural,
         group_padding=block_bytes - pages,

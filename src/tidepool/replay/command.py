@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tidepool.command_line import NO_VLLM, UsageError, cannot_write, fail, has_vllm
+from tidepool.cache import STATE_FORMATS
+from tidepool.command_line import NO_VLLM, UsageError, cannot_write, fail, has_vllm, parse_choice
 from tidepool.gpus import GPUS, Gpu, find_gpu
 from tidepool.models import KV_DTYPES, ModelConfigError
 from tidepool.plan import Card, parse_layer_dtypes
@@ -22,7 +23,7 @@ from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import cost_model
 from tidepool.replay.fits import split, too_small
 from tidepool.replay.generate import MOST_REQUESTS, WORKLOADS
-from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_choice, parse_modes, require_folder, require_positive
+from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_modes, require_folder, require_positive
 from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.model import ReplayModel, find_replay_model
 from tidepool.replay.report import Report, Setting, versions
@@ -81,6 +82,9 @@ def replay(
     queue: Annotated[
         str, typer.Option(help=f"Who goes first with tidepool of requests that wait: {', '.join(QUEUE_ORDERS)}.")
     ] = QUEUE_ORDERS[0],
+    checkpoint_states: Annotated[
+        str, typer.Option(help=f"How tidepool keeps states that are only cached: {', '.join(STATE_FORMATS)}.")
+    ] = STATE_FORMATS[0],
     kv_cache_dtype: Annotated[
         str, typer.Option(help=f"How attention keeps keys and values: {', '.join(KV_DTYPES)}.")
     ] = "auto",
@@ -159,6 +163,7 @@ def replay(
             max_num_batched_tokens=max_num_batched_tokens,
             eviction=parse_choice("--eviction", eviction, EVICTIONS),
             queue=parse_choice("--queue", queue, QUEUE_ORDERS),
+            checkpoint_states=parse_choice("--checkpoint-states", checkpoint_states, STATE_FORMATS),
             layer_kv_dtypes=parse_layer_dtypes(layer_kv_dtype),
             host_bytes=parse_size(host_memory) if host_memory else 0,
             host_bandwidth=parse_bandwidth(host_bandwidth),

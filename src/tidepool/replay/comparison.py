@@ -48,6 +48,7 @@ _WORDS: dict[str, Callable[[Setting], str]] = {
     "kv_dtype": lambda s: f"KV {s.kv_dtype}",
     "eviction": lambda s: f"evicts by {s.eviction}",
     "queue": lambda s: "hits go first" if s.queue == "hits-first" else "first come, first served",
+    "checkpoint_states": lambda s: f"cached states {s.checkpoint_states}",
     "host_bytes": lambda s: f"{size(s.host_bytes)} of host memory" if s.host_bytes else "no host memory",
     "host_bandwidth": lambda s: f"{s.host_bandwidth / 1e9:g} GB/s" if s.host_bytes else "",
     "prefix_caching": lambda s: "" if s.prefix_caching else "no prefix caching",
@@ -177,6 +178,8 @@ def _counts(key: str, result: Result) -> bool:
     """Whether what a setting says matters to a mode."""
     if key in ("host_bytes", "host_bandwidth"):
         return result.mode != "bound"
+    if key == "checkpoint_states":
+        return result.mode == "elastic"
     return key not in ("eviction", "queue") or result.mode in ("fixed", "elastic")
 
 

@@ -31,6 +31,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
+from tidepool.cache import StateFormat
 from tidepool.models import WINDOWS
 from tidepool.models.dtypes import head_bytes
 from tidepool.replay.architectures import ARCHITECTURES
@@ -62,6 +63,7 @@ class EngineShape:
     prefix_caching: bool = True
     eviction: Eviction = "returns"
     queue: QueueOrder = "fcfs"
+    checkpoint_states: StateFormat = "same"
     change_specs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Makes other layers of the model's, both given as layer name to vLLM's KVCacheSpec."""
     tp: int = 1
@@ -204,7 +206,13 @@ def make_engine(shape: EngineShape) -> EngineCore:
             "enforce_eager": True,
             "async_scheduling": False,
             "block_size": GPU_KERNEL_BLOCK,
-            "additional_config": {"tidepool": {"eviction": shape.eviction, "queue": shape.queue}},
+            "additional_config": {
+                "tidepool": {
+                    "eviction": shape.eviction,
+                    "queue": shape.queue,
+                    "checkpoint_states": shape.checkpoint_states,
+                }
+            },
             "language_model_only": True,
             "kv_offloading_size": shape.host_bytes / (1 << 30) or None,
             "tensor_parallel_size": shape.tp,

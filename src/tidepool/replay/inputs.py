@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import inf
 from pathlib import Path
-from typing import TypeVar
 
 from tidepool.command_line import UsageError
 from tidepool.replay.job import MODES, Mode
 from tidepool.sizes import parse_size
-
-Choice = TypeVar("Choice", bound=str)
 
 LINKS = {"pcie4": 25e9, "pcie5": 50e9, "gh200": 400e9}
 """Bytes a second that copies of large blocks reach in each direction, about: four fifths of the link's peak."""
@@ -41,18 +37,6 @@ def parse_modes(text: str) -> list[Mode]:
     if len(chosen) < len(words) or len(set(chosen)) < len(chosen):
         raise UsageError(f"--modes takes some of {', '.join(MODES)}, each once, not {text!r}.")
     return chosen
-
-
-def parse_choice(option: str, text: str, choices: Sequence[Choice]) -> Choice:
-    """One of some names.
-
-    Raises:
-        UsageError: it is none of them.
-    """
-    for choice in choices:
-        if choice == text:
-            return choice
-    raise UsageError(f"{option} takes {' or '.join(choices)}, not {text!r}.")
 
 
 def require_positive(**options: float | None) -> None:

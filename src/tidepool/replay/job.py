@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from tidepool import sides
+from tidepool.cache import StateFormat
 from tidepool.command_line import UsageError
 from tidepool.models import CacheOptions
 from tidepool.sides import Side
@@ -44,6 +45,8 @@ class Job:
     """What tidepool evicts by."""
     queue: QueueOrder = "fcfs"
     """Who goes first with tidepool of requests that wait."""
+    checkpoint_states: StateFormat = "same"
+    """In which format tidepool's elastic partition keeps states that are only cached."""
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """How single attention layers keep their tokens, see `tidepool.models.CacheOptions`."""
     host_bytes: int = 0
@@ -125,7 +128,7 @@ class Sample:
 class GroupLayout:
     """A KV cache group as the engine planned it."""
 
-    kind: Literal["state", "attention"]
+    kind: Literal["state", "attention", "packed state"]
     layers: int
     block_tokens: int
     block_bytes: int

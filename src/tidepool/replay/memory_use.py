@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from vllm.v1.core.kv_cache_utils import get_group_id
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
@@ -31,6 +31,7 @@ class MemoryMeter:
         tidepool = isinstance(self.config, TidepoolKVCacheConfig)
         in_use, cached = self._tidepool_blocks() if tidepool else self._stock_blocks()
         sums = {"state": [0, 0], "attention": [0, 0]}
+        sums["packed state"] = sums["state"]
         padding = 0
         for group, *counts in zip(self.groups, in_use, cached, strict=True):
             for index, count in enumerate(counts):
@@ -90,15 +91,21 @@ def layouts(config: Any, specs: Mapping[str, KVCacheSpec]) -> list[GroupLayout]:
         pages = [[specs[name] for name in group.layer_names] for group in groups]
         block = max(sum(spec.page_size_bytes for spec in group) for group in pages)
         sizes = [(block, sum(map(_natural_bytes, group))) for group in pages]
+    kinds: list[Literal["state", "attention", "packed state"]] = [
+        "state" if isinstance(group.kv_cache_spec, MambaSpec) else "attention" for group in groups
+    ]
+    if isinstance(config, TidepoolKVCacheConfig):
+        kinds += ["packed state"] * len(config.packed)
+        groups = [*groups, *(groups[number] for number in config.packed)]
     return [
         GroupLayout(
-            kind="state" if isinstance(group.kv_cache_spec, MambaSpec) else "attention",
+            kind=kind,
             layers=len(group.layer_names),
             block_tokens=group.kv_cache_spec.block_size,
             block_bytes=block_bytes,
             natural_bytes=natural,
         )
-        for group, (block_bytes, natural) in zip(groups, sizes, strict=True)
+        for kind, group, (block_bytes, natural) in zip(kinds, groups, sizes, strict=True)
     ]
 
 

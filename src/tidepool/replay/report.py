@@ -32,6 +32,8 @@ class Setting:
     """What tidepool evicts by."""
     queue: str = "fcfs"
     """Who goes first with tidepool of requests that wait."""
+    checkpoint_states: str = "same"
+    """In which format the elastic partition keeps states that are only cached."""
     drop_reasoning: float = 0.0
     """Share of the answers that later prompts lack."""
     seed: int = 0
@@ -247,6 +249,8 @@ def describe(setting: Setting) -> str:
     dropped = f", {setting.drop_reasoning:.0%} of the answers dropped" if setting.drop_reasoning else ""
     policy = "" if setting.eviction == "returns" else f"; tidepool evicts by {setting.eviction}"
     policy += "" if setting.queue == "fcfs" else "; with tidepool hits go first"
+    packed = setting.checkpoint_states
+    policy += "" if packed == "same" else f"; the elastic partition caches states as {packed}"
     devices = "" if setting.tp == 1 else f"{setting.tp} x "
     options = [
         f"KV cache {setting.kv_dtype}" if setting.kv_dtype != "auto" else "",

@@ -53,7 +53,7 @@ class MeteredKVCacheManager(TidepoolKVCacheManager):
         """The last request that was refused memory or preempted, until it gets some or ends."""
         self.reporter: Reporter | None = None
         """Tells others what is counted here, where vLLM's stats are on."""
-        self.refusals = [0] * (len(self.coordinator.single_type_managers) + 1)
+        self.refusals = [0] * (self.block_pool.groups + 1)
         """Requests refused so far, by the group that was short; the last ones for what is kept for running requests.
         One that waits counts once."""
 
@@ -96,7 +96,9 @@ class MeteredKVCacheManager(TidepoolKVCacheManager):
         if not request.is_finished():
             managers = self.coordinator.single_type_managers
             held = (manager.req_to_blocks.get(request.request_id, ()) for manager in managers)
-            self._shortage = Shortage(request, [sum(not block.is_null for block in blocks) for blocks in held], 0)
+            blocks = [sum(not block.is_null for block in blocks) for blocks in held]
+            blocks += [0] * (self.block_pool.groups - len(blocks))
+            self._shortage = Shortage(request, blocks, 0)
         elif self._shortage_of(request):
             self._shortage = None
         super().free(request)

@@ -38,7 +38,6 @@ from tidepool.vllm_plugin.pools import ArenaBlockPool, GroupBlockPool, RequestCo
 from tidepool.vllm_plugin.settings import overcommit_requested, poison_requested
 from tidepool.vllm_plugin.states import StateManager
 from tidepool.vllm_plugin.versions import finds_one_more
-from tidepool.vllm_plugin.worker import encode
 
 
 class Need(NamedTuple):
@@ -57,6 +56,11 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
     """Mixed into vLLM's coordinators: own pools, needs in extents."""
 
     block_pool: ArenaBlockPool
+
+    @property
+    def _packed_groups(self) -> int:
+        """Groups of the arena that vLLM has no manager for: those of packed states, behind the others."""
+        return self.block_pool.groups - len(self.single_type_managers)
 
     def install_pools(self, hash_block_size: int) -> None:
         """Give every manager its group's pool in place of the shared one."""
@@ -77,6 +81,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             manager.block_pool = pool
             manager._null_block = pool.null_block
             pool.blocks_of = manager.req_to_blocks
+        self.block_pool.new_blocks = [manager.take_new_block_ids for manager in self.single_type_managers]
         self._overcommits = overcommit_requested()
         self.growth = Growth(
             [
@@ -85,8 +90,9 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
                 else GroupGrowth(manager.block_size, manager.max_admission_blocks_per_request)
                 for manager in self.single_type_managers
             ]
+            + [GroupGrowth(0)] * self._packed_groups
         )
-        self._nothing = Need("", [0] * len(self.single_type_managers))
+        self._nothing = Need("", [0] * self.block_pool.groups)
         self.need = self._nothing
         """What was counted last."""
 
@@ -111,7 +117,8 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             prefill_end = 0
         needs: list[int] = []
         touched: list[Sequence[int]] = []
-        asked = [0] * len(self.single_type_managers)
+        asked = [0] * self.block_pool.groups
+        packed: list[list[int]] = [[] for _ in range(self._packed_groups)]
         self.need = self._nothing
         anything = False
         for manager, computed in zip(self.single_type_managers, new_computed_blocks, strict=True):
@@ -137,10 +144,17 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             if computed:
                 skipped = manager.get_num_skipped_tokens(total_computed_tokens) // manager.block_size
                 idle = [block.block_id for block in computed[skipped:] if block.ref_cnt == 0 and not block.is_null]
-            needs.append(need - len(idle))
+                need -= len(idle)
+                if manager.block_pool.packed and idle and manager.block_pool.is_packed(computed[-1]):
+                    group, block = manager.block_pool.place(computed[-1])
+                    packed[group - len(self.single_type_managers)].append(block)
+                    idle = idle[:-1]
+            needs.append(need)
             touched.append(idle)
         if not anything:
             return 0
+        needs += [0] * len(packed)
+        touched += packed
         arena = self.block_pool.arena
         charges, pinned = arena.extents_needed(needs, touched)
         self.need = Need(request_id, asked, charges)
@@ -148,7 +162,8 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         if request_id in self.growth:
             return now
         if self.growth:
-            self.growth.found(request_id, [len(computed) for computed in new_computed_blocks])
+            found = [len(computed) for computed in new_computed_blocks]
+            self.growth.found(request_id, found + [0] * len(packed))
         return self.extents_beside_others(request_id, num_tokens, needs, touched, now)
 
     def extents_beside_others(
@@ -266,8 +281,12 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
                 manager.block_pool.take_over(block)
                 manager.copy_running(request, tokens, block)
         elif kept.added:
-            for manager in self._states:
-                manager.copy_running(request, tokens, *manager.block_pool.get_new_blocks(1))
+            added = [manager.block_for_copy(request, tokens) for manager in self._states]
+            if None in added:
+                self.block_pool.free_blocks([block for block in added if block is not None])
+                return
+            for manager, block in zip(self._states, added, strict=True):
+                manager.copy_running(request, tokens, block)
         else:
             return
         self.retention.keeps_answer_state(name, tokens)
@@ -491,25 +510,18 @@ class TidepoolKVCacheManager(KVCacheManager):
                 self._waiting.left(request.block_hashes[place - 1], place)
 
     def take_new_block_ids(self) -> list[int]:
-        """What workers do to blocks before the next step: poisoning first, then zeroing of new attention blocks."""
+        """What workers do to blocks before the next step."""
         pool: ArenaBlockPool = self.block_pool
-        operations = pool.take_operations()
-        for group, manager in enumerate(self.coordinator.single_type_managers):
-            operations += pool.encode_zeroing(group, manager.take_new_block_ids())
-        return operations
+        return pool.take_operations()
 
     def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
         """Pending copies, and the blocks that stay referenced until they are done."""
-        copies: list[KVCacheBlockCopy] = []
-        retained: list[KVCacheBlock] = []
-        groups = len(self.coordinator.single_type_managers)
-        for group, manager in enumerate(self.coordinator.single_type_managers):
-            for source, target in manager.take_pending_cow_copies():
-                copies.append(
-                    KVCacheBlockCopy(encode(group, source.block_id, groups), encode(group, target.block_id, groups))
-                )
-                retained += (source, target)
-        return copies, retained
+        pool: ArenaBlockPool = self.block_pool
+        pairs = [
+            pair for manager in self.coordinator.single_type_managers for pair in manager.take_pending_cow_copies()
+        ]
+        copies = [KVCacheBlockCopy(*(pool.unique_id(block) for block in pair)) for pair in pairs]
+        return copies, [block for pair in pairs for block in pair]
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Refused, see `ArenaBlockPool.evict_blocks`."""

@@ -93,8 +93,15 @@ def keep_pages_natural(platform: Any, vllm_config: Any, inflate: Callable[[Any],
     stock = _stock_blocks(vllm_config, inflate) if inflate else None
     kernel, export = (lcm(*each) for each in zip(*((v.kernel_tokens, v.export_tokens) for v in views), strict=True))
     spacing = _set_blocks(vllm_config, settings, kernel, export)
-    hits_first = settings.queue == "hits-first"
-    plan = ServingPlan(settings.partition, settings.eviction, stock, spacing, hits_first=hits_first, setup=setup)
+    plan = ServingPlan(
+        settings.partition,
+        settings.eviction,
+        stock,
+        spacing,
+        hits_first=settings.queue == "hits-first",
+        checkpoint_states=settings.checkpoint_states,
+        setup=setup,
+    )
     note_plan(vllm_config, plan)
     return True
 

@@ -38,6 +38,7 @@ class OnHost(NamedTuple):
     """A block that a lookup found on the host alone, in place of one on the device."""
 
     group: int
+    """Of the arena."""
     key: Hashable
     tokens: int
     is_null: bool = False
@@ -57,10 +58,12 @@ class TieredBlockPool(GroupBlockPool):
             key = make_block_hash_with_group_id(block_hash, group)
             block = self.cached_block_hash_to_block.get_one_block(key)
             if block is None:
-                held = host.tier.find(group, key)
-                if held is None:
+                held_by = next((each for each in self.core_groups if host.tier.find(each, key)), None)
+                if held_by is None:
                     return None
-                block = OnHost(group, key, held.tokens)
+                held = host.tier.find(held_by, key)
+                assert held is not None
+                block = OnHost(held_by, key, held.tokens)
             blocks.append(block)
         return blocks
 
@@ -153,7 +156,7 @@ class HostMemory:
         memory = self._memory
         left = []
         for group, index in memory.arena.left_by(name):
-            block = memory.pools[group].blocks[index]
+            block = memory.at(group, index)
             if block.block_hash is not None:
                 shared = bool(memory.arena.pools[group].shared[index])
                 left.append(Left(group, index, block.block_hash, block.block_hash_num_tokens or 0, shared))
@@ -162,18 +165,29 @@ class HostMemory:
 
     def _store(self, departure: _Departure) -> None:
         """Begin to copy what is still there."""
-        pools = self._memory.pools
-        left = [each for each in departure.left if pools[each.group].blocks[each.block].block_hash == each.key]
+        at = self._memory.at
+        left = [now for each in departure.left if (now := self._where_now(each))]
         self._stores += 1
         copy = self.tier.store(self._stores, departure.turn, left)
         if copy is None:
             return
-        held = [pools[each.group].blocks[each.device] for each in copy.blocks]
+        held = [at(each.group, each.device) for each in copy.blocks]
         self._hold(held)
         self._held[copy.number] = held
         self._to_send.append(copy)
         self.traffic.stores += 1
         self.traffic.stored_bytes += copy.bytes
+
+    def _where_now(self, left: Left) -> Left | None:
+        """What a request has left, where it is by now; None if it has gone."""
+        block = self._memory.at(left.group, left.block)
+        if block.block_hash == left.key:
+            return left
+        # A packed state may have been relocated.
+        found = block.pool.cached_block_hash_to_block.get_one_block(left.key)
+        if found is None or block.pool.place(found).group != left.group:
+            return None
+        return left._replace(block=block.pool.place(found).block)
 
     def _hold(self, blocks: Sequence[KVCacheBlock]) -> None:
         of_pool: dict[Any, list[KVCacheBlock]] = {}
@@ -200,7 +214,9 @@ class HostMemory:
         if manager.refused_before(name) or not manager.prefix_cache_lookup_enabled(request):
             return False
         found, tokens = manager.coordinator.find_in_both_tiers(request.block_hashes, request.num_tokens - 1)
-        missing = [[block for block in blocks if isinstance(block, OnHost)] for blocks in found]
+        missing: list[list[OnHost]] = [[] for _ in self._memory.block_bytes]
+        for block in (block for blocks in found for block in blocks if isinstance(block, OnHost)):
+            missing[block.group].append(block)
         size = sum(len(each) * size for each, size in zip(missing, self._memory.block_bytes, strict=True))
         if tokens <= computed or not self.speeds.worth_loading(tokens - computed, size, self._loading_bytes):
             self._settled.add(name)
@@ -218,9 +234,10 @@ class HostMemory:
     ) -> bool:
         """Begin to load, if there is memory for it: as much as the request will need anyway, beside those that run."""
         memory, name = self._memory, request.request_id
-        on_device = [[b for b in blocks if not b.is_null and not isinstance(b, OnHost)] for blocks in found]
-        idle = [[block.block_id for block in blocks if not block.ref_cnt] for blocks in on_device]
-        held = [block for blocks in on_device for block in blocks]
+        held = [b for blocks in found for b in blocks if not b.is_null and not isinstance(b, OnHost)]
+        idle: list[list[int]] = [[] for _ in missing]
+        for group, index in (block.pool.place(block) for block in held if not block.ref_cnt):
+            idle[group].append(index)
         needs = [len(each) for each in missing]
         charges, pinned = memory.arena.extents_needed(needs, idle)
         extents = manager.coordinator.extents_beside_others(name, tokens, needs, idle, sum(charges) + pinned)
@@ -230,12 +247,16 @@ class HostMemory:
         self._hold(held)
         memory.arena.reserve(charges)
         with Serving(memory, RequestContext(name)):
-            for pool, wanted in zip(memory.pools, missing, strict=True):
-                load.loaded += zip(wanted, pool.get_new_blocks(len(wanted)) if wanted else (), strict=True)
+            for group, wanted in enumerate(missing):
+                if wanted:
+                    load.loaded += zip(wanted, memory.get_new_blocks(group, len(wanted)), strict=True)
         memory.arena.release_reservation()
+        places = [block.pool.place(block) for _, block in load.loaded]
         if memory.poison:
-            memory.operations += [encode_poison(on.group, block.block_id, memory.groups) for on, block in load.loaded]
-        copy = self.tier.load([(on.group, on.key, block.block_id) for on, block in load.loaded])
+            memory.operations += [encode_poison(group, index, memory.groups) for group, index in places]
+        copy = self.tier.load(
+            [(on.group, on.key, index) for (on, _), (_, index) in zip(load.loaded, places, strict=True)]
+        )
         self._loads[copy.number] = self._loading[name] = load
         self._loading_bytes += copy.bytes
         self._to_send.append(copy)
@@ -302,7 +323,7 @@ class HostMemory:
         if not failed:
             self.speeds.loaded(copy.bytes, seconds)
             for on, block in load.loaded:
-                self._memory.pools[on.group]._insert_block_hash(on.key, block, on.tokens)
+                block.pool._insert_block_hash(on.key, block, on.tokens)
         blocks = [block for _, block in load.loaded]
         if load.ended:
             self._release(blocks)

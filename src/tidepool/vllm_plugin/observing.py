@@ -66,8 +66,9 @@ def engine_of(scheduler: Any) -> Engine:
         )
     return Engine(
         arena=memory.arena,
-        kinds=[_kind(spec) for spec in specs],
-        block_tokens=[0 if isinstance(spec, MambaSpec) else spec.block_size for spec in specs],
+        kinds=[_kind(spec) for spec in specs] + ["packed"] * len(config.packed),
+        block_tokens=[0 if isinstance(spec, MambaSpec) else spec.block_size for spec in specs]
+        + [0] * len(config.packed),
         config=(
             __version__,
             config.partition,

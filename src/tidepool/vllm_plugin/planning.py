@@ -38,14 +38,17 @@ from tidepool.cache import (
     Share,
     SlidingWindow,
     State,
+    StateFormat,
     block_align,
     choose_geometry,
     fixed_shares,
     geometry_by_counts,
+    packed_groups,
 )
 from tidepool.capacity import Partition
 from tidepool.vllm_plugin.serving_plan import CHECKPOINT_TOKENS, ServingPlan, note_plan, plan_of
 from tidepool.vllm_plugin.settings import Eviction
+from tidepool.vllm_plugin.state_parts import state_parts
 from tidepool.vllm_plugin.versions import planner_of_vllm
 
 PROFILING_EXTENTS = 64
@@ -76,7 +79,12 @@ class TidepoolKVCacheConfig(KVCacheConfig):
     """Of the fixed partition."""
     arena_bytes: int = 0
     block_bytes: tuple[int, ...] = field(default=())
-    """Bytes of one block of each group, without padding."""
+    """Bytes of one block of each group, without padding. As in all that goes by group here, those of packed states
+    come behind vLLM's."""
+    packed: tuple[int, ...] = ()
+    """The groups of states whose cached states are packed, in the order of the groups that hold those."""
+    checkpoint_states: StateFormat = "same"
+    """Their format."""
     host_geometry: Geometry | None = None
     """How host memory behind the pools is divided; None where there is none."""
     host_extents: int = 0
@@ -128,11 +136,18 @@ def core_groups(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> list[Gr
     return [_core_group(vllm_config, group) for group in groups]
 
 
+def arena_groups(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> list[Group]:
+    """The groups of the arena: vLLM's, and behind them those of packed states."""
+    core = core_groups(vllm_config, groups)
+    return [*core, *packed_groups(core)]
+
+
 def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
     spec, names = group.kv_cache_spec, tuple(group.layer_names)
     if isinstance(spec, MambaSpec):
         copies = spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes
-        return Group(State(spec.page_size_bytes, copies), names, spec.block_size, block_align(spec.page_size_bytes))
+        state = State(spec.page_size_bytes, copies, _packed_bytes(vllm_config, spec))
+        return Group(state, names, spec.block_size, block_align(spec.page_size_bytes))
     assert isinstance(spec, AttentionSpec)
     per_token = replace(spec, page_size_padded=None).copy_with_new_block_size(1).page_size_bytes
     cache: FullAttention | SlidingWindow = FullAttention(per_token)
@@ -145,6 +160,14 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
         # Its XQA kernels count the distance of blocks in heads, and round it down.
         align = lcm(align, spec.head_size * spec.dtype.itemsize)
     return Group(cache, names, spec.block_size, align, page_bytes=spec.page_size_bytes)
+
+
+def _packed_bytes(vllm_config: Any, spec: MambaSpec) -> int:
+    """Bytes of a cached state of one layer, if it is packed; else 0."""
+    plan = plan_of(vllm_config)
+    if not plan or plan.checkpoint_states == "same" or spec.mamba_cache_mode != "align":
+        return 0
+    return state_parts(spec).packed_page_bytes(plan.checkpoint_states)
 
 
 def checkpoint_rules(
@@ -202,7 +225,7 @@ def make_kv_cache_config(
     cache_config = vllm_config.cache_config
     _require_whole_pages(cache_config, groups)
     _name_managers(groups)
-    core = core_groups(vllm_config, groups)
+    core = arena_groups(vllm_config, groups)
     geometry = _geometry(plan, core)
     if plan.memory_bytes is None:
         extents = min(extents, PROFILING_EXTENTS)
@@ -228,6 +251,10 @@ def make_kv_cache_config(
         shares=shares,
         arena_bytes=arena_bytes,
         block_bytes=tuple(member.block_bytes for member in core),
+        packed=tuple(
+            number for number, each in enumerate(core) if isinstance(each.cache, State) and each.cache.packed_bytes
+        ),
+        checkpoint_states=plan.checkpoint_states,
         host_geometry=geometry if host_extents else None,
         host_extents=host_extents,
     )
@@ -312,7 +339,7 @@ def _tensors(
             layer_stride=member.page_bytes,
             block_stride=layout.stride,
         )
-        for group, member, layout in zip(groups, core, layouts, strict=True)
+        for group, member, layout in zip(groups, core, layouts, strict=False)
         if group.layer_names
     ]
 
@@ -338,12 +365,12 @@ def _require_room_for_one(groups: Sequence[Group], shares: Sequence[Share], toke
 
 def extent_bytes(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> int:
     """Bytes of an extent."""
-    return _geometry(plan_of(vllm_config), core_groups(vllm_config, groups)).extent_bytes
+    return _geometry(plan_of(vllm_config), arena_groups(vllm_config, groups)).extent_bytes
 
 
 def extents_of_longest_request(vllm_config: Any, groups: Sequence[KVCacheGroupSpec]) -> int:
     """Extents that one request of max_model_len tokens needs."""
-    core = core_groups(vllm_config, groups)
+    core = arena_groups(vllm_config, groups)
     longest = vllm_config.model_config.max_model_len
     return _geometry(plan_of(vllm_config), core).extents_for([group.blocks_for(longest) for group in core])
 
@@ -359,14 +386,14 @@ def requests_with_states(config: TidepoolKVCacheConfig) -> int:
     """Requests whose states fit in the memory: one state each, and one for each draft token."""
     return min(
         (blocks - 1) // (1 + group.kv_cache_spec.num_speculative_blocks)
-        for blocks, group in zip(config.pool_blocks, config.kv_cache_groups, strict=True)
+        for blocks, group in zip(config.pool_blocks, config.kv_cache_groups, strict=False)
         if isinstance(group.kv_cache_spec, MambaSpec)
     )
 
 
 def max_concurrency(vllm_config: Any, config: TidepoolKVCacheConfig) -> float:
     """How many requests of max_model_len tokens fit at once."""
-    core = core_groups(vllm_config, config.kv_cache_groups)
+    core = arena_groups(vllm_config, config.kv_cache_groups)
     needs = [group.blocks_for(vllm_config.model_config.max_model_len) for group in core]
     if config.geometry:
         # Requests share extents, so this counts in fractions of them.

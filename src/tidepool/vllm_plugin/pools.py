@@ -9,7 +9,8 @@ vLLM's managers call pools without saying for which request. So whoever calls th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import MambaSpec
 from tidepool.cache import Arena, Retention, RetentionPolicy, ReuseModel, Waiting
 from tidepool.vllm_plugin.events import ExactEvents
 from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
-from tidepool.vllm_plugin.worker import encode, encode_poison, encode_poison_extent
+from tidepool.vllm_plugin.worker import encode, encode_copy, encode_poison, encode_poison_extent
 
 if TYPE_CHECKING:
     from tidepool.vllm_plugin.host import HostMemory
@@ -30,6 +31,22 @@ logger = init_logger("vllm.tidepool")
 
 REUSE_UNITS = 16
 """Ages up to this part of the memory aren't told apart; see `ReuseModel`."""
+
+
+class Place(NamedTuple):
+    """Where the arena has a block."""
+
+    group: int
+    block: int
+
+
+class PackedBlocks(NamedTuple):
+    """The blocks of packed states of one group of states."""
+
+    group: int
+    """Of the arena."""
+    blocks: int
+    """Block ids, the null block included."""
 
 
 class RequestContext(NamedTuple):
@@ -73,8 +90,11 @@ class GroupBlockPool(ExactEvents, BlockPool):
         hash_block_size: int,
         block_tokens: int,
         holds_states: bool,
+        packed: PackedBlocks | None = None,
     ) -> None:
         self.group = group
+        self.packed = packed
+        """Where states lie that are only cached, if those are kept in another format."""
         self.holds_states = holds_states
         """Whether the blocks are states; else they are attention."""
         self.event_tokens = hash_block_size if holds_states else block_tokens
@@ -85,7 +105,9 @@ class GroupBlockPool(ExactEvents, BlockPool):
         self.enable_caching = enable_caching
         self.hash_block_size = hash_block_size
         self.num_hash_lookahead_tokens = memory.num_hash_lookahead_tokens
-        self.blocks = [KVCacheBlock(index, pool=self) for index in range(num_blocks)]
+        # Packed states have ids of their own behind the others': what knows them by hash needn't tell them apart.
+        ids = num_blocks + (packed.blocks if packed else 0)
+        self.blocks = [KVCacheBlock(index, pool=self) for index in range(ids)]
         self.null_block = self.blocks[0]
         self.null_block.is_null = True
         self.cached_block_hash_to_block = BlockHashToBlockMap()
@@ -101,11 +123,52 @@ class GroupBlockPool(ExactEvents, BlockPool):
         self.blocks_of: Mapping[str, Sequence[KVCacheBlock]] = {}
         """By request, the blocks that the group's manager has for it."""
 
+    def is_packed(self, block: KVCacheBlock) -> bool:
+        """Whether this is the block of a packed state: no kernel can read it."""
+        return block.block_id >= self.num_gpu_blocks
+
+    def place(self, block: KVCacheBlock) -> Place:
+        """Where the arena has this block."""
+        index = block.block_id - self.num_gpu_blocks
+        if index < 0:
+            return Place(self.group, block.block_id)
+        assert self.packed is not None
+        return Place(self.packed.group, index)
+
+    def block_at(self, place: Place) -> KVCacheBlock:
+        """The block at a place of this pool's."""
+        return self.blocks[place.block + (0 if place.group == self.group else self.num_gpu_blocks)]
+
+    def get_new_blocks_of(self, group: int, count: int) -> list[KVCacheBlock]:
+        """Blocks of one group of the arena, with one reference each."""
+        if group == self.group:
+            return self.get_new_blocks(count)
+        got = self.arena.allocate(group, count, request=self._filed_under)
+        new = [self.block_at(Place(group, index)) for index in got]
+        for block in new:
+            block.ref_cnt = 1
+            self.low.discard(block.block_id)
+        return new
+
+    @property
+    def core_groups(self) -> tuple[int, ...]:
+        """The groups of the arena that have this pool's blocks, packed ones first."""
+        return (self.packed.group, self.group) if self.packed else (self.group,)
+
+    def _by_core_group(self, blocks: Sequence[KVCacheBlock]) -> Iterator[tuple[int, list[KVCacheBlock]]]:
+        """Blocks by groups of the arena."""
+        if self.packed is None:
+            yield self.group, list(blocks)
+            return
+        for group in self.core_groups:
+            if of_group := [block for block in blocks if self.place(block).group == group]:
+                yield group, of_group
+
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Blocks with one reference each; evicts what the arena's policy says."""
         blocks, request = self.blocks, self.memory.serving
         before = self.blocks_of.get(request.name) if request else None
-        last = before[-1].block_id if before and not before[-1].is_null else None
+        last = before[-1].block_id if before and not before[-1].is_null and not self.is_packed(before[-1]) else None
         got = self.arena.allocate(self.group, num_blocks, last=last, request=self._filed_under)
         new = [blocks[i] for i in got]
         for block in new:
@@ -113,6 +176,18 @@ class GroupBlockPool(ExactEvents, BlockPool):
         if self.low:
             self.low.difference_update(got)
         return new
+
+    def get_packed_block(self, source: KVCacheBlock) -> KVCacheBlock | None:
+        """A block, with one reference, to pack a state into; None if there is none or states aren't packed."""
+        if self.packed is None:
+            return None
+        index = self.arena.allocate_for_copy(self.packed.group, self.group, source.block_id, request=self._filed_under)
+        if index is None:
+            return None
+        block = self.blocks[self.num_gpu_blocks + index]
+        block.ref_cnt = 1
+        self.low.discard(block.block_id)
+        return block
 
     @property
     def _filed_under(self) -> str | None:
@@ -124,18 +199,19 @@ class GroupBlockPool(ExactEvents, BlockPool):
         """Reference blocks that a prefix hit found."""
         request = self.memory.serving
         shared = request is not None and request.finds_shared
-        waking: list[int] = []
+        waking: list[KVCacheBlock] = []
         for block in blocks:
             if block.is_null:
                 continue
             if block.ref_cnt == 0:
-                waking.append(block.block_id)
+                waking.append(block)
             block.ref_cnt += 1
             if self.holds_states:
                 self._state_found(block, shared=shared)
-        if waking:
+        for group, of_group in self._by_core_group(waking):
             # vLLM releases a state that it has copied without saying for whom.
-            self.arena.touch(self.group, waking, shared=shared, request=self._filed_under)
+            ids = [self.place(block).block for block in of_group]
+            self.arena.touch(group, ids, shared=shared, request=self._filed_under)
 
     def _state_found(self, block: KVCacheBlock, *, shared: bool) -> None:
         request, retention = self.memory.serving, self.memory.retention
@@ -157,18 +233,52 @@ class GroupBlockPool(ExactEvents, BlockPool):
                 block.ref_cnt -= 1
                 if block.ref_cnt == 0:
                     idle.append(block)
-        if idle:
-            kept = [self._of_state(block) for block in idle] if self.holds_states else self._of_attention(idle)
-            ids = [block.block_id for block in idle]
-            self.arena.release(self.group, ids, kept, request=self._filed_under)
-            if self.memory.poison:
-                self.memory.operations += [
-                    encode_poison(self.group, index, self.memory.groups)
-                    for index, each in zip(ids, kept, strict=True)
-                    if not each
-                ]
+        if idle and self.holds_states:
+            self._release_states(idle)
+        elif idle:
+            self._release(self.group, idle, self._of_attention(idle))
         for pool, blocks in elsewhere.items():
             pool.free_blocks(blocks)
+
+    def _release_states(self, states: Sequence[KVCacheBlock]) -> None:
+        """States have lost their last reference. Those that are kept are packed, where that is to be."""
+        kept = [(block, self._of_state(block)) for block in states]
+        if self.packed:
+            kept = [each for block, keep in kept for each in self._packing(block, keep)]
+        for group, same in groupby(kept, lambda each: self.place(each[0]).group):
+            blocks, keeps = zip(*same, strict=True)
+            self._release(group, blocks, keeps)
+
+    def _packing(self, state: KVCacheBlock, keep: Retention) -> list[tuple[KVCacheBlock, Retention]]:
+        """A state without references, and the block that it is packed into, with what becomes of each."""
+        packed = None if not keep or self.is_packed(state) else self.pack(state)
+        if packed is None:
+            return [(state, keep)]
+        packed.ref_cnt = 0
+        return [(state, Retention.DROP), (packed, keep)]
+
+    def pack(self, state: KVCacheBlock) -> KVCacheBlock | None:
+        """Have what a state's block holds now packed before the next step, and let lookups find that in its place.
+
+        Returns:
+            The packed state, with one reference; None if there is no memory for it.
+        """
+        packed = self.get_packed_block(state)
+        if packed is not None:
+            self.move_block_hashes(state, packed)
+            self.memory.order_copy(state, packed)
+        return packed
+
+    def _release(self, group: int, blocks: Sequence[KVCacheBlock], kept: Sequence[Retention]) -> None:
+        """Give blocks back to the arena's group."""
+        ids = [self.place(block).block for block in blocks]
+        self.arena.release(group, ids, kept, request=self._filed_under)
+        if self.memory.poison:
+            self.memory.operations += [
+                encode_poison(group, index, self.memory.groups)
+                for index, each in zip(ids, kept, strict=True)
+                if not each
+            ]
 
     @property
     def _waiting(self) -> Waiting | None:
@@ -185,12 +295,17 @@ class GroupBlockPool(ExactEvents, BlockPool):
         kept = policy.of_state(
             get_block_hash(block.block_hash),
             superseded=superseded,
-            shared=bool(self.arena.pools[self.group].shared[block.block_id]),
+            shared=self._is_shared(block),
             low=block.block_id in self.low,
         )
         if kept == Retention.LOW and self.memory.host is not None:
-            self.memory.host.tier.lower(self.group, block.block_hash)
+            for group in self.core_groups:
+                self.memory.host.tier.lower(group, block.block_hash)
         return kept
+
+    def _is_shared(self, block: KVCacheBlock) -> bool:
+        group, index = self.place(block)
+        return bool(self.arena.pools[group].shared[index])
 
     def _of_attention(self, blocks: Sequence[KVCacheBlock]) -> list[Retention]:
         """What becomes of blocks of attention without references."""
@@ -217,11 +332,8 @@ class GroupBlockPool(ExactEvents, BlockPool):
     def _insert_block_hash(
         self, block_hash_with_group_id: BlockHashWithGroupId, block: KVCacheBlock, num_tokens: int | None
     ) -> None:
-        """Put contents into the prefix cache; the policy is told of states."""
+        """Put contents into the prefix cache; what waits is told of states."""
         super()._insert_block_hash(block_hash_with_group_id, block, num_tokens)
-        request, retention = self.memory.serving, self.memory.retention
-        if self.holds_states and request and retention:
-            retention.state_at(request.name, num_tokens or 0)
         if self._waiting is not None:
             self._waiting.cached(get_block_hash(block_hash_with_group_id))
 
@@ -240,30 +352,32 @@ class GroupBlockPool(ExactEvents, BlockPool):
             block = self.blocks[block_id]
             self._maybe_evict_cached_block(block)
             if block.ref_cnt == 0:
-                self.arena.forget(self.group, [block_id])
+                group, index = self.place(block)
+                self.arena.forget(group, [index])
 
     def is_spare(self, block: KVCacheBlock) -> bool:
         """Whether a state is in the cache for nobody but the prompts that continue the one that left it."""
-        return block.ref_cnt == 0 and not self.arena.pools[self.group].shared[block.block_id]
+        return block.ref_cnt == 0 and not self._is_shared(block)
 
     def take_over(self, block: KVCacheBlock) -> None:
         """The request that the pools serve gets a block that is in the cache, to keep something else in it."""
         assert self.memory.serving is not None
         self.touch([block])
-        self.arena.adopt(self.group, block.block_id, self.memory.serving.name)
+        self.arena.adopt(*self.place(block), self.memory.serving.name)
 
-    def drop_contents(self, block_id: int) -> None:
+    def drop_contents(self, place: Place) -> None:
         """The arena is taking this cached block away: no lookup may find it any more."""
-        self._maybe_evict_cached_block(self.blocks[block_id])
+        self._maybe_evict_cached_block(self.block_at(place))
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached block of this group; the caller has made sure that none is in use."""
         self.cached_block_hash_to_block = BlockHashToBlockMap()
         self.cached_block_hashes_by_block.clear()
-        cached = list(self.arena.pools[self.group].kept())
-        for block_id in cached:
-            self.blocks[block_id].reset_hash()
-        self.arena.forget(self.group, cached)
+        for group in self.core_groups:
+            cached = list(self.arena.pools[group].kept())
+            for index in cached:
+                self.block_at(Place(group, index)).reset_hash()
+            self.arena.forget(group, cached)
         if self._waiting is not None:
             self._waiting.forget_states()
         return True
@@ -294,10 +408,13 @@ class ArenaBlockPool:
         pool_class: type[GroupBlockPool] = GroupBlockPool,
         num_hash_lookahead_tokens: int = 0,
     ) -> None:
-        self.groups = len(config.kv_cache_groups)
+        self.groups = len(config.pool_blocks)
+        """Groups of the arena: those of packed states come behind vLLM's."""
         self.poison = poison
         self.operations: list[int] = []
-        """Poisoning for the workers to do before their next step, in order; see `tidepool.vllm_plugin.worker`."""
+        """Orders to the workers, to be carried out before their next step; see `tidepool.vllm_plugin.worker`."""
+        self.new_blocks: Sequence[Callable[[], list[int]]] = ()
+        """By group, what tells and forgets the attention blocks that requests have got since the last time."""
         self.enable_caching = enable_caching
         self.enable_kv_cache_events = enable_kv_cache_events
         self.num_hash_lookahead_tokens = num_hash_lookahead_tokens
@@ -310,6 +427,8 @@ class ArenaBlockPool:
             policy=config.make_policy(self.reuse),
             on_evict=self._on_evict,
             on_move=self._on_move,
+            on_relocate=self._on_relocate,
+            relocatable=range(len(config.kv_cache_groups), self.groups),
         )
         self.retention: RetentionPolicy | None = None
         """With prefix caching, what is kept."""
@@ -321,6 +440,10 @@ class ArenaBlockPool:
         """The memory behind this one, if there is any."""
         self.block_bytes = config.block_bytes
         """Of one block of each group, without padding."""
+        packed = {
+            group: PackedBlocks(number, config.pool_blocks[number])
+            for number, group in enumerate(config.packed, len(specs))
+        }
         self.pools = tuple(
             pool_class(
                 group,
@@ -330,28 +453,43 @@ class ArenaBlockPool:
                 hash_block_size,
                 spec.block_size,
                 isinstance(spec, MambaSpec),
+                packed.get(group),
             )
-            for group, (blocks, spec) in enumerate(zip(config.pool_blocks, specs, strict=True))
+            for group, (blocks, spec) in enumerate(zip(config.pool_blocks, specs, strict=False))
         )
+        self._pool_of = {group: pool for pool in self.pools for group in pool.core_groups}
         self.first_states = next((pool for pool in self.pools if pool.holds_states), None)
         self.growing = [self.arena.pools[pool.group] for pool in self.pools if not pool.holds_states]
         """The core's pools of groups whose need grows with the text."""
         self.checkpoint_tokens = config.checkpoint_tokens
         """Tokens from one checkpoint to the next."""
-        state_bytes = sum(stride for stride, pool in zip(config.strides, self.pools, strict=True) if pool.holds_states)
+        state_bytes = sum(config.strides[pool.core_groups[0]] for pool in self.pools if pool.holds_states)
         token_bytes = sum(
-            stride / spec.block_size
-            for stride, spec in zip(config.strides, specs, strict=True)
-            if not isinstance(spec, MambaSpec)
+            config.strides[pool.group] / spec.block_size
+            for pool, spec in zip(self.pools, specs, strict=True)
+            if not pool.holds_states
         )
         self.state_tokens = state_bytes / token_bytes
-        """Tokens whose attention takes as many bytes as a state."""
+        """Tokens whose attention takes as many bytes as a cached state."""
         self.null_block = self.pools[0].null_block
 
+    def at(self, group: int, block: int) -> KVCacheBlock:
+        """The block that the arena has there."""
+        return self._pool_of[group].block_at(Place(group, block))
+
+    def get_new_blocks(self, group: int, count: int) -> list[KVCacheBlock]:
+        """Blocks of one group of the arena, with one reference each."""
+        return self._pool_of[group].get_new_blocks_of(group, count)
+
     def _on_evict(self, group: int, block: int) -> None:
-        self.pools[group].drop_contents(block)
+        self._pool_of[group].drop_contents(Place(group, block))
         if self.poison:
             self.operations.append(encode_poison(group, block, self.groups))
+
+    def _on_relocate(self, group: int, block: int, new: int) -> None:
+        source, target = self.at(group, block), self.at(group, new)
+        source.pool.move_block_hashes(source, target)
+        self.order_copy(source, target)
 
     def _on_move(self, extent: int, old: int | None, new: int) -> None:
         if self.poison:
@@ -389,7 +527,7 @@ class ArenaBlockPool:
             self.host.reset()
         if self.enable_kv_cache_events:
             self.kv_event_queue.append(AllBlocksCleared())
-        logger.info("Reset the prefix cache of %d groups.", self.groups)
+        logger.info("Reset the prefix cache of %d groups.", len(self.pools))
         return True
 
     def take_events(self) -> list[KVCacheEvent]:
@@ -398,11 +536,23 @@ class ArenaBlockPool:
         self.kv_event_queue.clear()
         return events
 
+    def order_copy(self, source: KVCacheBlock, target: KVCacheBlock) -> None:
+        """Have a block copied, packed or unpacked before the next step, in order with what else is ordered."""
+        self._order_zeroing()
+        self.operations.append(encode_copy(self.unique_id(source), self.unique_id(target)))
+
+    def _order_zeroing(self) -> None:
+        """Attention blocks that requests have got are zeroed before what is ordered from now on."""
+        for group, take in enumerate(self.new_blocks):
+            self.operations += [encode(group, block, self.groups) for block in take()]
+
     def take_operations(self) -> list[int]:
-        """The poisoning due before the next step."""
+        """What workers do to blocks before the next step, in this order."""
+        self._order_zeroing()
         operations, self.operations = self.operations, []
         return operations
 
-    def encode_zeroing(self, group: int, block_ids: Iterable[int]) -> list[int]:
-        """Ids that tell workers to zero blocks of a group."""
-        return [encode(group, block, self.groups) for block in block_ids]
+    def unique_id(self, block: KVCacheBlock) -> int:
+        """The id by which workers know a block."""
+        group, index = block.pool.place(block)
+        return encode(group, index, self.groups)

@@ -20,7 +20,7 @@ from tidepool.cache import (
     fixed_stage_shares,
 )
 from tidepool.vllm_plugin.deciding import may_be_served
-from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, core_groups, group_by_layer_cache
+from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig, arena_groups, group_by_layer_cache
 from tidepool.vllm_plugin.serving_plan import ServingPlan, detach_plans, fallback_reason, note_plan, plan_of
 
 
@@ -78,7 +78,7 @@ def _require_word(
 
 
 def _require_one_plan(plans: Mapping[int, ServingPlan | None]) -> None:
-    if len({plan and (plan.partition, plan.eviction) for plan in plans.values()}) > 1:
+    if len({plan and (plan.partition, plan.eviction, plan.checkpoint_states) for plan in plans.values()}) > 1:
         raise CacheConfigError(
             "The ranks don't agree on whose memory this engine uses ("
             + "; ".join(f"rank {rank}: {plan.partition if plan else 'vLLM'}" for rank, plan in plans.items())
@@ -114,7 +114,7 @@ def _plan_for_all(
     budgets: dict[tuple[str, ...], int] = {}
     for specs, memory in zip(specs_of_ranks, memory_of_ranks, strict=True):
         budgets[tuple(specs)] = min(memory, budgets.get(tuple(specs), memory))
-    stages = [core_groups(vllm_config, _groups_on(groups, names)) for names in budgets]
+    stages = [arena_groups(vllm_config, _groups_on(groups, names)) for names in budgets]
     longest = vllm_config.model_config.max_model_len
     geometries = choose_stage_geometries(stages, list(budgets.values()), longest)
     if len(stages) > 1:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from tidepool.cache import CacheConfigError
+from tidepool.cache import CacheConfigError, StateFormat
 from tidepool.capacity import Partition
 from tidepool.certificates import Setup
 from tidepool.vllm_plugin.notes import read_note, write_note
@@ -53,6 +53,8 @@ class ServingPlan(NamedTuple):
     """(first block, blocks) of each group's fixed share, where several ranks share them."""
     hits_first: bool = False
     """Of the requests that wait, those with much in the cache go first."""
+    checkpoint_states: StateFormat = "same"
+    """In which format states are kept that are only cached."""
     memory_bytes: int | None = None
     """KV memory of the smallest rank, once the engine core plans it. Who plans without has a small cache in mind, for
     CUDA graphs to be measured with."""

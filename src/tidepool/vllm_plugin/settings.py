@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tidepool.cache import StateFormat
 from tidepool.capacity import Partition
 
 Eviction = Literal["returns", "lru"]
@@ -43,6 +44,8 @@ class Settings(BaseModel):
     queue: QueueOrder = "fcfs"
     """Who goes first of requests that wait: who came first, or who has much of its prompt in the cache; at most 64 such
     requests go before one that came earlier. With vLLM's own priority scheduling that decides."""
+    checkpoint_states: StateFormat = "same"
+    """In which format states are kept that are only cached: as running ones, or smaller, which rounds them."""
     kv: str | None = Field(default=None, pattern="^tqkv-k[2348]v[2348]$")
     """How attention keeps keys and values: a format of `tidepool.tqkv`, on the CPU; also without tidepool's memory."""
     host_memory: float | None = Field(default=None, gt=0)
@@ -75,7 +78,7 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] = os.enviro
         if switch != "off":
             values["partition"] = switch
     try:
-        return Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -86,6 +89,12 @@ def read_settings(additional_config: Any, environ: Mapping[str, str] = os.enviro
         raise SettingsError(
             f'additional_config["tidepool"][{key!r}] can\'t be {first["input"]!r}: {first["msg"]}.'
         ) from None
+    if settings.partition == "fixed" and settings.checkpoint_states != "same":
+        raise SettingsError(
+            f"checkpoint_states {settings.checkpoint_states!r} needs the elastic partition: a fixed one has no "
+            "share for packed states."
+        )
+    return settings
 
 
 def check_kv(kv: str | None, device: str, cache_dtype: str, skipped: Sequence[str] = ()) -> None:

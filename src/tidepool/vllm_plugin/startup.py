@@ -9,7 +9,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from tidepool.cache import Group, SlidingWindow
+from tidepool.cache import Group, PackedState, SlidingWindow
 from tidepool.capacity.memory import ElasticMemory, FixedMemory, Memory, PlannedGroup, StockMemory
 from tidepool.capacity.predict import label, planned_group
 from tidepool.sizes import size
@@ -30,7 +30,7 @@ def log_start(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> None:
     """
     plan = plan_of(vllm_config)
     assert plan is not None
-    groups = planning.core_groups(vllm_config, config.kv_cache_groups)
+    groups = planning.arena_groups(vllm_config, config.kv_cache_groups)
     stages = vllm_config.parallel_config.pipeline_parallel_size
     stock: Memory | None = None
     # vLLM raises one of these where pages can't be made equal.
@@ -57,7 +57,7 @@ def memory_of(vllm_config: Any, config: KVCacheConfig, memory_bytes: int) -> Mem
     blocks = [share.blocks for share in config.shares]
     if config.geometry:
         blocks = [(config.num_blocks - 1) * layout.blocks_per_extent for layout in config.geometry.layouts]
-    groups = planning.core_groups(vllm_config, config.kv_cache_groups)
+    groups = planning.arena_groups(vllm_config, config.kv_cache_groups)
     planned = tuple(planned_group(*each) for each in zip(groups, config.strides, blocks, strict=True))
     limits = (vllm_config.scheduler_config.max_num_seqs, vllm_config.model_config.max_model_len)
     if config.geometry is None:
@@ -118,6 +118,8 @@ def _groups(config: planning.TidepoolKVCacheConfig, groups: Sequence[Group]) -> 
         kind = "states" if group.constant else f"attention, blocks of {group.block_tokens} tokens"
         if isinstance(group.cache, SlidingWindow):
             kind = f"attention to the last {group.cache.window:,} tokens, blocks of {group.block_tokens}"
+        if isinstance(group.cache, PackedState):
+            kind = f"packed states, {config.checkpoint_states}"
         blocks = config.geometry.layouts[index].blocks_per_extent if config.geometry else config.shares[index].blocks
         share = f"{blocks:,} block{'' if blocks == 1 else 's'}" + (" in an extent" if config.geometry else "")
         padding = 1 - group.block_bytes / config.strides[index]
@@ -143,6 +145,8 @@ def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Itera
         if interval:
             why = f"the part of prefix_cache_retention_interval ({interval:,}) nearest to {CHECKPOINT_TOKENS:,}"
         yield f"  checkpoint_tokens: {config.checkpoint_tokens:,}, {why}"
+    if settings.checkpoint_states != "same":
+        yield f"  checkpoint_states: {_packed_words(settings.checkpoint_states, config)}"
     fitting = planning.requests_with_states(config)
     if asked.max_num_seqs is not None and fitting < asked.max_num_seqs:
         yield (
@@ -156,6 +160,21 @@ def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Itera
         )
     for name in asked.without_effect:
         yield f"  {name}: without effect here ({WITHOUT_EFFECT[name]})"
+
+
+def _packed_words(state_format: str, config: planning.TidepoolKVCacheConfig) -> str:
+    """What the user's format of cached states does here."""
+    if not config.packed:
+        why = "no state is cached" if config.prefix_cache_retention_interval is None else "it makes no state smaller"
+        return f"{state_format}, without effect here ({why})"
+    whole, packed = (
+        sum(config.block_bytes[group] for group in groups)
+        for groups in (config.packed, range(len(config.kv_cache_groups), len(config.block_bytes)))
+    )
+    return (
+        f"{state_format}, which rounds states that are only cached and holds {whole / packed:.1f} times as many; "
+        "answers behind a hit may differ"
+    )
 
 
 def _capacity(ours: Memory, stock: Memory | None) -> list[str]:

@@ -79,6 +79,12 @@ class StateManager(MambaManager):
             column = self._partial_hit_reqs[request_id][0]
         elif self._has_partial_local_hit(new_computed_blocks, num_local_computed_tokens):
             column = num_local_computed_tokens // self.block_size
+        if self._hits_packed(new_computed_blocks):
+            column = len(new_computed_blocks) - 1
+            if not self._leaves_column(column, num_tokens_main_model):
+                return need
+            partial = num_local_computed_tokens % self.block_size > 0
+            return need - partial + (not self._shares_columns(request_id))
         if column is not None and self._leaves_column(column, num_tokens_main_model):
             return need - 1
         if need and saved is None and self._stays_in_block(request_id, num_tokens_main_model):
@@ -94,10 +100,17 @@ class StateManager(MambaManager):
         )
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
-        """As vLLM's, but a state that stays in its block gets no other, and none is copied that is only read."""
+        """As vLLM's, but a state that stays in its block gets no other, and none is copied that is only read.
+
+        A packed one is unpacked first.
+        """
+        if request_id not in self._allocated_block_reqs and self._hits_packed(self.req_to_blocks[request_id]):
+            return self._continue_packed(request_id, num_tokens, num_tokens_main_model)
         partial = self._partial_hit_reqs.get(request_id)
         if partial is not None and self._leaves_column(partial[0], num_tokens_main_model):
             del self._partial_hit_reqs[request_id]
+        elif partial is not None and request_id in self._allocated_block_reqs and self._packs(request_id, partial[1]):
+            pass
         elif (
             self.mamba_cache_mode == "align"
             and request_id not in self._checkpoints
@@ -112,6 +125,44 @@ class StateManager(MambaManager):
             return blocks[before:]
         new: list[KVCacheBlock] = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         return new
+
+    def _hits_packed(self, blocks: Sequence[KVCacheBlock]) -> bool:
+        """Whether the last of a request's blocks, which a lookup found, is a packed state."""
+        return bool(blocks) and bool(self.block_pool.is_packed(blocks[-1]))
+
+    def _shares_columns(self, request_id: str) -> bool:
+        """Whether a state that is unpacked can lie in the column where it was found and in the one that the step ends
+        in, so that it stays in its block as in `_stays_in_block`."""
+        return not self.num_speculative_blocks and request_id not in self._checkpoints
+
+    def _continue_packed(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Allocate for a request that has found a packed state: it is unpacked into a block of the request's own."""
+        blocks = self.req_to_blocks[request_id]
+        column = len(blocks) - 1
+        if not self._leaves_column(column, num_tokens_main_model):
+            # A place inside the column: vLLM copies the state before the request writes there.
+            new: list[KVCacheBlock] = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            return new
+        self._partial_hit_reqs.pop(request_id, None)
+        (state,) = self.block_pool.get_new_blocks(1)
+        self._apply_cow(request_id, column, blocks[column], state)
+        if not self._shares_columns(request_id):
+            return [state, *super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)]
+        state.ref_cnt += 1
+        blocks += [self._null_block] * (cdiv(num_tokens_main_model, self.block_size) - 2 - column)
+        blocks.append(state)
+        self.last_state_block_idx[request_id] = column
+        self._allocated_block_reqs.add(request_id)
+        return blocks[column:]
+
+    def _packs(self, request_id: str, state: KVCacheBlock) -> bool:
+        """Pack a state in the cache that a request is about to write over, in place of copying it as it is."""
+        packed = self.block_pool.pack(state)
+        if packed is None:
+            return False
+        del self._partial_hit_reqs[request_id]
+        self.block_pool.free_blocks([packed])
+        return True
 
     def cache_blocks(
         self,
@@ -146,16 +197,27 @@ class StateManager(MambaManager):
         found = self.block_pool.get_cached_block(key, [self.kv_cache_group_id])
         return found[0] if found and self.block_pool.is_spare(found[0]) else None
 
+    def block_for_copy(self, request: Request, tokens: int) -> KVCacheBlock | None:
+        """A block for `copy_running`; None if there is none for packed states."""
+        if self.block_pool.packed is None:
+            (block,) = self.block_pool.get_new_blocks(1)
+            return block
+        found: KVCacheBlock | None = self.block_pool.get_packed_block(self._running(request, tokens))
+        return found
+
+    def _running(self, request: Request, tokens: int) -> KVCacheBlock:
+        """The block with the state that a request has now, after ``tokens`` tokens."""
+        blocks = self.req_to_blocks[request.request_id]
+        running = blocks[cdiv(tokens, self.block_size) - 1]
+        # Where it is null, the state stayed in its block, whose column has moved on.
+        return blocks[-1] if running.is_null else running
+
     def copy_running(self, request: Request, tokens: int, block: KVCacheBlock) -> None:
         """Keep the state that a request has now, after ``tokens`` tokens, in a block that it holds for that.
 
         It is copied there before the step that is being scheduled writes the next one, and then released.
         """
-        blocks = self.req_to_blocks[request.request_id]
-        running = blocks[cdiv(tokens, self.block_size) - 1]
-        if running.is_null:
-            # It stayed in its block, whose column has moved on.
-            running = blocks[-1]
+        running = self._running(request, tokens)
         self._insert(request, tokens, block, low=False)
         running.ref_cnt += 1
         self._pending_cow_copies.append((running, block))
@@ -179,6 +241,8 @@ class StateManager(MambaManager):
         )
         # Nobody may read it before it has been computed.
         self.cached_blocks_this_step.add(key)
+        if self.block_pool.memory.serving:
+            self.retention.state_at(request.request_id, place)
         if low:
             self.block_pool.low.add(block.block_id)
 

@@ -1,8 +1,9 @@
 """Seam 3: what workers do to whole blocks between steps, and how they are told.
 
 The scheduler's lists of block ids (to zero, to copy) don't say which group an id is of. Here an id is unique over the
-groups, ``block x groups + group``, and negative numbers stand for poisoning. Workers see the arena as bytes, so one
-operation covers a block with all its layers.
+groups, ``block x groups + group``. In the list of ids to zero, which workers go through before anything else in a step,
+negative numbers stand for poisoning and huge ones for copies. Workers see the arena as bytes, so one operation covers a
+block with all its layers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tidepool.vllm_plugin.state_parts import StatePacker, state_parts
+
 if TYPE_CHECKING:
     from tidepool.vllm_plugin.planning import TidepoolKVCacheConfig
     from tidepool.vllm_plugin.serving_plan import ServingPlan
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 # Both are bytes repeated: 0xff.. is NaN in every float format, 0x7f7f.. the largest finite bfloat16 and
 # a huge float32. A NaN in a state would turn every output into NaN, huge values show which part was read.
 NAN_BYTE, HUGE_BYTE = 0xFF, 0x7F
+_ID_BITS = 30
+_COPY = 1 << 2 * _ID_BITS
+"""Added to orders to copy, which makes them larger than any id."""
 
 
 def encode(group: int, block: int, groups: int) -> int:
@@ -41,6 +47,17 @@ def encode_poison(group: int, block: int, groups: int) -> int:
 def encode_poison_extent(group: int, extent: int, groups: int) -> int:
     """The order to poison an extent with the poison of the group that receives it."""
     return -2 - 2 * encode(group, extent, groups)
+
+
+def encode_copy(source: int, target: int) -> int:
+    """The order to copy a block to another one of its group, or to pack or unpack a state: the ids of both."""
+    assert max(source, target) < 1 << _ID_BITS
+    return _COPY | source << _ID_BITS | target
+
+
+def _source_and_target(operation: int) -> tuple[int, int]:
+    """The ids in an order to copy."""
+    return (operation ^ _COPY) >> _ID_BITS, operation & ((1 << _ID_BITS) - 1)
 
 
 def _kind(operation: int, groups: int) -> tuple[bool, bool, int]:
@@ -83,9 +100,16 @@ class ArenaBytes:
         self.strides = config.strides
         self.block_bytes = config.block_bytes
         self.extent_bytes = config.geometry.extent_bytes if config.geometry else 0
-        self.poison = [
-            HUGE_BYTE if isinstance(group.kv_cache_spec, MambaSpec) else NAN_BYTE for group in config.kv_cache_groups
-        ]
+        specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+        self.poison = [HUGE_BYTE if isinstance(spec, MambaSpec) else NAN_BYTE for spec in specs]
+        self.poison += [HUGE_BYTE] * len(config.packed)
+        self.packers = {
+            (group, number): StatePacker(
+                state_parts(specs[group]), len(config.kv_cache_groups[group].layer_names), config.checkpoint_states
+            )
+            for number, group in enumerate(config.packed, len(specs))
+        }
+        """By (group of states, group of its packed states)."""
 
     def block(self, group: int, block: int) -> torch.Tensor:
         """A block's bytes, all layers."""
@@ -93,11 +117,19 @@ class ArenaBytes:
         return self.arena[start : start + self.block_bytes[group]]
 
     def apply(self, operations: Iterable[int]) -> None:
-        """Zero and poison blocks in the order given.
+        """Zero, poison, copy, pack and unpack blocks in the order given.
 
-        Neighbours of one kind and group are done at once: on a GPU every operation costs a launch, and a long prompt
-        brings hundreds of new blocks.
+        Neighbours of one kind and group are zeroed or poisoned at once: on a GPU every operation costs a launch, and a
+        long prompt brings hundreds of new blocks.
         """
+        for is_copy, some in groupby(operations, lambda each: each >= _COPY):
+            if is_copy:
+                self.copy(_source_and_target(each) for each in some)
+            else:
+                self._fill(some)
+
+    def _fill(self, operations: Iterable[int]) -> None:
+        """Zero and poison blocks in the order given."""
         groups = len(self.strides)
         for (poison, whole_extents, group), same in groupby(operations, lambda each: _kind(each, groups)):
             if not self.block_bytes[group]:
@@ -125,10 +157,19 @@ class ArenaBytes:
         return words.as_strided(((words.numel() - length) // stride + 1, length), (stride, 1))
 
     def copy(self, copies: Iterable[Sequence[int]]) -> None:
-        """Copy blocks; each pair (source, target) of unique ids is of one group. No target is a source."""
+        """Copy blocks, in this order; each pair (source, target) of unique ids is of one group, or packs or unpacks a
+        state."""
         groups = len(self.strides)
-        for source, target in copies:
-            self.block(*decode(target, groups)).copy_(self.block(*decode(source, groups)))
+        for source, target in ((decode(each[0], groups), decode(each[1], groups)) for each in copies):
+            if not self.block_bytes[source[0]]:
+                continue  # a pipeline stage without the group's layers
+            blocks = self.block(*source), self.block(*target)
+            if source[0] == target[0]:
+                blocks[1].copy_(blocks[0])
+            elif packer := self.packers.get((source[0], target[0])):
+                packer.pack(*blocks)
+            else:
+                self.packers[target[0], source[0]].unpack(*blocks)
 
 
 def arena_bytes_of(runner: Any) -> ArenaBytes | None:
