@@ -31,6 +31,7 @@ def main() -> None:
     quick_kernels.install()
     if job["fault"]:
         FAULTS[job["fault"]]()
+    packed = count_packed()
     llm = LLM(
         model=job["model"],
         max_num_seqs=job["max_num_seqs"],
@@ -62,6 +63,7 @@ def main() -> None:
         "moves": arena.moves if arena else 0,
         "extents": scheduler.kv_cache_config.num_blocks,
         "pool_blocks": [pool.num_gpu_blocks for pool in scheduler.kv_cache_manager.block_pool.pools] if arena else [],
+        **packed,
         "in_use_at_end": arena.usage().in_use if arena else 0,
     }
     with open(job["answer"], "w", encoding="utf-8") as file:
@@ -147,7 +149,51 @@ def accept_nothing() -> None:
     rollback.gdn_draft_step = gdn_draft_step  # type: ignore[assignment]
 
 
-FAULTS = {"state copies dropped": drop_state_copies, "drafts not rolled on": accept_nothing}
+def pack_wrong() -> None:
+    """The deliberate fault: a packed state has its rows in another order."""
+    from tidepool.vllm_plugin.state_parts import StatePacker
+
+    pack = StatePacker.pack
+
+    def wrong(self: StatePacker, state: Any, packed: Any) -> None:
+        pack(self, state, packed)
+        packed.copy_(packed.flip(0))
+
+    StatePacker.pack = wrong  # type: ignore[method-assign]
+
+
+def unpack_nothing() -> None:
+    """The deliberate fault: a request goes on from what its block held before."""
+    from tidepool.vllm_plugin.state_parts import StatePacker
+
+    StatePacker.unpack = lambda self, packed, state: None  # type: ignore[method-assign]
+
+
+def count_packed() -> dict[str, int]:
+    """How many states were packed and unpacked; counted as the engine runs."""
+    from tidepool.vllm_plugin.state_parts import StatePacker
+
+    counts = {"packed": 0, "unpacked": 0}
+    pack, unpack = StatePacker.pack, StatePacker.unpack
+
+    def counted_pack(self: StatePacker, state: Any, packed: Any) -> None:
+        counts["packed"] += 1
+        pack(self, state, packed)
+
+    def counted_unpack(self: StatePacker, packed: Any, state: Any) -> None:
+        counts["unpacked"] += 1
+        unpack(self, packed, state)
+
+    StatePacker.pack, StatePacker.unpack = counted_pack, counted_unpack  # type: ignore[method-assign]
+    return counts
+
+
+FAULTS = {
+    "state copies dropped": drop_state_copies,
+    "drafts not rolled on": accept_nothing,
+    "states packed wrong": pack_wrong,
+    "states not unpacked": unpack_nothing,
+}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tidepool.cache import FullAttention, SlidingWindow, State
+from tidepool.cache import STATE_FORMATS, FullAttention, SlidingWindow, State
 from tidepool.models import CacheOptions, ModelConfigError, entry, names
 from tidepool.models.dtypes import PER_TOKEN_HEAD_BITS, TURBOQUANT_BITS, head_bytes
 from tidepool.vllm_plugin.compat import declare_torchvision_ops, hide_media_packages
@@ -85,6 +85,8 @@ def vllm_config(name: str, tp: int, draft_tokens: int, state_dtype: str) -> Any:
 def test_states_are_those_of_vllms_model_class(name: str, tp: int, draft_tokens: int, state_dtype: str) -> None:
     from vllm.v1.kv_cache_interface import MambaSpec
 
+    from tidepool.vllm_plugin.state_parts import state_parts
+
     module, class_name = CLASSES[entry(name).config["model_type"]]
     model_class = getattr(import_module(module), class_name)
     config = vllm_config(name, tp, draft_tokens, state_dtype)
@@ -93,13 +95,18 @@ def test_states_are_those_of_vllms_model_class(name: str, tp: int, draft_tokens:
         shapes=model_class.get_mamba_state_shape_from_config(config),
         dtypes=model_class.get_mamba_state_dtype_from_config(config),
     )
-    options = CacheOptions(tp=tp, speculative_tokens=draft_tokens, state_dtype=state_dtype)
-    states = {
-        cache.bytes
-        for layer, cache in entry(name).model().layer_caches(options).items()
-        if isinstance(cache, State) and layer.endswith("state")
-    }
-    assert states == {spec.page_size_bytes}
+    for state_format in STATE_FORMATS:
+        options = CacheOptions(
+            tp=tp, speculative_tokens=draft_tokens, state_dtype=state_dtype, checkpoint_states=state_format
+        )
+        states = {
+            (cache.bytes, cache.packed_bytes)
+            for layer, cache in entry(name).model().layer_caches(options).items()
+            if isinstance(cache, State) and layer.endswith("state")
+        }
+        parts = state_parts(spec)
+        assert parts.page_bytes == spec.page_size_bytes
+        assert states == {(spec.page_size_bytes, parts.packed_page_bytes(state_format))}
 
 
 @pytest.mark.parametrize("tp", [1, 2, 8])

@@ -20,12 +20,20 @@ class ArenaMachine(RuleBasedStateMachine):
     @initialize(
         extents=st.integers(2, 12),
         blocks_per_extent=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=4),
+        relocatable=st.sets(st.integers(0, 3)),
     )
-    def build(self, extents: int, blocks_per_extent: list[int]) -> None:
+    def build(self, extents: int, blocks_per_extent: list[int], relocatable: set[int]) -> None:
         size = 96
         if self.partition == "elastic":
             layouts = tuple(ExtentLayout(size // n - (n % 3), size // n, n) for n in blocks_per_extent)
-            self.arena = Arena.elastic(Geometry(size, layouts), extents, on_evict=self.on_evict, on_move=self.on_move)
+            self.arena = Arena.elastic(
+                Geometry(size, layouts),
+                extents,
+                on_evict=self.on_evict,
+                on_move=self.on_move,
+                on_relocate=self.on_relocate,
+                relocatable=[group for group in relocatable if group < len(layouts)],
+            )
             self.strides = [layout.stride for layout in layouts]
         else:
             shares, end = [], size
@@ -43,6 +51,12 @@ class ArenaMachine(RuleBasedStateMachine):
     def on_evict(self, group: int, block: int) -> None:
         assert block in self.cached[group], "evicted a block that wasn't cached"
         self.cached[group].remove(block)
+
+    def on_relocate(self, group: int, block: int, new: int) -> None:
+        assert new not in self.live[group]
+        assert new not in self.cached[group], "relocated to a block that holds something"
+        self.cached[group].remove(block)
+        self.cached[group].add(new)
 
     def on_move(self, extent: int, old: int | None, new: int) -> None:
         for group in range(self.groups) if old is None else (old,):

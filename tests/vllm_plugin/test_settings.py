@@ -46,6 +46,11 @@ WRONG: list[tuple[Any, str]] = [
     ({"host_memory": 0}, "'host_memory'.*can't be 0"),
     ({"allow": ["everything"]}, "can't be 'everything'"),
     ({"allow": "device"}, "'allow'.*can't be 'device'"),
+    (
+        {"checkpoint_states": "int4"},
+        "'checkpoint_states'.*can't be 'int4': Input should be 'same', 'bfloat16' or 'int8'",
+    ),
+    ({"checkpoint_states": "int8", "partition": "fixed"}, "checkpoint_states 'int8' needs the elastic partition"),
     ({"kv": "tqkv-k5v4"}, r"'kv'.*can't be 'tqkv-k5v4': String should match pattern '\^tqkv-k"),
     ({"kv": 4}, "'kv'.*can't be 4"),
     ("elastic", "must be a table of settings, not 'elastic'"),

@@ -34,8 +34,9 @@ MAX_BLOCKS_BESIDE_PACKED = 16
 """An extent with packed states holds at most so many of the largest blocks."""
 PACKED_SHARE = 0.25
 """Share of a full cache that packed states take, about."""
-EXTENT_COST = 0.006
-"""Share of the memory that an extent costs for each of the largest blocks in it."""
+EXTENT_COST = 0.04
+"""What an extent costs for each of the largest blocks in it, as a share of the memory. Chosen by replay: with extents
+three times as large so many fewer requests run in a small memory that a queue builds up (docs/packed-states.md)."""
 PATIENCE_MANY = 4
 """How many of them, where there are more than two groups, `MAX_PADDING_MANY` is worth."""
 
@@ -174,9 +175,8 @@ def _beside_packed(groups: Sequence[Group]) -> Geometry:
     """The geometry with the least waste where some groups are of packed states.
 
     Those may be padded by more than the others, since an extent that fits them, too, may hold a dozen states. They take
-    about a quarter of a full cache (`PACKED_SHARE`), so their padding counts by that. Each group leaves the last of its
-    extents partly empty: that costs `EXTENT_COST` for each of the largest blocks in an extent, as in a memory of some
-    170 of them.
+    about a quarter of a full cache (`PACKED_SHARE`), so their padding counts by that. Large extents cost, too: each
+    group leaves some partly empty, and admission counts whole ones (`EXTENT_COST`).
 
     Raises:
         CacheConfigError: no extent suits the other groups.
@@ -190,13 +190,14 @@ def _beside_packed(groups: Sequence[Group]) -> Geometry:
             if best and count * EXTENT_COST >= best[0]:
                 break
             for extent, layouts in _extents(kinds, count, bound):
-                fitting = {kind: _layout(extent, *kind, MAX_PADDING_PACKED) for kind in packed}
-                if None in fitting.values():
+                found = (_layout(extent, *kind, MAX_PADDING_PACKED) for kind in packed)
+                fitting = [layout for layout in found if layout and layout.blocks_per_extent > count]
+                if len(fitting) < len(packed):
                     continue
-                padding = max((each.padding for each in fitting.values() if each), default=0.0)
+                padding = max(layout.padding for layout in fitting)
                 waste = max(each.padding for each in layouts.values()) + PACKED_SHARE * padding + count * EXTENT_COST
                 if best is None or waste < best[0]:
-                    all_layouts = layouts | {kind: each for kind, each in fitting.items() if each}
+                    all_layouts = layouts | dict(zip(packed, fitting, strict=True))
                     in_order = tuple(all_layouts[group.block_bytes, group.align] for group in groups)
                     best = waste, Geometry(extent, in_order)
         if best:

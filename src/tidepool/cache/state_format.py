@@ -19,7 +19,7 @@ PAGE_ALIGN = 16
 
 
 def packed_page_bytes(state_format: StateFormat, *, rest: int, rows: int, numbers: int, number_bytes: int) -> int:
-    """Bytes of one layer's packed state; 0 where the format doesn't make it smaller.
+    """Bytes of one layer's packed state; 0 where the format saves less than an eighth, which isn't worth a group.
 
     ``rows x numbers x 1 + rows x 4`` for int8, ``rows x numbers x 2`` for bfloat16, and the rest as it is, rounded up
     to 16 bytes.
@@ -33,4 +33,4 @@ def packed_page_bytes(state_format: StateFormat, *, rest: int, rows: int, number
     """
     row_bytes = {"same": numbers * number_bytes, "bfloat16": 2 * numbers, "int8": numbers + SCALE_BYTES}[state_format]
     packed = -(-(rest + rows * row_bytes) // PAGE_ALIGN) * PAGE_ALIGN
-    return packed if packed < rest + rows * numbers * number_bytes else 0
+    return packed if 8 * packed <= 7 * (rest + rows * numbers * number_bytes) else 0
