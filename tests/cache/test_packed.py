@@ -114,11 +114,14 @@ class Contents:
         self.arena = Arena.elastic(
             Geometry(12, layouts),
             extents,
-            on_evict=lambda group, block: self.of.pop((group, block)),
+            on_evict=self.evict,
             on_relocate=self.relocate,
             relocatable=(2,),
         )
         self.of: dict[tuple[int, int], str] = {}
+
+    def evict(self, group: int, block: int) -> None:
+        del self.of[group, block]
 
     def relocate(self, group: int, block: int, new: int) -> None:
         assert (group, new) not in self.of
@@ -167,7 +170,7 @@ def test_what_was_relocated_goes_with_its_prefix() -> None:
     assert [memory.of[place] for place in arena.left_by("old")] == ["old"]
     assert ((2, old) in memory.of) != (next(arena.left_by("old")) != (2, old))
     arena.finish("old")
-    arena.release(1, arena.pools[1].live(), ())
+    arena.release(1, list(arena.pools[1].live()))
     while "old" in memory.of.values():
         arena.allocate(2, 1)
 

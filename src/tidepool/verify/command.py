@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidepool import certificates
-from tidepool.command_line import NO_VLLM, cannot_write, fail, has_vllm
+from tidepool.cache import STATE_FORMATS, StateFormat
+from tidepool.command_line import NO_VLLM, UsageError, cannot_write, fail, has_vllm, parse_choice
 from tidepool.running.environment import runs_on_gpu
 from tidepool.verify import certify, drive, own_model, report
 from tidepool.verify.scenarios import choose_parts
@@ -39,6 +40,9 @@ def verify(
     ngram: Annotated[int, typer.Option(help="Also with so many drafted tokens from n-grams.", min=0)] = 0,
     mtp: Annotated[int, typer.Option(help="Also with so many drafted tokens from Qwen3.5's own head.", min=0)] = 0,
     tp: Annotated[int, typer.Option(help="Ranks of tensor parallelism.", min=1)] = 1,
+    checkpoint_states: Annotated[
+        str | None, typer.Option(help=f"Cached states of this format in all scenarios: {', '.join(STATE_FORMATS)}.")
+    ] = None,
 ) -> None:
     """Check the memory on this machine: a trained model must answer right, and as on stock vLLM."""
     if list_them:
@@ -50,15 +54,28 @@ def verify(
         fail(NO_VLLM, 1)
     if json_file is not None and not json_file.parent.is_dir():
         fail(f"There is no directory {json_file.parent} to write {json_file.name} to.", 2)
+    packing: StateFormat | None = None
+    if checkpoint_states is not None:
+        try:
+            packing = parse_choice("--checkpoint-states", checkpoint_states, STATE_FORMATS)
+        except UsageError as error:
+            fail(str(error), 2)
     if ngram and mtp:
         fail("--ngram and --mtp exclude each other.", 2)
     console = Console(width=None if os.isatty(1) else WIDTH, highlight=False)
     words = list(arguments or ())
     if words and not words[0].startswith("-"):
         options = [*words[1:], *_vllm_options(ngram, mtp, tp)]
-        own_model.verify(words[0], options, workdir / "verify", json_file, console)
+        own_model.verify(words[0], options, workdir / "verify", json_file, console, packing)
         return
-    scenarios(console, [*words, *_vllm_options(ngram, mtp, tp)], workdir / "verify", quick=quick, json_file=json_file)
+    scenarios(
+        console,
+        [*words, *_vllm_options(ngram, mtp, tp)],
+        workdir / "verify",
+        quick=quick,
+        json_file=json_file,
+        checkpoint_states=packing,
+    )
 
 
 CERTIFIED_OPTIONS = frozenset(
@@ -97,7 +114,13 @@ def verify_for(arguments: Sequence[str], workdir: Path = Path(".cache/tidepool")
 
 
 def scenarios(
-    console: Console, options: Sequence[str], directory: Path, *, quick: bool = False, json_file: Path | None = None
+    console: Console,
+    options: Sequence[str],
+    directory: Path,
+    *,
+    quick: bool = False,
+    json_file: Path | None = None,
+    checkpoint_states: StateFormat | None = None,
 ) -> None:
     """Run the scenarios, print what they show, and write or withdraw certificates.
 
@@ -107,6 +130,7 @@ def scenarios(
         directory: for logs and models.
         quick: whether to run a few only, which make no certificate.
         json_file: where to write all numbers.
+        checkpoint_states: the format of cached states in all scenarios, in place of their own.
 
     Raises:
         typer.Exit: something doesn't hold.
@@ -117,7 +141,11 @@ def scenarios(
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("starting vLLM", total=len(parts))
-            done = drive.run(parts, directory, lambda done: bar.update(task, advance=1, description=done), options)
+
+            def progress(done: str) -> None:
+                bar.update(task, advance=1, description=done)
+
+            done = drive.run(parts, directory, progress, options, checkpoint_states)
         rows = report.judge(done)
         if json_file is not None:
             json_file.write_text(json.dumps(report.to_json(done, rows), indent=2) + "\n", encoding="utf-8")

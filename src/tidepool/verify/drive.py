@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+from tidepool.cache import StateFormat
 from tidepool.certificates import Setup
 from tidepool.running.environment import environment_of
 from tidepool.running.process import Child, ChildError
@@ -70,7 +71,11 @@ class Results:
 
 
 def run(
-    parts: Sequence[Part], directory: Path, progress: Callable[[str], None], options: Sequence[str] = ()
+    parts: Sequence[Part],
+    directory: Path,
+    progress: Callable[[str], None],
+    options: Sequence[str] = (),
+    checkpoint_states: StateFormat | None = None,
 ) -> Results:
     """Run all parts.
 
@@ -79,14 +84,16 @@ def run(
         directory: for the workers' logs, and for models that they write.
         progress: told what ended, after each part.
         options: of vLLM's, for every engine.
+        checkpoint_states: the format of cached states in all scenarios, in place of their own.
     """
     lanes, results, children, stop = lanes_of(parts), Results(), list[Child](), Event()
+    told = {"options": list(options), "checkpoint_states": checkpoint_states}
 
     def run_lanes(lanes: Sequence[_Lane], at_once: int, share: float = 0.0) -> None:
         with ThreadPoolExecutor(at_once) as pool:
             try:
                 for done in [
-                    pool.submit(_run_lane, lane, share, directory, options, results, progress, children, stop)
+                    pool.submit(_run_lane, lane, told | {"share": share}, directory, results, progress, children, stop)
                     for lane in lanes
                 ]:
                     done.result()
@@ -120,9 +127,8 @@ def lanes_of(parts: Sequence[Part]) -> list[_Lane]:
 
 def _run_lane(
     lane: _Lane,
-    share: float,
+    common: dict[str, Any],
     directory: Path,
-    options: Sequence[str],
     results: Results,
     progress: Callable[[str], None],
     children: list[Child],
@@ -135,8 +141,7 @@ def _run_lane(
             for part in lane.parts
         ]
         models = str(directory / "models" / lane.name)
-        job = {"side": lane.side, "parts": told, "options": list(options), "models": models, "share": share}
-        child.send(job)
+        child.send({"side": lane.side, "parts": told, "models": models} | common)
         if stop.is_set():
             return
         try:

@@ -42,6 +42,8 @@ class Counts:
     """Tokens that were drafted and accepted."""
     loads: int = 0
     """Prefixes that were loaded from host memory."""
+    unpacked: int = 0
+    """Packed states that requests went on from."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from tidepool.cache import StateFormat
 from tidepool.command_line import cannot_write, fail
 from tidepool.running.agreement import BFLOAT16_GAP, Logprobs, first_gap
 from tidepool.running.environment import environment_of
@@ -37,6 +38,8 @@ class Job:
     """KV memory of a rank; None for what vLLM takes."""
     step_tokens: int | None = None
     """``max_num_batched_tokens``; None for what the options or vLLM say."""
+    checkpoint_states: StateFormat | None = None
+    """In which format the elastic partition keeps cached states; None for what the options say."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,14 @@ class Compared:
     """Time of a decode step over the reference's."""
 
 
-def verify(model: str, options: Sequence[str], directory: Path, json_file: Path | None, console: Console) -> None:
+def verify(
+    model: str,
+    options: Sequence[str],
+    directory: Path,
+    json_file: Path | None,
+    console: Console,
+    checkpoint_states: StateFormat | None = None,
+) -> None:
     """Compare, print, and end with code 1 if something doesn't hold.
 
     Args:
@@ -77,12 +87,14 @@ def verify(model: str, options: Sequence[str], directory: Path, json_file: Path 
         directory: for logs.
         json_file: where to write all numbers.
         console: where to print.
+        checkpoint_states: in which format the elastic partition keeps cached states; None for what the options say.
     """
     side: Side = "fixed" if os.environ.get("TIDEPOOL") == "fixed" else "elastic"
     try:
         console.print(f"{model}: stock vLLM, tidepool ({side}), and stock vLLM with steps of another size.")
         reference = _run(Job("stock", model, options), directory / "own-stock.log")
-        ours = _run(Job(side, model, options, reference.kv_bytes), directory / f"own-{side}.log")
+        job = Job(side, model, options, reference.kv_bytes, checkpoint_states=checkpoint_states)
+        ours = _run(job, directory / f"own-{side}.log")
         again = Job("stock", model, options, reference.kv_bytes, reference.other_step_tokens)
         noise = _run(again, directory / "own-stock-again.log")
         rows = [

@@ -43,7 +43,7 @@ def _run(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
         "model": job.model,
         "seed": given.seed or 0,
         "enforce_eager": given.enforce_eager,
-        "additional_config": _allowed(given.additional_config),
+        "additional_config": _allowed(given.additional_config, job),
     }
     if job.kv_bytes:
         wanted |= {"kv_cache_memory_bytes": job.kv_bytes}
@@ -92,9 +92,11 @@ def _run(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
     answer(asdict(made))
 
 
-def _allowed(additional_config: Any) -> Any:
+def _allowed(additional_config: Any, job: Job) -> Any:
     """To find out whether a device works is what this command is for."""
     settings = dict(additional_config.get("tidepool", {}))
+    if job.checkpoint_states and job.side == "elastic":
+        settings["checkpoint_states"] = job.checkpoint_states
     allow = {*settings.get("allow", ()), "device", "drafts"}
     return {**additional_config, "tidepool": settings | {"allow": sorted(allow)}}
 

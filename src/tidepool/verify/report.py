@@ -27,6 +27,7 @@ WORDS: dict[Count, str] = {
     "aborted": "aborted",
     "accepted": "drafts accepted",
     "loads": "loads from the host",
+    "unpacked": "states unpacked",
     "far": "from the start",
     "moves": "moves",
 }
@@ -38,6 +39,7 @@ MISSING: dict[Count, str] = {
     "aborted": "no running request was aborted",
     "accepted": "no draft was accepted",
     "loads": "nothing was loaded from the host",
+    "unpacked": "no state was unpacked",
     "far": "not all blocks lay far from the start",
     "moves": "no extent changed hands",
 }
@@ -149,8 +151,8 @@ def print_report(results: Results, rows: Sequence[Row], console: Console) -> Non
     console.print(table)
     console.print()
     console.print(
-        "evicted: cached blocks. moves: of extents, from one group to another. copies or loads left out, offsets cut: "
-        "controls with damage done on purpose, which have to give wrong answers.",
+        "evicted: cached blocks. moves: of extents, from one group to another. copies, loads or packing left out, "
+        "offsets cut: controls with damage done on purpose, which have to give wrong answers.",
         style="dim",
     )
     found = failures(results, rows)
@@ -211,6 +213,6 @@ def _problems(
 
 def _must(part: Part, name: Count) -> bool:
     """Whether a count has to be more than 0: only elastic has extents, and what stock vLLM caches is its own matter."""
-    if part.side == "stock" and name in ("far", "hit_tokens", "evictions", "loads"):
+    if part.side == "stock" and name in ("far", "hit_tokens", "evictions", "loads", "unpacked"):
         return False
     return name in part.scenario.must and (name != "moves" or part.side == "elastic")

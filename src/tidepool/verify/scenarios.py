@@ -12,10 +12,13 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
+from tidepool.cache import StateFormat
 from tidepool.sides import Side
-from tidepool.verify.task import ANSWER_TOKENS, Prompt, make_prompts
+from tidepool.verify.task import ANSWER_TOKENS, Prompt, make_conversation, make_prompts
 
-Count = Literal["cut", "preemptions", "moves", "hit_tokens", "evictions", "aborted", "far", "accepted", "loads"]
+Count = Literal[
+    "cut", "preemptions", "moves", "hit_tokens", "evictions", "aborted", "far", "accepted", "loads", "unpacked"
+]
 """Something that happens to requests or memory, see `tidepool.verify.messages.Counts`."""
 
 Model = Literal["trained", "nemotron-h"]
@@ -26,10 +29,16 @@ Mode = Literal["eager", "graphs", "default"]
 """Step by step, with CUDA graphs of decode steps, or as vLLM does by default, with torch.compile and more graphs. With
 torch.compile an engine takes minutes to start, as kernels are tuned anew for each, and seconds without."""
 
-Fault = Literal["", "copies", "offsets", "loads"]
-FAULTS: dict[Fault, str] = {"copies": "copies left out", "offsets": "offsets cut", "loads": "loads left out"}
+Fault = Literal["", "copies", "offsets", "loads", "packs"]
+FAULTS: dict[Fault, str] = {
+    "copies": "copies left out",
+    "offsets": "offsets cut",
+    "loads": "loads left out",
+    "packs": "packing left out",
+}
 """Damage that a control does on purpose: states that prefix hits continue from aren't copied, or they are copied from
-and to what is left of an address when its highest bits are cut off; or nothing comes from host memory."""
+and to what is left of an address when its highest bits are cut off; or nothing comes from host memory; or states aren't
+packed before they are unpacked."""
 
 RANDOM_TOKENS = 16
 """Tokens of an answer of random weights."""
@@ -69,6 +78,8 @@ class Scenario:
     """How a GPU runs it."""
     host_gib: float = 0.0
     """GiB of host memory behind tidepool's pools; stock vLLM has none."""
+    checkpoint_states: StateFormat = "same"
+    """In which format the elastic partition keeps states that are only cached."""
 
     @property
     def answer_tokens(self) -> int:
@@ -121,6 +132,12 @@ def _host() -> list[Prompt]:
     """Five rounds through four stories, of which the device's memory holds one or two."""
     questions = [make_prompts(41 + story, length=700, stories=1, questions=15) for story in range(4)]
     return [prompt for visit in range(5) for story in questions for prompt in story[3 * visit : 3 * visit + 3]]
+
+
+def _turns() -> list[Prompt]:
+    """Twenty turns of three conversations: each goes on from a state that was packed at the end of the one before."""
+    conversations = [make_conversation(51 + number, length=1_500, turns=20) for number in range(3)]
+    return [prompt for turn in zip(*conversations, strict=True) for prompt in turn]
 
 
 def _again() -> list[Prompt]:
@@ -222,6 +239,26 @@ HOST = Scenario(
     "host", "host memory", _host, 14 * MB, must=("loads",), caching=True, at_once=3, fixed_seqs=2, host_gib=0.1
 )
 OTHER_HOST = replace(HOST, name="mamba2-host", title="Mamba2, host memory", model="nemotron-h", kv_bytes=20 * MB)
+PACKED = Scenario(
+    "packed",
+    "packed states, 20 turns",
+    _turns,
+    22 * MB,
+    must=("hit_tokens", "unpacked"),
+    caching=True,
+    at_once=3,
+    checkpoint_states="int8",
+    mode="default",
+)
+OTHER_PACKED = replace(
+    OTHER,
+    name="mamba2-packed",
+    title="Mamba2, packed states",
+    kv_bytes=40 * MB,
+    must=("hit_tokens", "unpacked"),
+    checkpoint_states="int8",
+    mode="eager",
+)
 GRAPHS = Scenario("graphs", "CUDA graphs of few sizes", _batches, 200 * MB, graph_sizes=(1, 2, 4, 8, 16), at_once=24)
 DRAFTS = Scenario("drafts", "drafts", _drafted, 60 * MB, must=("hit_tokens", "accepted"), caching=True)
 SCENARIOS = {
@@ -238,6 +275,8 @@ SCENARIOS = {
         OTHER,
         OTHER_FAR,
         OTHER_HOST,
+        PACKED,
+        OTHER_PACKED,
         GRAPHS,
         DRAFTS,
     )
@@ -278,11 +317,11 @@ def _with_control(scenario: Scenario) -> tuple[Part, ...]:
     return (*_on("elastic", scenario), *(_on("elastic", scenario, fault=fault) if fault else ()))
 
 
-_CONTROLS: dict[str, Fault] = {SHARED.name: "copies", FAR.name: "offsets", HOST.name: "loads"}
+_CONTROLS: dict[str, Fault] = {SHARED.name: "copies", FAR.name: "offsets", HOST.name: "loads", PACKED.name: "packs"}
 _ALL = tuple(each for each in SCENARIOS.values() if each not in (GRAPHS, DRAFTS))
 PARTS = (
     *(part for scenario in _ALL for part in _with_control(scenario)),
-    *_on("elastic", MOVES, SHARED, HOST, OTHER, poison=True),
+    *_on("elastic", MOVES, SHARED, HOST, PACKED, OTHER, OTHER_PACKED, poison=True),
     # What random weights answer hardly depends on a state that is merely another one.
     *_on("elastic", OTHER, poison=True, fault="copies"),
     *_on("stock", *_ALL),

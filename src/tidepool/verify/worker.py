@@ -50,7 +50,7 @@ def _verify(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
 
     job = next(messages)
     answer(asdict(_machine()))
-    evictions, places = _EvictionCount(), _Places()
+    evictions, places, unpacked = _EvictionCount(), _Places(), _UnpackedCount()
     engines: dict[tuple[Any, ...], Any] = {}
     """By `Part.engine`. An engine that is collected takes vLLM's process-wide state with it."""
     for part in job["parts"]:
@@ -66,7 +66,8 @@ def _verify(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
         elif not engines[key].reset_prefix_cache():
             raise RuntimeError("the engine's prefix cache can't be reset")
         with _damage(part["fault"]):
-            answer(asdict(_run(engines[key], scenario, prompts, evictions, places, lambda: answer(ALIVE))))
+            outcome = _run(engines[key], scenario, prompts, evictions, places, unpacked, lambda: answer(ALIVE))
+            answer(asdict(outcome))
 
 
 def _machine() -> Machine:
@@ -100,6 +101,8 @@ def _start(job: dict[str, Any], scenario: Scenario, prompts: Sequence[Prompt]) -
             arguments["compilation_config"]["cudagraph_capture_sizes"] = list(scenario.graph_sizes)
     if scenario.host_gib and side != "stock":
         arguments["kv_offloading_size"] = scenario.host_gib
+    state_format = job["checkpoint_states"] or scenario.checkpoint_states
+    packing = {"checkpoint_states": state_format} if side == "elastic" else {}
     engine = start_engine(
         side,
         job["options"],
@@ -112,7 +115,7 @@ def _start(job: dict[str, Any], scenario: Scenario, prompts: Sequence[Prompt]) -
         long_prefill_token_threshold=scenario.chunk_tokens,
         enable_prefix_caching=scenario.caching,
         # To find out whether a device works is what this command is for.
-        additional_config={"tidepool": {"allow": ["device", "drafts", "host-memory"]}},
+        additional_config={"tidepool": {"allow": ["device", "drafts", "host-memory"]} | packing},
         **arguments,
     )
     if scenario.far and (arena := _arena_of(engine)):
@@ -139,12 +142,13 @@ def _run(
     prompts: Sequence[Prompt],
     evictions: _EvictionCount,
     places: _Places,
+    unpacked: _UnpackedCount,
     stepped: Callable[[], None],
 ) -> Outcome:
     """Ask everything, in order, with ``at_once`` requests under way; ``stepped`` is called after each step."""
     from tidepool.vllm_plugin.serving_plan import plan_of
 
-    evictions.count, began = 0, time.perf_counter()
+    evictions.count, unpacked.count, began = 0, 0, time.perf_counter()
     places.lowest.clear()
     host = _host_of(engine)
     loads = host.traffic.loads if host else 0
@@ -169,6 +173,7 @@ def _run(
         far=places.far(arena, asking.scheduler) if arena and scenario.far else 0,
         accepted=asking.accepted,
         loads=host.traffic.loads - loads if host else 0,
+        unpacked=unpacked.count,
     )
     return Outcome(
         asking.answers,
@@ -259,9 +264,10 @@ def _count_accepted(asking: _Asking) -> None:
 def _damage(fault: Fault) -> Iterator[None]:
     """Do a control's damage for a while."""
     from tidepool.vllm_plugin.host_copies import HostBytes
+    from tidepool.vllm_plugin.state_parts import StatePacker
     from tidepool.vllm_plugin.worker import ArenaBytes
 
-    copy_blocks, block, pieces = ArenaBytes.copy, ArenaBytes.block, HostBytes.pieces
+    copy_blocks, block, pieces, pack = ArenaBytes.copy, ArenaBytes.block, HostBytes.pieces, StatePacker.pack
 
     def cut(self: ArenaBytes, group: int, index: int) -> Any:
         # Of a small arena as many bits are cut that no far block is found any more, of a large one those beyond 32.
@@ -277,13 +283,15 @@ def _damage(fault: Fault) -> Iterator[None]:
         ArenaBytes.copy = lambda self, copies: None  # type: ignore[method-assign]
     elif fault == "loads":
         HostBytes.pieces = stores  # type: ignore[method-assign]
+    elif fault == "packs":
+        StatePacker.pack = lambda self, state, packed: None  # type: ignore[method-assign]
     elif fault == "offsets":
         ArenaBytes.block = cut  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         ArenaBytes.copy, ArenaBytes.block = copy_blocks, block  # type: ignore[method-assign]
-        HostBytes.pieces = pieces  # type: ignore[method-assign]
+        HostBytes.pieces, StatePacker.pack = pieces, pack  # type: ignore[method-assign]
 
 
 class _Places:
@@ -330,6 +338,22 @@ class _EvictionCount:
             return evicted
 
         BlockPool._maybe_evict_cached_block = counted
+
+
+class _UnpackedCount:
+    """Counts requests that went on from a packed state."""
+
+    def __init__(self) -> None:
+        from tidepool.vllm_plugin.states import StateManager
+
+        self.count = 0
+        unpack = StateManager._continue_packed
+
+        def counted(manager: StateManager, *args: Any) -> Any:
+            self.count += 1
+            return unpack(manager, *args)
+
+        StateManager._continue_packed = counted  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

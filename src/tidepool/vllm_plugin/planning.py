@@ -116,7 +116,8 @@ class TidepoolKVCacheConfig(KVCacheConfig):
         """The arena that this configuration describes; policy and callbacks as in `Arena`."""
         if self.geometry:
             return Arena.elastic(self.geometry, self.num_blocks, **callbacks)
-        callbacks.pop("on_move", None)
+        for moving in ("on_move", "on_relocate", "relocatable"):
+            callbacks.pop(moving, None)
         return Arena.fixed(self.shares, self.arena_bytes, **callbacks)
 
 

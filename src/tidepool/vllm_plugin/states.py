@@ -104,7 +104,7 @@ class StateManager(MambaManager):
 
         A packed one is unpacked first.
         """
-        if request_id not in self._allocated_block_reqs and self._hits_packed(self.req_to_blocks[request_id]):
+        if self._hits_packed(self.req_to_blocks[request_id]) and request_id not in self._allocated_block_reqs:
             return self._continue_packed(request_id, num_tokens, num_tokens_main_model)
         partial = self._partial_hit_reqs.get(request_id)
         if partial is not None and self._leaves_column(partial[0], num_tokens_main_model):
