@@ -40,7 +40,7 @@ def _with_head(path: Path) -> Path:
     weights = load_file(MODEL / "model.safetensors")
     size = config["hidden_size"]
     layer = {
-        "mtp.layers.0." + name.removeprefix(_LAST_ATTENTION): each
+        "mtp.layers.0." + name.removeprefix(_LAST_ATTENTION): each.clone()
         for name, each in weights.items()
         if name.startswith(_LAST_ATTENTION)
     }

@@ -135,8 +135,15 @@ def scenarios(
     Raises:
         typer.Exit: something doesn't hold.
     """
-    drafts = next((method for method in ("ngram", "mtp") if f'"{method}"' in " ".join(options)), "")
-    parts = choose_parts(quick=quick, gpu=runs_on_gpu(), drafts=drafts, ranks=_ranks(options))
+    drafts, draft_tokens = _drafts(options)
+    parts = choose_parts(
+        quick=quick,
+        gpu=runs_on_gpu(),
+        drafts=drafts,
+        draft_tokens=draft_tokens,
+        ranks=_ranks(options),
+        checkpoint_states=checkpoint_states,
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -145,7 +152,7 @@ def scenarios(
             def progress(done: str) -> None:
                 bar.update(task, advance=1, description=done)
 
-            done = drive.run(parts, directory, progress, options, checkpoint_states)
+            done = drive.run(parts, directory, progress, options)
         rows = report.judge(done)
         if json_file is not None:
             json_file.write_text(json.dumps(report.to_json(done, rows), indent=2) + "\n", encoding="utf-8")
@@ -167,6 +174,14 @@ def _vllm_options(ngram: int, mtp: int, tp: int) -> list[str]:
         method = {"method": "ngram", **NGRAM_LOOKUP} if ngram else {"method": "mtp"}
         options += ["--speculative-config", json.dumps(method | {"num_speculative_tokens": ngram or mtp})]
     return options
+
+
+def _drafts(options: Sequence[str]) -> tuple[str, int]:
+    """(method, tokens in a step) of the drafts that vLLM's options ask for, as far as scenarios know of them."""
+    configs = [value for option, value in pairwise(options) if option in ("--speculative-config", "-sc")]
+    config = json.loads(configs[-1]) if configs else {}
+    method = config.get("method", "")
+    return (method, config.get("num_speculative_tokens", 1)) if method in ("ngram", "mtp") else ("", 1)
 
 
 def _ranks(options: Sequence[str]) -> int:

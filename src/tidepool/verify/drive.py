@@ -14,7 +14,6 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from tidepool.cache import StateFormat
 from tidepool.certificates import Setup
 from tidepool.running.environment import environment_of
 from tidepool.running.process import Child, ChildError
@@ -75,7 +74,6 @@ def run(
     directory: Path,
     progress: Callable[[str], None],
     options: Sequence[str] = (),
-    checkpoint_states: StateFormat | None = None,
 ) -> Results:
     """Run all parts.
 
@@ -84,10 +82,9 @@ def run(
         directory: for the workers' logs, and for models that they write.
         progress: told what ended, after each part.
         options: of vLLM's, for every engine.
-        checkpoint_states: the format of cached states in all scenarios, in place of their own.
     """
     lanes, results, children, stop = lanes_of(parts), Results(), list[Child](), Event()
-    told = {"options": list(options), "checkpoint_states": checkpoint_states}
+    told = {"options": list(options)}
 
     def run_lanes(lanes: Sequence[_Lane], at_once: int, share: float = 0.0) -> None:
         with ThreadPoolExecutor(at_once) as pool:
@@ -137,7 +134,15 @@ def _run_lane(
     with Child("tidepool.verify.worker", directory / f"{lane.name}.log", lane.environ) as child:
         children.append(child)
         told = [
-            {"engine": part.engine, "scenario": part.scenario.name, "poison": part.poison, "fault": part.fault}
+            {
+                "engine": part.engine,
+                "scenario": part.scenario.name,
+                "checkpoint_states": part.scenario.checkpoint_states,
+                "kv_bytes": part.scenario.kv_bytes,
+                "must": part.scenario.must,
+                "poison": part.poison,
+                "fault": part.fault,
+            }
             for part in lane.parts
         ]
         models = str(directory / "models" / lane.name)

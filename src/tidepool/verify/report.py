@@ -59,14 +59,13 @@ class Row:
 
 def judge(results: Results) -> list[Row]:
     """Judge every part that was run: scenario by scenario, stock first."""
-    found = {part.scenario for part in results.outcomes}
-    scenarios = [scenario for scenario in SCENARIOS.values() if scenario in found]
-    requests = {scenario: scenario.requests() for scenario in scenarios}
+    requests = {part.scenario: part.scenario.requests() for part in results.outcomes}
+    names = list(SCENARIOS)
     rows = []
     for part in sorted(
         results.outcomes,
         key=lambda part: (
-            scenarios.index(part.scenario),
+            names.index(part.scenario.name),
             -part.runner,
             SIDES.index(part.side),
             part.poison,

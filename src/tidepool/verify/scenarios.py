@@ -261,6 +261,8 @@ OTHER_PACKED = replace(
 )
 GRAPHS = Scenario("graphs", "CUDA graphs of few sizes", _batches, 200 * MB, graph_sizes=(1, 2, 4, 8, 16), at_once=24)
 DRAFTS = Scenario("drafts", "drafts", _drafted, 60 * MB, must=("hit_tokens", "accepted"), caching=True)
+DRAFT_BYTES = 6 * MB
+"""Of memory more for each draft token of a step but a single one."""
 SCENARIOS = {
     each.name: each
     for each in (
@@ -340,14 +342,25 @@ RUNNERS = (2, 1)
 QUICK_PARTS = (*_on("elastic", PREEMPTED, MOVES, SHARED), *_on("stock", PREEMPTED, MOVES, SHARED))
 
 
-def choose_parts(*, quick: bool = False, gpu: bool = False, drafts: str = "", ranks: int = 1) -> tuple[Part, ...]:
+def choose_parts(
+    *,
+    quick: bool = False,
+    gpu: bool = False,
+    drafts: str = "",
+    draft_tokens: int = 1,
+    ranks: int = 1,
+    checkpoint_states: StateFormat | None = None,
+) -> tuple[Part, ...]:
     """What to run.
 
     Args:
         quick: three scenarios on stock vLLM and elastic.
         gpu: whether on a GPU, with both model runners.
         drafts: ``ngram`` or ``mtp`` where drafts are proposed, in all scenarios; only Qwen3.5 has a head for ``mtp``.
+        draft_tokens: how many in a step; each takes another state of every request.
         ranks: with several, damage can't be done to workers in processes of their own.
+        checkpoint_states: the format of cached states in all scenarios, in place of their own. The memory then holds
+            more than it is there for, so nothing has to be evicted, and controls damage what isn't used.
     """
     parts = QUICK_PARTS if quick else PARTS + DRAFT_PARTS * bool(drafts)
     if gpu:
@@ -355,8 +368,31 @@ def choose_parts(*, quick: bool = False, gpu: bool = False, drafts: str = "", ra
         # Poison that reaches random weights' answers there ends the engine: they aren't tokens any more.
         chosen = tuple(part for part in chosen if part.scenario.model == "trained" or not part.fault)
         parts = tuple(replace(part, runner=runner) for runner in RUNNERS for part in chosen)
+    if checkpoint_states:
+        parts = tuple(replace(part, scenario=_packing(part.scenario, checkpoint_states)) for part in parts)
+    if drafts:
+        parts = tuple(replace(part, scenario=_drafting(part.scenario, draft_tokens)) for part in parts)
     return tuple(
         part
         for part in parts
-        if (ranks == 1 or not part.fault) and (drafts != "mtp" or part.scenario.model == "trained")
+        if not (part.fault and (ranks > 1 or checkpoint_states))
+        # With drafts a state that is hit is read from where it was found.
+        and not (drafts and part.fault in ("copies", "offsets"))
+        and (drafts != "mtp" or part.scenario.model == "trained")
+        # Drafts take as many states more, which so little memory can't set aside.
+        and not (drafts and part.side == "fixed")
     )
+
+
+def _packing(scenario: Scenario, checkpoint_states: StateFormat) -> Scenario:
+    """A scenario with another format of cached states."""
+    must = tuple(count for count in scenario.must if count not in ("evictions", "loads", "unpacked"))
+    return replace(scenario, must=must, checkpoint_states=checkpoint_states)
+
+
+def _drafting(scenario: Scenario, draft_tokens: int) -> Scenario:
+    """A scenario with memory for drafts, which may then be too large for what has to happen in a small one."""
+    if draft_tokens == 1:
+        return scenario
+    must = tuple(count for count in scenario.must if count not in ("evictions", "loads", "preemptions", "moves"))
+    return replace(scenario, must=must, kv_bytes=scenario.kv_bytes + draft_tokens * DRAFT_BYTES)

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -55,7 +55,8 @@ def _verify(messages: Iterator[dict[str, Any]], answer: Answer) -> None:
     """By `Part.engine`. An engine that is collected takes vLLM's process-wide state with it."""
     for part in job["parts"]:
         os.environ["TIDEPOOL_POISON"] = "1" if part["poison"] else "0"
-        scenario = SCENARIOS[part["scenario"]]
+        changed = {key: part[key] for key in ("checkpoint_states", "kv_bytes", "must")}
+        scenario = replace(SCENARIOS[part["scenario"]], **changed)
         prompts = scenario.requests()
         os.environ["TIDEPOOL_OVERCOMMIT"] = "1" if "preemptions" in scenario.must else "0"
         key = tuple(part["engine"])
@@ -101,8 +102,7 @@ def _start(job: dict[str, Any], scenario: Scenario, prompts: Sequence[Prompt]) -
             arguments["compilation_config"]["cudagraph_capture_sizes"] = list(scenario.graph_sizes)
     if scenario.host_gib and side != "stock":
         arguments["kv_offloading_size"] = scenario.host_gib
-    state_format = job["checkpoint_states"] or scenario.checkpoint_states
-    packing = {"checkpoint_states": state_format} if side == "elastic" else {}
+    packing = {"checkpoint_states": scenario.checkpoint_states} if side == "elastic" else {}
     engine = start_engine(
         side,
         job["options"],
@@ -253,9 +253,9 @@ def _count_accepted(asking: _Asking) -> None:
     """Count the drafted tokens that the scheduler is told were accepted."""
     make_stats = asking.scheduler.make_spec_decoding_stats
 
-    def counted(stats: Any, drafted: int, accepted: int, *args: Any, **kwargs: Any) -> Any:
-        asking.accepted += accepted
-        return make_stats(stats, drafted, accepted, *args, **kwargs)
+    def counted(stats: Any, *, num_accepted_tokens: int, **others: Any) -> Any:
+        asking.accepted += num_accepted_tokens
+        return make_stats(stats, num_accepted_tokens=num_accepted_tokens, **others)
 
     asking.scheduler.make_spec_decoding_stats = counted
 

@@ -295,14 +295,21 @@ def patch_cpu_draft_rollback() -> bool:
 
 
 def register_kernel_twins(original: Callable[..., None], platform: Any) -> None:
-    """In workers: register twins of the kernels that copy states, after vLLM's own twins."""
-    from vllm.triton_utils import HAS_TRITON
-    from vllm.triton_utils.dispatcher import register_kernels
+    """In workers: register twins of the kernels that copy states, after vLLM's own twins, once in a process.
 
+    Registered again they would only be wrapped once more, and vLLM's search for them fails once the modules that draft
+    by n-grams are loaded (docs/upstream.md).
+    """
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.triton_utils.dispatcher import _registry, register_kernels
+
+    kernels = {"precopy_mamba_align": rollback.copy_before_step, "postprocess_mamba": rollback.copy_after_step}
+    twins = {f"vllm.v1.worker.mamba_utils.{name}_fused_kernel": twin for name, twin in kernels.items()}
+    if twins.keys() <= _registry.keys():
+        return
     original(platform)
     if not HAS_TRITON:
-        kernels = {"precopy_mamba_align": rollback.copy_before_step, "postprocess_mamba": rollback.copy_after_step}
-        register_kernels({f"vllm.v1.worker.mamba_utils.{name}_fused_kernel": twin for name, twin in kernels.items()})
+        register_kernels(twins)
 
 
 def gdn_draft_step(original: Callable[..., Any], *args: Any) -> Any:

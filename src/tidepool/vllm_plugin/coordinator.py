@@ -298,12 +298,21 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
     def find_in_both_tiers(self, block_hashes: Sequence[BlockHash], tokens: int) -> tuple[tuple[list[Any], ...], int]:
         """The longest prefix of up to so many tokens that the device and the host hold together.
 
+        With a drafter a lookup finds a block of attention more than it gives: that one is among the blocks, too, since
+        without it the device's lookup would give less.
+
         Returns:
             (each group's blocks, of which those on the host alone are `OnHost`; tokens).
         """
         assert self.block_pool.host
         with looking(self.block_pool.host):
             found, tokens, _ = super().find_longest_cache_hit(block_hashes, tokens)
+            behind = range(tokens, tokens + self.retention.rules.ahead, self.block_pool.pools[0].hash_block_size)
+            for manager, blocks in zip(self.single_type_managers, found, strict=True):
+                if tokens and not isinstance(manager, MambaManager):
+                    for place in behind:
+                        key = block_hashes[place // self.block_pool.pools[0].hash_block_size]
+                        blocks += manager.block_pool.get_cached_block(key, [manager.kv_cache_group_id]) or ()
         return found, tokens
 
     def find_longest_cache_hit(self, *args: Any, **kwargs: Any) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:

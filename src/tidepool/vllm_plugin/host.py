@@ -218,7 +218,8 @@ class HostMemory:
         for block in (block for blocks in found for block in blocks if isinstance(block, OnHost)):
             missing[block.group].append(block)
         size = sum(len(each) * size for each, size in zip(missing, self._memory.block_bytes, strict=True))
-        if tokens <= computed or not self.speeds.worth_loading(tokens - computed, size, self._loading_bytes):
+        more = tokens - computed
+        if more <= 0 or not size or not self.speeds.worth_loading(more, size, self._loading_bytes):
             self._settled.add(name)
             return False
         return self._load(manager, request, found, missing, tokens, computed)
