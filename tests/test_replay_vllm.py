@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tidepool.cache import FullAttention, State
+from tidepool.cache import FullAttention, State, StateFormat
 from tidepool.models import entry
 from tidepool.replay.generate import generate
 from tidepool.replay.job import Job, Mode, Result
@@ -131,6 +131,21 @@ def test_answers_are_hit_by_the_next_turn() -> None:
         shares.append(result.hit_rate)
     told, dropped = shares
     assert dropped + 0.1 < told
+
+
+@pytest.mark.parametrize("state_format", ["bfloat16", "int8"])
+def test_packed_states_leave_room_for_more(state_format: StateFormat) -> None:
+    """Chats that don't all fit: more of what comes back is found, and every byte still has a use."""
+    whole = replace(job("elastic"), workload="chat", requests=120, kv_bytes=1 << 29)
+    made, failures = run_all([whole])
+    packed, more = run_all([replace(whole, checkpoint_states=state_format)])
+    assert not failures
+    assert not more
+    assert packed[0].hit_tokens > 1.1 * made[0].hit_tokens
+    assert [group.kind for group in packed[0].groups] == ["state", "attention", "packed state"]
+    for sample in packed[0].samples:
+        assert sum(sample.uses) == whole.kv_bytes
+        assert min(sample.uses) >= 0
 
 
 def test_devices_and_formats_are_planned_as_asked() -> None:

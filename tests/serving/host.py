@@ -100,6 +100,7 @@ def main() -> None:
         enable_prefix_caching=True,
         enforce_eager=True,
         seed=0,
+        **job["engine"],
     )
     scheduler = core_of(llm.llm_engine).scheduler
     manager = scheduler.kv_cache_manager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from answers import gaps
 from engines import run_child
 from tidepool.running.agreement import BFLOAT16_GAP
-from tidepool.testing.tiny import Family
+from tidepool.testing.tiny import Family, make_checkpoint
 
 pytestmark = pytest.mark.vllm
 KV_BYTES = {"qwen3.5": 16_000_000, "nemotron-h": 20_000_000}
@@ -23,7 +24,7 @@ SMALL_GIB = 0.025
 
 
 @cache
-def _run(model: str, kv_bytes: int, host_gib: float | None, fault: str | None, slow: bool) -> Any:
+def _run(model: str, kv_bytes: int, host_gib: float | None, fault: str | None, slow: bool, engine: str) -> Any:
     job = {
         "model": model,
         "kv_bytes": kv_bytes,
@@ -31,14 +32,22 @@ def _run(model: str, kv_bytes: int, host_gib: float | None, fault: str | None, s
         "fault": fault,
         "slow": slow,
         "chats": CHATS,
+        "engine": json.loads(engine),
     }
     return run_child(Path(__file__).with_name("host.py"), job, timeout=600)
 
 
 @pytest.fixture
 def run(checkpoint: Callable[[Family], Path]) -> Callable[..., Any]:
-    def run(family: Family, host_gib: float | None = 0.25, *, fault: str | None = None, slow: bool = False) -> Any:
-        return _run(str(checkpoint(family)), KV_BYTES[family], host_gib, fault, slow)
+    def run(
+        family: Family,
+        host_gib: float | None = 0.25,
+        *,
+        fault: str | None = None,
+        slow: bool = False,
+        **engine: Any,
+    ) -> Any:
+        return _run(str(checkpoint(family)), KV_BYTES[family], host_gib, fault, slow, json.dumps(engine))
 
     return run
 
@@ -57,6 +66,29 @@ def test_what_was_loaded_gives_the_same_answers(run: Callable[..., Any], family:
     found = gaps(without, tiered)
     assert all(gap <= BFLOAT16_GAP for gap in found), found
     assert len(found) <= len(tiered["answers"]) // 4, found
+
+
+def test_packed_states_come_back_from_the_host(run: Callable[..., Any]) -> None:
+    """They are copied there as they are, and unpacked when they are hit."""
+    packing = {"tidepool": {"checkpoint_states": "int8"}}
+    without, tiered = run("qwen3.5", None), run("qwen3.5", slow=True, additional_config=packing)
+    assert tiered["traffic"]["loads"] >= CHATS // 2, tiered["traffic"]
+    assert tiered["traffic"]["failed"] == 0
+    assert tiered["cached"] > 1.5 * without["cached"]
+    assert tiered["in_use"] == tiered["host_in_use"] == 0, "blocks leaked"
+    found = gaps(without, tiered)
+    assert all(gap <= BFLOAT16_GAP for gap in found), found
+
+
+def test_a_drafter_finds_what_the_host_holds(tmp_path: Path) -> None:
+    """Its lookups find a block of attention more than they give: that one is loaded, too, and nothing twice."""
+    model = make_checkpoint("qwen3.5", tmp_path, mtp=True)
+    drafter = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
+    tiered = _run(str(model), 20_000_000, 0.25, None, False, json.dumps(drafter))
+    traffic = tiered["traffic"]
+    assert 0 < traffic["loads"] <= 2 * len(tiered["answers"]), traffic
+    assert traffic["loaded_bytes"] > 0
+    assert tiered["in_use"] == tiered["host_in_use"] == 0, "blocks leaked"
 
 
 def test_what_host_memory_has_lost_is_not_loaded(run: Callable[..., Any]) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from engines import run_child
+from tidepool.cache import StateFormat
+from tidepool.capacity import Partition
 from tidepool.models import model_from_config
 from tidepool.plan.planner import PlanOptions, divide
 from tidepool.testing.tiny import Family, make_checkpoint
@@ -28,15 +30,26 @@ def config_of(family: Family, path: Path) -> dict[str, Any]:
 
 
 def test_what_plan_predicts_is_allocated_to_the_block(tmp_path: Path) -> None:
-    """Both small models of `make run`, several budgets, both partitions, prefix caching off and on."""
+    """Both small models of `make run`, several budgets, both partitions, prefix caching off and on, packed states."""
     jobs, predictions = [], []
     for family in FAMILIES:
         config = config_of(family, tmp_path)
         model = model_from_config(config)
         for budget in BUDGETS:
-            for kind in ("elastic", "fixed"):
+            formats: tuple[tuple[Partition, StateFormat], ...] = (
+                ("elastic", "same"),
+                ("fixed", "same"),
+                *((("elastic", "int8"), ("elastic", "bfloat16")) if budget == BUDGETS[0] else ()),
+            )
+            for kind, state_format in formats:
                 caching = budget == BUDGETS[0]
-                options = PlanOptions(budget, prefix_caching=caching, max_num_seqs=8, max_model_len=4096)
+                options = PlanOptions(
+                    budget,
+                    prefix_caching=caching,
+                    max_num_seqs=8,
+                    max_model_len=4096,
+                    checkpoint_states=state_format,
+                )
                 memory = divide(kind, model, model.stages(1, options.cache_options()), options, 4096)
                 predictions.append((memory.units, {group.label: group.blocks for group in memory.groups}))
                 jobs.append(
@@ -47,6 +60,7 @@ def test_what_plan_predicts_is_allocated_to_the_block(tmp_path: Path) -> None:
                         "max_num_seqs": 8,
                         "max_model_len": 4096,
                         "prefix_caching": caching,
+                        "checkpoint_states": state_format,
                     }
                 )
     reports = run_child(Path(__file__).with_name("engine_report.py"), {"jobs": jobs}, timeout=400)
@@ -54,7 +68,14 @@ def test_what_plan_predicts_is_allocated_to_the_block(tmp_path: Path) -> None:
         if job["side"] == "elastic":
             assert report["extents"] == units
         # Groups come in the order in which their first layer does: states before attention in both models.
-        assert report["blocks"] == [blocks["state"], blocks["attention"]], job
+        assert report["blocks"] == [blocks["state"], blocks["attention"], *packed_of(blocks)], job
+        # As many states fit into a cache that holds nothing else, to the block.
+        assert report["cached_states"] == [blocks["packed"]] if "packed" in blocks else not report["cached_states"], job
+
+
+def packed_of(blocks: dict[str, int]) -> list[int]:
+    """Blocks of packed states, if there are any."""
+    return [blocks["packed"]] if "packed" in blocks else []
 
 
 @pytest.fixture(scope="module")
