@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock, Timer
 from typing import Any
 
+WARM_PYTHON = Path(__file__).with_name("warm_python.py")
 CHILD = Path(__file__).with_name("engine_child.py")
 JOB: dict[str, Any] = {
     "poison": False,
@@ -38,17 +42,51 @@ ENVIRON = {
 def run_child(child: Path, job: dict[str, Any], *, timeout: float) -> Any:
     """Run a script that reads a job and writes its result to the file that the job names as ``answer``."""
     with TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        run = subprocess.run(
-            [sys.executable, str(child)],
-            input=json.dumps(job | {"answer": str(answer)}),
-            text=True,
-            capture_output=True,
-            env=os.environ | ENVIRON,
-            timeout=timeout,
-        )
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+        answer, output = Path(folder) / "answer.json", Path(folder) / "output"
+        told = {
+            "script": str(child),
+            "job": json.dumps(job | {"answer": str(answer)}),
+            "environ": dict(os.environ) | ENVIRON,
+            "output": str(output),
+        }
+        code = _warm_python().run(told, timeout)
+        assert code == 0, output.read_text(encoding="utf-8", errors="replace")[-6000:]
         return json.loads(answer.read_text(encoding="utf-8"))
+
+
+class _WarmPython:
+    """The process of warm_python.py that runs this process's scripts, one after the other."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(WARM_PYTHON)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | ENVIRON,
+        )
+        atexit.register(self._process.kill)
+        self._lock = Lock()
+
+    def run(self, told: dict[str, Any], timeout: float) -> int:
+        """Run a script. Returns its exit code; a negative one is the signal that ended it."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with self._lock:
+            print(json.dumps(told), file=self._process.stdin, flush=True)
+            child = int(self._process.stdout.readline())
+            late = Timer(timeout, os.kill, (child, signal.SIGKILL))
+            late.start()
+            try:
+                return int(self._process.stdout.readline())
+            finally:
+                late.cancel()
+
+
+@cache
+def _warm_python() -> _WarmPython:
+    return _WarmPython()
 
 
 def serve(job: dict[str, Any], child: Path = CHILD) -> dict[str, Any]:
