@@ -67,6 +67,7 @@ SERVED = (
     Served("pipeline parallelism", ("tests/parallel/test_parallel.py::test_stages_answer_as_one_process_does[stages, prefix caching]",), "in one machine"),
     Served("data parallel engines", ("tests/parallel/test_engines.py::test_each_engine_has_a_cache_of_its_own",), "of models without experts, each with its own arena"),
     Served("host memory behind the pools", ("tests/serving/test_host.py::test_what_was_loaded_gives_the_same_answers[qwen3.5]",), "[host-memory.md](host-memory.md)"),
+    Served("packed states (checkpoint_states)", ("tests/serving/test_packed_states.py::test_packed_states_give_the_same_answers[qwen3.5-int8]", "tests/serving/test_packed_states.py::test_packed_states_give_the_same_answers[nemotron-h-int8]"), "lossy, off by default; [packed-states.md](packed-states.md)"),
     Served("packed keys and values (kv) on the CPU", ("tests/tqkv/test_tqkv_engine.py::test_answers_are_right",), "[tqkv.md](tqkv.md)"),
     Served("the fixed partition", ("tests/serving/test_prefix_hits.py::test_prefix_hits_give_the_same_answers[fixed-qwen3.5]",)),
 )  # fmt: skip

@@ -36,12 +36,14 @@ def windows(specs: dict[str, Any]) -> dict[str, Any]:
     return specs | {name: SlidingWindowSpec(**common[name], sliding_window=1000) for name in list(attention)[::2]}
 
 
+PACKED = "packed states"
 ENGINES: dict[str, tuple[str, Any, Any]] = {
     "Qwen3.5-4B": ("Qwen3.5-4B", "elastic", None),
     "Qwen3.5-4B, fixed": ("Qwen3.5-4B", "fixed", None),
     "Nemotron-3-Nano-4B": ("Nemotron-3-Nano-4B", "elastic", None),
     "blocks of two sizes": ("Qwen3.5-4B", "elastic", wider_blocks),
     "windows": ("Qwen3.5-4B", "elastic", windows),
+    PACKED: ("Qwen3.5-4B", "elastic", None),
 }
 
 
@@ -172,6 +174,7 @@ def engine(request: pytest.FixtureRequest) -> Any:
             max_model_len=10_000,
             options={"kv_events_config": KVEventsConfig(True, "null")},
             change_specs=change_specs,
+            checkpoint_states="int8" if request.param == PACKED else "same",
         )
     )
 

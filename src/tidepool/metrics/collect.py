@@ -41,9 +41,9 @@ class Engine:
 
     arena: Arena
     kinds: Sequence[str]
-    """Of each group: ``states``, ``attention`` or ``window``."""
+    """Of each group: ``states``, ``attention``, ``window``, or ``packed`` for packed states."""
     block_tokens: Sequence[int]
-    """Of each group; 0 for states."""
+    """Of each group; 0 for states, packed or not."""
     config: Sequence[object]
     """Label values of `table.CONFIG_INFO`."""
     reuse: ReuseModel

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tidepool.cache import FullAttention, LookupResult, State, TokenResult
+from tidepool.cache import FullAttention, LookupResult, PackedState, State, TokenResult
 from tidepool.capacity.memory import ElasticMemory, PlannedGroup
 from tidepool.metrics import table
 from tidepool.observe.scrape import PREEMPTIONS, RUNNING, USAGE, WAITING, Scrape
@@ -90,7 +90,7 @@ class Look:
     @property
     def token_bytes(self) -> int:
         """Bytes of a token's attention, all groups together."""
-        return sum(group.block_bytes // group.block_tokens for group in self.groups if group.kind != "states")
+        return sum(group.block_bytes // group.block_tokens for group in self.groups if group.block_tokens)
 
     def planned(self, device_bytes: int) -> ElasticMemory | None:
         """The memory of one engine of such a size, as the planner divides it; None without extents.
@@ -101,14 +101,14 @@ class Look:
             return None
         groups = []
         for group in self.groups:
-            states = group.kind == "states"
+            of_states = {"states": State, "packed": PackedState}.get(group.kind)
             groups.append(
                 PlannedGroup(
                     label=group.kind,
-                    cache=State(group.block_bytes) if states else FullAttention(self.token_bytes),
+                    cache=of_states(group.block_bytes) if of_states else FullAttention(self.token_bytes),
                     layers=1,
                     block_tokens=max(group.block_tokens, 1),
-                    token_bytes=0 if states else group.block_bytes // group.block_tokens,
+                    token_bytes=0 if of_states else group.block_bytes // group.block_tokens,
                     natural_bytes=group.block_bytes,
                     page_padding=self.extent_bytes // group.blocks_per_extent - group.block_bytes,
                     group_padding=0,
@@ -186,5 +186,5 @@ def _memory(scrape: Scrape) -> dict[str, dict[str, int]]:
 
 def _use(kind: str, use: str) -> str:
     """In the words of `USES`: windows are attention."""
-    named = "states" if kind == "states" else "attention"
+    named = "states" if kind in ("states", "packed") else "attention"
     return {"in_use": named, "cached": f"cached_{named}"}.get(use, use)
