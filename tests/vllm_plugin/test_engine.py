@@ -478,3 +478,21 @@ def test_memory_is_planned_for_the_requests_that_were_asked_for(monkeypatch: pyt
         config = SimpleNamespace(served=served, scheduler_config=SimpleNamespace(max_num_seqs=7))
         wrappers.plan_memory(lambda *_: None, config, None, None)
     assert planned_for == [64, 7]
+
+
+def test_a_relocated_state_keeps_its_own_priority(tmp_path: Path) -> None:
+    """What lay where it comes to may have been of low priority."""
+    from tidepool.replay.engine import EngineShape, make_engine
+
+    config = config_of("qwen3.5", tmp_path)
+    shape = EngineShape(config, 100_000_000, "elastic", max_num_seqs=8, max_model_len=4096, checkpoint_states="int8")
+    memory = make_engine(shape).scheduler.kv_cache_manager.block_pool
+    group = len(memory.pools)
+    states = memory.first_states
+    low, plain, gap = (memory.at(group, index) for index in (1, 2, 3))
+    states.low |= {low.block_id, gap.block_id}
+    memory._on_relocate(group, 2, 3)
+    assert gap.block_id not in states.low
+    memory._on_relocate(group, 1, 2)
+    assert plain.block_id in states.low
+    assert low.block_id not in states.low

@@ -155,13 +155,14 @@ class GroupBlockPool(ExactEvents, BlockPool):
         """The groups of the arena that have this pool's blocks, packed ones first."""
         return (self.packed.group, self.group) if self.packed else (self.group,)
 
-    def _by_core_group(self, blocks: Sequence[KVCacheBlock]) -> Iterator[tuple[int, list[KVCacheBlock]]]:
-        """Blocks by groups of the arena."""
+    def _by_core_group(self, blocks: Sequence[KVCacheBlock]) -> Iterator[tuple[int, list[int]]]:
+        """(group, blocks) of the arena, in the order of its groups."""
         if self.packed is None:
-            yield self.group, list(blocks)
+            yield self.group, [block.block_id for block in blocks]
             return
+        places = [self.place(block) for block in blocks]
         for group in self.core_groups:
-            if of_group := [block for block in blocks if self.place(block).group == group]:
+            if of_group := [place.block for place in places if place.group == group]:
                 yield group, of_group
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
@@ -208,10 +209,10 @@ class GroupBlockPool(ExactEvents, BlockPool):
             block.ref_cnt += 1
             if self.holds_states:
                 self._state_found(block, shared=shared)
-        for group, of_group in self._by_core_group(waking):
-            # vLLM releases a state that it has copied without saying for whom.
-            ids = [self.place(block).block for block in of_group]
-            self.arena.touch(group, ids, shared=shared, request=self._filed_under)
+        if waking:
+            for group, ids in self._by_core_group(waking):
+                # vLLM releases a state that it has copied without saying for whom.
+                self.arena.touch(group, ids, shared=shared, request=self._filed_under)
 
     def _state_found(self, block: KVCacheBlock, *, shared: bool) -> None:
         request, retention = self.memory.serving, self.memory.retention
@@ -236,7 +237,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
         if idle and self.holds_states:
             self._release_states(idle)
         elif idle:
-            self._release(self.group, idle, self._of_attention(idle))
+            self._release(self.group, [block.block_id for block in idle], self._of_attention(idle))
         for pool, blocks in elsewhere.items():
             pool.free_blocks(blocks)
 
@@ -245,9 +246,9 @@ class GroupBlockPool(ExactEvents, BlockPool):
         kept = [(block, self._of_state(block)) for block in states]
         if self.packed:
             kept = [each for block, keep in kept for each in self._packing(block, keep)]
-        for group, same in groupby(kept, lambda each: self.place(each[0]).group):
-            blocks, keeps = zip(*same, strict=True)
-            self._release(group, blocks, keeps)
+        for group, same in groupby(((self.place(block), keep) for block, keep in kept), lambda each: each[0].group):
+            places, keeps = zip(*same, strict=True)
+            self._release(group, [place.block for place in places], keeps)
 
     def _packing(self, state: KVCacheBlock, keep: Retention) -> list[tuple[KVCacheBlock, Retention]]:
         """A state without references, and the block that it is packed into, with what becomes of each."""
@@ -269,14 +270,13 @@ class GroupBlockPool(ExactEvents, BlockPool):
             self.memory.order_copy(state, packed)
         return packed
 
-    def _release(self, group: int, blocks: Sequence[KVCacheBlock], kept: Sequence[Retention]) -> None:
+    def _release(self, group: int, blocks: Sequence[int], kept: Sequence[Retention]) -> None:
         """Give blocks back to the arena's group."""
-        ids = [self.place(block).block for block in blocks]
-        self.arena.release(group, ids, kept, request=self._filed_under)
+        self.arena.release(group, blocks, kept, request=self._filed_under)
         if self.memory.poison:
             self.memory.operations += [
-                encode_poison(group, index, self.memory.groups)
-                for index, each in zip(ids, kept, strict=True)
+                encode_poison(group, block, self.memory.groups)
+                for block, each in zip(blocks, kept, strict=True)
                 if not each
             ]
 
@@ -488,6 +488,7 @@ class ArenaBlockPool:
 
     def _on_relocate(self, group: int, block: int, new: int) -> None:
         source, target = self.at(group, block), self.at(group, new)
+        source.pool.low.discard(target.block_id)
         source.pool.move_block_hashes(source, target)
         self.order_copy(source, target)
 
