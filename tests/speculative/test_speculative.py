@@ -133,7 +133,7 @@ CPU) less than is found of it, and from 2,048 on no state is left but at the las
 
 
 @pytest.mark.parametrize(
-    "kv_bytes", [400_000_000, pytest.param(40_000_000, marks=pytest.mark.heavy)], ids=["room for all", "little room"]
+    "kv_bytes", [400_000_000, pytest.param(48_000_000, marks=pytest.mark.heavy)], ids=["room for all", "little room"]
 )
 def test_a_head_that_drafts_after_hits(serve: Serve, checkpoint: Checkpoint, kv_bytes: int) -> None:
     """Eight prompts, three times: what drafts find in the cache is as good as what they compute."""
