@@ -45,6 +45,7 @@ def test_short_rows_and_odd_rests() -> None:
     assert packed_page_bytes("int8", rest=6, rows=8, numbers=4, number_bytes=2) == 0
     assert packed_page_bytes("int8", rest=4_096, rows=8, numbers=16, number_bytes=4) == 0, "hardly smaller"
     assert packed_page_bytes("int8", rest=6, rows=8, numbers=16, number_bytes=4) == 176
+    assert packed_page_bytes("int8", rest=6, rows=9, numbers=15, number_bytes=4) == 0, "scales would lie askew"
     assert packed_page_bytes("int8", rest=4_096, rows=0, numbers=0, number_bytes=4) == 0
 
 

@@ -19,7 +19,10 @@ PAGE_ALIGN = 16
 
 
 def packed_page_bytes(state_format: StateFormat, *, rest: int, rows: int, numbers: int, number_bytes: int) -> int:
-    """Bytes of one layer's packed state; 0 where the format saves less than an eighth, which isn't worth a group.
+    """Bytes of one layer's packed state; 0 where it isn't packed.
+
+    That is where the format saves less than an eighth, which isn't worth a group, and where the numbers end at a place
+    where scales can't begin.
 
     ``rows x numbers x 1 + rows x 4`` for int8, ``rows x numbers x 2`` for bfloat16, and the rest as it is, rounded up
     to 16 bytes.
@@ -31,6 +34,8 @@ def packed_page_bytes(state_format: StateFormat, *, rest: int, rows: int, number
         numbers: numbers in a row.
         number_bytes: bytes of one as it runs.
     """
+    if rows * numbers % SCALE_BYTES:
+        return 0
     row_bytes = {"same": numbers * number_bytes, "bfloat16": 2 * numbers, "int8": numbers + SCALE_BYTES}[state_format]
     packed = -(-(rest + rows * row_bytes) // PAGE_ALIGN) * PAGE_ALIGN
     return packed if 8 * packed <= 7 * (rest + rows * numbers * number_bytes) else 0
