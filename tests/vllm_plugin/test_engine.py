@@ -496,3 +496,23 @@ def test_a_relocated_state_keeps_its_own_priority(tmp_path: Path) -> None:
     memory._on_relocate(group, 1, 2)
     assert plain.block_id in states.low
     assert low.block_id not in states.low
+
+
+def test_caching_when_a_step_has_ended_keeps_no_state(engine: Any) -> None:
+    """As vLLM 0.33 does with async scheduling: the next step, which writes over the state, may be under way by then."""
+    from tidepool.replay.engine import add_request
+    from tidepool.replay.step import take_step
+
+    scheduler = engine.scheduler
+    manager = scheduler.kv_cache_manager
+    retention = manager.coordinator.retention
+    add_request(engine, "answers", list(range(10, 110)), 200)
+    states = set()
+    while scheduler.has_requests():
+        take_step(engine)
+        for request in scheduler.running:
+            before = retention.requests[request.request_id].answer_state
+            manager.cache_blocks(request, request.num_computed_tokens)
+            assert retention.requests[request.request_id].answer_state == before
+            states.add(before)
+    assert len(states) > 3, "states of the answer are kept while steps are scheduled"

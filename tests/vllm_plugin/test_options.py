@@ -69,7 +69,11 @@ def test_whatever_is_without_effect_is_told_at_start() -> None:
 def test_options_do_what_the_document_says(found: dict[str, Any]) -> None:
     found = dict(found)
     if series_here() != "0.32":
-        assert "not supported by the CPU attention" in found.pop("kv_cache_dtype")["refused"]
+        # vLLM's CPU backend refuses it itself where the processor lacks AVX-512.
+        refused = found["kv_cache_dtype"].get("refused")
+        if refused is not None:
+            assert "not supported by the CPU attention" in refused
+            del found["kv_cache_dtype"]
     for name, word in table().items():
         result = found.get(name)
         if name in FIELDS.values():
