@@ -11,7 +11,7 @@ pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
 
 from tidepool.vllm_plugin import planning  # noqa: E402
-from tidepool.vllm_plugin.startup import _settings  # noqa: E402
+from tidepool.vllm_plugin.startup import _packed_words, _settings  # noqa: E402
 
 BLOCK = "block_size: 32 tokens, the fewest that the attention kernels take"
 
@@ -30,6 +30,18 @@ BLOCK = "block_size: 32 tokens, the fewest that the attention kernels take"
         ({"enable_prefix_caching": False}, {}, 512, [BLOCK]),
         ({"user_specified_block_size": True}, {"checkpoint_tokens": 256}, 256, []),
         ({}, {"block_tokens": 32, "checkpoint_tokens": 256}, 256, []),
+        (
+            {"user_specified_block_size": True},
+            {"checkpoint_tokens": 256, "checkpoint_states": "bfloat16"},
+            256,
+            ["checkpoint_states: bfloat16, without effect here (it makes no state smaller)"],
+        ),
+        (
+            {"user_specified_block_size": True, "enable_prefix_caching": False},
+            {"checkpoint_states": "int8"},
+            512,
+            ["checkpoint_states: int8, without effect here (nothing is cached)"],
+        ),
     ],
 )
 def test_what_the_user_left_open_is_told_with_the_reason(
@@ -46,5 +58,13 @@ def test_what_the_user_left_open_is_told_with_the_reason(
     vllm_config = SimpleNamespace(
         cache_config=SimpleNamespace(**given | cache), additional_config={"tidepool": settings}
     )
-    config: Any = SimpleNamespace(host_geometry=None, geometry=None, checkpoint_tokens=spacing)
+    config: Any = SimpleNamespace(packed=(), host_geometry=None, geometry=None, checkpoint_tokens=spacing)
     assert [line.strip() for line in _settings(vllm_config, config)] == lines
+
+
+def test_what_packing_does_is_told() -> None:
+    config: Any = SimpleNamespace(
+        packed=(0,), kv_cache_groups=[1, 2], strides=(3_000, 16, 1_000), block_bytes=(9, 9, 9)
+    )
+    words = _packed_words("int8", config, caching=True)
+    assert words.startswith("int8, which rounds states that are only cached and holds 3.0 times as many;")

@@ -43,6 +43,8 @@ class Evidence:
     """Of prompts by what became of them; only hits and the others of a replay."""
     state_bytes: int
     token_bytes: int
+    cached_state_bytes: int = 0
+    """Of a cached state, where that is known; it may be packed."""
     checkpoint_tokens: int = 0
     requests: int = 0
     """That were looked up."""
@@ -73,6 +75,7 @@ def evidence_of(looks: Sequence[Look]) -> Evidence:
         refused=lately if any(lately.values()) else last.refused,
         tokens=last.tokens,
         state_bytes=last.state_bytes,
+        cached_state_bytes=last.cached_state_bytes,
         token_bytes=last.token_bytes,
         checkpoint_tokens=last.checkpoint_tokens,
         requests=sum(last.lookups.values()),
@@ -220,10 +223,10 @@ def _advice(evidence: Evidence, limit: str) -> tuple[str | None, str]:
     missed = evidence.tokens.get(TokenResult.NO_STATE, 0)
     spacing = evidence.checkpoint_tokens
     if total and missed > _MANY_MISSED * total and missed < spacing * max(evidence.requests, 1):
-        each = missed / max(evidence.requests, 1)
+        each, kept = missed / max(evidence.requests, 1), evidence.cached_state_bytes or evidence.state_bytes
         return "checkpoint_tokens", (
             f"checkpoint_tokens {spacing // 2} would help: a prompt misses {each:,.0f} tokens on average behind its "
-            f"last checkpoint, which lie {spacing:,} apart. Each checkpoint kept takes {size(evidence.state_bytes)}."
+            f"last checkpoint, which lie {spacing:,} apart. Each checkpoint kept takes {size(kept)}."
         )
     return None, "No setting would help: all requests run at once, and what misses was never there."
 

@@ -88,6 +88,12 @@ class Look:
         return sum(group.block_bytes for group in self.groups if group.kind == "states")
 
     @property
+    def cached_state_bytes(self) -> int:
+        """Bytes of a cached state, all groups together: packed, where states are."""
+        packed = sum(group.block_bytes for group in self.groups if group.kind == "packed")
+        return packed or self.state_bytes
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of a token's attention, all groups together."""
         return sum(group.block_bytes // group.block_tokens for group in self.groups if group.block_tokens)

@@ -146,7 +146,8 @@ def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Itera
             why = f"the part of prefix_cache_retention_interval ({interval:,}) nearest to {CHECKPOINT_TOKENS:,}"
         yield f"  checkpoint_tokens: {config.checkpoint_tokens:,}, {why}"
     if settings.checkpoint_states != "same":
-        yield f"  checkpoint_states: {_packed_words(settings.checkpoint_states, config)}"
+        words = _packed_words(settings.checkpoint_states, config, cache_config.enable_prefix_caching)
+        yield f"  checkpoint_states: {words}"
     fitting = planning.requests_with_states(config)
     if asked.max_num_seqs is not None and fitting < asked.max_num_seqs:
         yield (
@@ -162,13 +163,13 @@ def _settings(vllm_config: Any, config: planning.TidepoolKVCacheConfig) -> Itera
         yield f"  {name}: without effect here ({WITHOUT_EFFECT[name]})"
 
 
-def _packed_words(state_format: str, config: planning.TidepoolKVCacheConfig) -> str:
+def _packed_words(state_format: str, config: planning.TidepoolKVCacheConfig, caching: bool) -> str:
     """What the user's format of cached states does here."""
     if not config.packed:
-        why = "no state is cached" if config.prefix_cache_retention_interval is None else "it makes no state smaller"
+        why = "it makes no state smaller" if caching else "nothing is cached"
         return f"{state_format}, without effect here ({why})"
     whole, packed = (
-        sum(config.block_bytes[group] for group in groups)
+        sum(config.strides[group] for group in groups)
         for groups in (config.packed, range(len(config.kv_cache_groups), len(config.block_bytes)))
     )
     return (
