@@ -50,7 +50,7 @@ from tidepool.cache.spec import (
     packed_groups,
 )
 from tidepool.cache.speeds import Speeds
-from tidepool.cache.state_format import PAGE_ALIGN, SCALE_BYTES, STATE_FORMATS, StateFormat, packed_page_bytes
+from tidepool.cache.state_format import SCALE_BYTES, STATE_FORMATS, StateFormat, packed_page_bytes
 from tidepool.cache.waiting import Waiting
 
 __all__ = [
@@ -58,7 +58,6 @@ __all__ = [
     "LONG_PROMPT",
     "NO_ANSWER_STATE",
     "NO_CHECKPOINTS",
-    "PAGE_ALIGN",
     "SCALE_BYTES",
     "STATE_FORMATS",
     "AnswerLengths",

@@ -14,7 +14,7 @@ between groups an extent at a time, so the smallest E that pads little enough is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 
@@ -189,7 +189,10 @@ def _beside_packed(groups: Sequence[Group]) -> Geometry:
         for count in range(1, MAX_BLOCKS_BESIDE_PACKED + 1):
             if best and count * EXTENT_COST >= best[0]:
                 break
-            for extent, layouts in _extents(kinds, count, bound):
+            for extent in dict.fromkeys(_extents(kinds, count, _always(bound))):
+                layouts = _layouts(extent, kinds, bound)
+                if layouts is None:
+                    continue
                 found = (_layout(extent, *kind, MAX_PADDING_PACKED) for kind in packed)
                 fitting = [layout for layout in found if layout and layout.blocks_per_extent > count]
                 if len(fitting) < len(packed):
@@ -208,21 +211,24 @@ def _beside_packed(groups: Sequence[Group]) -> Geometry:
     )
 
 
-def _extents(
-    kinds: Sequence[tuple[int, int]], count: int, bound: float
-) -> Iterator[tuple[int, dict[tuple[int, int], ExtentLayout]]]:
-    """Extents that ``count`` of the largest blocks fill up to padding, all kinds padded by less than ``bound``."""
+def _always(bound: float) -> Callable[[], float]:
+    """A bound that stays as it is."""
+    return lambda: bound
+
+
+def _extents(kinds: Sequence[tuple[int, int]], count: int, bound: Callable[[], float]) -> Iterator[int]:
+    """Extents that ``count`` of the largest blocks fill up to padding under ``bound``, which is asked before each.
+
+    Exact: every such extent is a multiple of some stride of the smallest blocks, and all of those are tried.
+    """
     (smallest, align), (largest, largest_align) = kinds[0], kinds[-1]
     first = count * _round_up(largest, largest_align)
-    seen: set[int] = set()
     stride = _round_up(smallest, align)
-    while 1 - smallest / stride < bound:
+    while 1 - smallest / stride < bound():
         step = lcm(stride, count * largest_align)
         extent = _round_up(first, step)
-        while 1 - count * largest / extent < bound:
-            if extent not in seen and (layouts := _layouts(extent, kinds, bound)) is not None:
-                seen.add(extent)
-                yield extent, layouts
+        while 1 - count * largest / extent < bound():
+            yield extent
             extent += step
         stride += align
 
@@ -259,8 +265,7 @@ def _least_waste(kinds: Sequence[tuple[int, int]], limit: float) -> Geometry | N
 def _least_padded(kinds: Sequence[tuple[int, int]], count: int, bound: float, enough: float) -> Geometry | None:
     """The least padded extent that ``count`` of the largest blocks fill up to padding, or the first that is enough.
 
-    Exact: every such extent is a multiple of some stride of the smallest blocks, and all of those are tried. A result
-    lowers the bound for those that follow, so few remain.
+    A result lowers the bound for those that follow, so few remain.
 
     Args:
         kinds: block bytes and alignment of each group, ascending.
@@ -268,24 +273,20 @@ def _least_padded(kinds: Sequence[tuple[int, int]], count: int, bound: float, en
         bound: padding, 0 to 1, that every kind must stay under.
         enough: padding below which nothing better is looked for.
     """
-    (smallest, align), (largest, largest_align) = kinds[0], kinds[-1]
-    first = count * _round_up(largest, largest_align)
     # Whoever has the fewest strides (or counts) to try is asked first.
-    order = sorted(kinds, key=lambda kind: min(kind[0] / kind[1], largest / max(1, kind[0])))
+    order = sorted(kinds, key=lambda kind: min(kind[0] / kind[1], kinds[-1][0] / max(1, kind[0])))
     best: Geometry | None = None
-    stride = _round_up(smallest, align)
-    while 1 - smallest / stride < bound:
-        step = lcm(stride, count * largest_align)
-        extent = _round_up(first, step)
-        while 1 - count * largest / extent < bound:
-            layouts = _layouts(extent, order, bound)
-            if layouts is not None:
-                best = Geometry(extent, tuple(layouts[kind] for kind in kinds))
-                bound = best.padding
-                if bound < enough or not bound:
-                    return best
-            extent += step
-        stride += align
+
+    def lowered() -> float:
+        return bound
+
+    for extent in _extents(kinds, count, lowered):
+        layouts = _layouts(extent, order, bound)
+        if layouts is not None:
+            best = Geometry(extent, tuple(layouts[kind] for kind in kinds))
+            bound = best.padding
+            if bound < enough or not bound:
+                return best
     return best
 
 

@@ -375,11 +375,9 @@ def _state(options: CacheOptions, numerics: Numerics, channels: int, kernel: int
     columns = kernel - 1 + options.speculative_tokens
     convolution = columns * _share(channels, options.tp, "convolution channels") * numerics.model_bytes
     each = state_bytes(options.state_dtype, numerics.state_dtype)
-    packed = 0
-    if options.checkpoint_states != "same":
-        packed = packed_page_bytes(
-            options.checkpoint_states, rest=convolution, rows=rows, numbers=numbers, number_bytes=each
-        )
+    packed = packed_page_bytes(
+        options.checkpoint_states, rest=convolution, rows=rows, numbers=numbers, number_bytes=each
+    )
     return State(convolution + rows * numbers * each, options.copies, packed)
 
 

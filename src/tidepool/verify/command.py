@@ -148,11 +148,7 @@ def scenarios(
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("starting vLLM", total=len(parts))
-
-            def progress(done: str) -> None:
-                bar.update(task, advance=1, description=done)
-
-            done = drive.run(parts, directory, progress, options)
+            done = drive.run(parts, directory, lambda done: bar.update(task, advance=1, description=done), options)
         rows = report.judge(done)
         if json_file is not None:
             json_file.write_text(json.dumps(report.to_json(done, rows), indent=2) + "\n", encoding="utf-8")

@@ -70,10 +70,7 @@ class Results:
 
 
 def run(
-    parts: Sequence[Part],
-    directory: Path,
-    progress: Callable[[str], None],
-    options: Sequence[str] = (),
+    parts: Sequence[Part], directory: Path, progress: Callable[[str], None], options: Sequence[str] = ()
 ) -> Results:
     """Run all parts.
 
@@ -84,13 +81,12 @@ def run(
         options: of vLLM's, for every engine.
     """
     lanes, results, children, stop = lanes_of(parts), Results(), list[Child](), Event()
-    told = {"options": list(options)}
 
     def run_lanes(lanes: Sequence[_Lane], at_once: int, share: float = 0.0) -> None:
         with ThreadPoolExecutor(at_once) as pool:
             try:
                 for done in [
-                    pool.submit(_run_lane, lane, told | {"share": share}, directory, results, progress, children, stop)
+                    pool.submit(_run_lane, lane, share, directory, options, results, progress, children, stop)
                     for lane in lanes
                 ]:
                     done.result()
@@ -124,8 +120,9 @@ def lanes_of(parts: Sequence[Part]) -> list[_Lane]:
 
 def _run_lane(
     lane: _Lane,
-    common: dict[str, Any],
+    share: float,
     directory: Path,
+    options: Sequence[str],
     results: Results,
     progress: Callable[[str], None],
     children: list[Child],
@@ -146,7 +143,8 @@ def _run_lane(
             for part in lane.parts
         ]
         models = str(directory / "models" / lane.name)
-        child.send({"side": lane.side, "parts": told, "models": models} | common)
+        job = {"side": lane.side, "parts": told, "options": list(options), "models": models, "share": share}
+        child.send(job)
         if stop.is_set():
             return
         try:

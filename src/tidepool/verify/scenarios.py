@@ -386,13 +386,17 @@ def choose_parts(
 
 def _packing(scenario: Scenario, checkpoint_states: StateFormat) -> Scenario:
     """A scenario with another format of cached states."""
-    must = tuple(count for count in scenario.must if count not in ("evictions", "loads", "unpacked"))
-    return replace(scenario, must=must, checkpoint_states=checkpoint_states)
+    return replace(_without(scenario, "evictions", "loads", "unpacked"), checkpoint_states=checkpoint_states)
 
 
 def _drafting(scenario: Scenario, draft_tokens: int) -> Scenario:
     """A scenario with memory for drafts, which may then be too large for what has to happen in a small one."""
     if draft_tokens == 1:
         return scenario
-    must = tuple(count for count in scenario.must if count not in ("evictions", "loads", "preemptions", "moves"))
-    return replace(scenario, must=must, kv_bytes=scenario.kv_bytes + draft_tokens * DRAFT_BYTES)
+    roomy = _without(scenario, "evictions", "loads", "preemptions", "moves")
+    return replace(roomy, kv_bytes=scenario.kv_bytes + draft_tokens * DRAFT_BYTES)
+
+
+def _without(scenario: Scenario, *counts: Count) -> Scenario:
+    """A scenario in which these needn't happen."""
+    return replace(scenario, must=tuple(count for count in scenario.must if count not in counts))

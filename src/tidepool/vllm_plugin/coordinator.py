@@ -115,10 +115,9 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
         """Extents that this allocation takes from those free, all groups together."""
         if self.retention_interval != 0:
             prefill_end = 0
-        needs: list[int] = []
-        touched: list[Sequence[int]] = []
+        needs = [0] * self.block_pool.groups
+        touched: list[Sequence[int]] = [()] * self.block_pool.groups
         asked = [0] * self.block_pool.groups
-        packed: list[list[int]] = [[] for _ in range(self._packed_groups)]
         self.need = self._nothing
         anything = False
         for manager, computed in zip(self.single_type_managers, new_computed_blocks, strict=True):
@@ -140,21 +139,15 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
                 return self.block_pool.num_gpu_blocks + 1
             # Managers count the cached blocks that a hit will touch among the needed; the arena wants them by name.
             # What lies before a window was found and isn't touched.
-            idle: Sequence[int] = ()
+            idle: list[KVCacheBlock] = []
             if computed:
                 skipped = manager.get_num_skipped_tokens(total_computed_tokens) // manager.block_size
-                idle = [block.block_id for block in computed[skipped:] if block.ref_cnt == 0 and not block.is_null]
-                need -= len(idle)
-                if manager.block_pool.packed and idle and manager.block_pool.is_packed(computed[-1]):
-                    group, block = manager.block_pool.place(computed[-1])
-                    packed[group - len(self.single_type_managers)].append(block)
-                    idle = idle[:-1]
-            needs.append(need)
-            touched.append(idle)
+                idle = [block for block in computed[skipped:] if block.ref_cnt == 0 and not block.is_null]
+            needs[manager.kv_cache_group_id] = need - len(idle)
+            for group, blocks in manager.block_pool.by_core_group(idle):
+                touched[group] = blocks
         if not anything:
             return 0
-        needs += [0] * len(packed)
-        touched += packed
         arena = self.block_pool.arena
         charges, pinned = arena.extents_needed(needs, touched)
         self.need = Need(request_id, asked, charges)
@@ -163,7 +156,7 @@ class ArenaCoordinator(KVCacheCoordinator if TYPE_CHECKING else object):  # type
             return now
         if self.growth:
             found = [len(computed) for computed in new_computed_blocks]
-            self.growth.found(request_id, found + [0] * len(packed))
+            self.growth.found(request_id, found + [0] * self._packed_groups)
         return self.extents_beside_others(request_id, num_tokens, needs, touched, now)
 
     def extents_beside_others(
@@ -317,11 +310,12 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         assert self.block_pool.host
         with looking(self.block_pool.host):
             found, tokens, _ = super().find_longest_cache_hit(block_hashes, tokens)
-            behind = range(tokens, tokens + self.retention.rules.ahead, self.block_pool.pools[0].hash_block_size)
+            unit = self.block_pool.pools[0].hash_block_size
+            behind = range(tokens // unit, (tokens + self.retention.rules.ahead) // unit) if tokens else ()
             for manager, blocks in zip(self.single_type_managers, found, strict=True):
-                if tokens and not isinstance(manager, MambaManager):
-                    for place in behind:
-                        key = block_hashes[place // self.block_pool.pools[0].hash_block_size]
+                if not isinstance(manager, MambaManager):
+                    for index in behind:
+                        key = block_hashes[index]
                         blocks += manager.block_pool.get_cached_block(key, [manager.kv_cache_group_id]) or ()
         return found, tokens
 

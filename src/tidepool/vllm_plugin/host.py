@@ -58,12 +58,10 @@ class TieredBlockPool(GroupBlockPool):
             key = make_block_hash_with_group_id(block_hash, group)
             block = self.cached_block_hash_to_block.get_one_block(key)
             if block is None:
-                held_by = next((each for each in self.core_groups if host.tier.find(each, key)), None)
-                if held_by is None:
+                held = ((each, host.tier.find(each, key)) for each in self.core_groups)
+                block = next((OnHost(each, key, found.tokens) for each, found in held if found), None)
+                if block is None:
                     return None
-                held = host.tier.find(held_by, key)
-                assert held is not None
-                block = OnHost(held_by, key, held.tokens)
             blocks.append(block)
         return blocks
 

@@ -166,7 +166,7 @@ def _core_group(vllm_config: Any, group: KVCacheGroupSpec) -> Group:
 def _packed_bytes(vllm_config: Any, spec: MambaSpec) -> int:
     """Bytes of a cached state of one layer, if it is packed; else 0."""
     plan = plan_of(vllm_config)
-    if not plan or plan.checkpoint_states == "same" or spec.mamba_cache_mode != "align":
+    if not plan or spec.mamba_cache_mode != "align":
         return 0
     return state_parts(spec).packed_page_bytes(plan.checkpoint_states)
 

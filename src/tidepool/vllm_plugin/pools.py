@@ -144,10 +144,16 @@ class GroupBlockPool(ExactEvents, BlockPool):
         if group == self.group:
             return self.get_new_blocks(count)
         got = self.arena.allocate(group, count, request=self._filed_under)
-        new = [self.block_at(Place(group, index)) for index in got]
+        return self._referenced(group, got)
+
+    def _referenced(self, group: int, indices: Sequence[int]) -> list[KVCacheBlock]:
+        """The blocks that a group of the arena has just handed out."""
+        first = 0 if group == self.group else self.num_gpu_blocks
+        new = [self.blocks[first + index] for index in indices]
         for block in new:
             block.ref_cnt = 1
-            self.low.discard(block.block_id)
+        if self.low:
+            self.low.difference_update(block.block_id for block in new)
         return new
 
     @property
@@ -155,7 +161,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
         """The groups of the arena that have this pool's blocks, packed ones first."""
         return (self.packed.group, self.group) if self.packed else (self.group,)
 
-    def _by_core_group(self, blocks: Sequence[KVCacheBlock]) -> Iterator[tuple[int, list[int]]]:
+    def by_core_group(self, blocks: Sequence[KVCacheBlock]) -> Iterator[tuple[int, list[int]]]:
         """(group, blocks) of the arena, in the order of its groups."""
         if self.packed is None:
             yield self.group, [block.block_id for block in blocks]
@@ -167,28 +173,18 @@ class GroupBlockPool(ExactEvents, BlockPool):
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Blocks with one reference each; evicts what the arena's policy says."""
-        blocks, request = self.blocks, self.memory.serving
+        request = self.memory.serving
         before = self.blocks_of.get(request.name) if request else None
         last = before[-1].block_id if before and not before[-1].is_null and not self.is_packed(before[-1]) else None
         got = self.arena.allocate(self.group, num_blocks, last=last, request=self._filed_under)
-        new = [blocks[i] for i in got]
-        for block in new:
-            block.ref_cnt = 1
-        if self.low:
-            self.low.difference_update(got)
-        return new
+        return self._referenced(self.group, got)
 
     def get_packed_block(self, source: KVCacheBlock) -> KVCacheBlock | None:
         """A block, with one reference, to pack a state into; None if there is none or states aren't packed."""
         if self.packed is None:
             return None
         index = self.arena.allocate_for_copy(self.packed.group, self.group, source.block_id, request=self._filed_under)
-        if index is None:
-            return None
-        block = self.blocks[self.num_gpu_blocks + index]
-        block.ref_cnt = 1
-        self.low.discard(block.block_id)
-        return block
+        return None if index is None else self._referenced(self.packed.group, [index])[0]
 
     @property
     def _filed_under(self) -> str | None:
@@ -210,7 +206,7 @@ class GroupBlockPool(ExactEvents, BlockPool):
             if self.holds_states:
                 self._state_found(block, shared=shared)
         if waking:
-            for group, ids in self._by_core_group(waking):
+            for group, ids in self.by_core_group(waking):
                 # vLLM releases a state that it has copied without saying for whom.
                 self.arena.touch(group, ids, shared=shared, request=self._filed_under)
 

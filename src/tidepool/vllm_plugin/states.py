@@ -109,8 +109,8 @@ class StateManager(MambaManager):
         partial = self._partial_hit_reqs.get(request_id)
         if partial is not None and self._leaves_column(partial[0], num_tokens_main_model):
             del self._partial_hit_reqs[request_id]
-        elif partial is not None and request_id in self._allocated_block_reqs and self._packs(request_id, partial[1]):
-            pass
+        elif partial is not None and request_id in self._allocated_block_reqs:
+            self._pack_before_writing(request_id, partial[1])
         elif (
             self.mamba_cache_mode == "align"
             and request_id not in self._checkpoints
@@ -155,14 +155,12 @@ class StateManager(MambaManager):
         self._allocated_block_reqs.add(request_id)
         return blocks[column:]
 
-    def _packs(self, request_id: str, state: KVCacheBlock) -> bool:
-        """Pack a state in the cache that a request is about to write over, in place of copying it as it is."""
+    def _pack_before_writing(self, request_id: str, state: KVCacheBlock) -> None:
+        """Pack a state in the cache that a request is about to write over, so that vLLM needn't copy it as it is."""
         packed = self.block_pool.pack(state)
-        if packed is None:
-            return False
-        del self._partial_hit_reqs[request_id]
-        self.block_pool.free_blocks([packed])
-        return True
+        if packed is not None:
+            del self._partial_hit_reqs[request_id]
+            self.block_pool.free_blocks([packed])
 
     def cache_blocks(
         self,
