@@ -1,10 +1,14 @@
 """Processor time of vLLM's scheduler per step, stock against tidepool, on the real engine core without a model.
 
     python bench/scheduler_cpu.py [--rounds 7] [--running 64] [--memory 16GiB] [--json FILE] [--profile DIRECTORY]
+    python bench/scheduler_cpu.py --workload agents [--sessions 16] [--memory 40GiB]
 
 Each side is an engine in a process of its own. The sides take turns: one serves a round of requests while the other
 waits, so that both see the same machine. Counted is the processor time of `Scheduler.schedule` and
 `Scheduler.update_from_output`, in steps with all of `--running` requests running.
+
+With ``--workload agents`` a round is the next turn of each of some sessions, whose prompts of 30,000 tokens and more
+contain all that was said before. There every step counts: what is looked up, found and given back is in few of them.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -36,31 +41,52 @@ def requests(seed: int, running: int) -> list[tuple[list[int], int]]:
     return made
 
 
-def serve_round(engine: Any, seed: int, running: int) -> dict[str, Any]:
-    """Serve one round of requests; seconds of every step that had all requests running."""
+def turns(number: int, sessions: int) -> list[tuple[list[int], int]]:
+    """The prompts and output lengths of each session's turn of that number; a turn brings 200 to 2,000 tokens."""
+    rng = random.Random(0)
+    common = [rng.randrange(100_000) for _ in range(8_000)]
+    made = []
+    for session in range(sessions):
+        rng = random.Random(session + 1)
+        text = common + [rng.randrange(100_000) for _ in range(rng.randint(20_000, 30_000))]
+        for _ in range(number):
+            text += [rng.randrange(100_000) for _ in range(rng.randint(200, 2_000))]
+        made.append((text, rng.randint(50, 150)))
+    return made
+
+
+def serve_round(engine: Any, made: Sequence[tuple[list[int], int]], seed: int, full: int) -> dict[str, Any]:
+    """Serve one round of requests; seconds of every step that had at least so many requests running."""
     from tidepool.replay.engine import add_request
     from tidepool.replay.step import take_step
 
-    for index, (prompt, output_tokens) in enumerate(requests(seed, running)):
+    for index, (prompt, output_tokens) in enumerate(made):
         add_request(engine, f"{seed}-{index}", prompt, output_tokens)
     seconds, steps, preempted = [], 0, 0
     while engine.scheduler.has_requests():
         step = take_step(engine)
         steps += 1
         preempted += len(step.output.preempted_req_ids or ())
-        if len(step.output.num_scheduled_tokens) >= running:
+        if len(step.output.num_scheduled_tokens) >= full:
             seconds.append(step.scheduler_seconds)
     return {"mean": mean(seconds), "median": median(seconds), "steps": steps, "full": len(seconds), "pre": preempted}
 
 
-def child(model: str, side: Any, caching: bool, running: int, memory: int, profile: str | None) -> None:
+def child(args: argparse.Namespace, memory: int) -> None:
     """One side: an engine that serves a round for every line that it reads."""
     from tidepool.models import entry
     from tidepool.replay.engine import EngineShape, make_checked_engine
     from tidepool.vllm_plugin.served import NotServedError
 
+    model, side, switch = args.child
+    caching, agents, profile = switch == "1", args.workload == "agents", args.profile
     shape = EngineShape(
-        entry(model).config, memory, side, max_num_seqs=running, max_model_len=32_768, prefix_caching=caching
+        entry(model).config,
+        memory,
+        side,
+        max_num_seqs=args.running,
+        max_model_len=131_072 if agents else 32_768,
+        prefix_caching=caching,
     )
     try:
         engine = make_checked_engine(shape)
@@ -75,7 +101,9 @@ def child(model: str, side: Any, caching: bool, running: int, memory: int, profi
 
             profiler = profiler or cProfile.Profile()
             profiler.enable()
-        made = serve_round(engine, int(line), running)
+        seed = int(line)
+        asked = turns(seed, args.sessions) if agents else requests(seed, args.running)
+        made = serve_round(engine, asked, seed, 1 if agents else args.running)
         if profiler:
             profiler.disable()
             profiler.dump_stats(Path(profile or ".", f"{model}-{side}-{'on' if caching else 'off'}.prof"))
@@ -88,6 +116,7 @@ class Side:
     def __init__(self, args: argparse.Namespace, model: str, side: str, caching: bool) -> None:
         command = [sys.executable, __file__, "--child", model, side, str(int(caching))]
         command += ["--running", str(args.running), "--memory", args.memory]
+        command += ["--workload", args.workload, "--sessions", str(args.sessions)]
         command += ["--profile", args.profile] if args.profile else []
         self.process = subprocess.Popen(
             command,
@@ -148,6 +177,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--running", type=int, default=64)
     parser.add_argument("--memory", default="16GiB")
+    parser.add_argument("--workload", choices=("chats", "agents"), default="chats")
+    parser.add_argument("--sessions", type=int, default=16, help="of agents")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--profile", help="a directory for cProfile's figures; times are worth nothing then")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -155,15 +186,15 @@ def main() -> None:
     from tidepool.sizes import parse_size
 
     if args.child:
-        model, side, caching = args.child
-        child(model, side, caching == "1", args.running, parse_size(args.memory), args.profile)
+        child(args, parse_size(args.memory))
         return
-    print(f"Scheduler CPU per step with {args.running} requests running, us; median of {args.rounds} rounds each.")
+    steps = "all steps" if args.workload == "agents" else f"steps with {args.running} requests running"
+    print(f"Scheduler CPU per step, {steps}, us; median of {args.rounds} rounds each.")
     print(f"{'':<34} {'mean over steps':^26}   {'median step':^26}")
     print(f"{'model':<20} {'prefix cache':<13}" + 2 * f" {'stock':>8} {'tidepool':>9} {'ratio':>7}  ")
     results = []
     for model in MODELS:
-        for caching in (False, True):
+        for caching in (False, True)[args.workload == "agents" :]:
             made = compare(args, model, caching)
             results.append(made)
             print(

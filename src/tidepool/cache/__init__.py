@@ -35,6 +35,7 @@ from tidepool.cache.growth import AnswerLengths, GroupGrowth, Growth, Outlook, h
 from tidepool.cache.host import BlockCopy, Copy, Held, HostTier, Left
 from tidepool.cache.lookups import Lookup, LookupResult, LookupStatistics, TokenResult
 from tidepool.cache.prompt_ends import PromptEnds, Resumed
+from tidepool.cache.published import BlockSizes, Marconi, seglen, tail_optimized
 from tidepool.cache.retention import NO_ANSWER_STATE, AnswerState, RequestRecord, RetentionPolicy
 from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
 from tidepool.cache.spec import (
@@ -64,6 +65,7 @@ __all__ = [
     "AnswerState",
     "Arena",
     "BlockCopy",
+    "BlockSizes",
     "BranchCheckpoints",
     "BranchStatistics",
     "CacheConfigError",
@@ -88,6 +90,7 @@ __all__ = [
     "Lookup",
     "LookupResult",
     "LookupStatistics",
+    "Marconi",
     "OutOfBlocksError",
     "Outlook",
     "PackedState",
@@ -121,5 +124,7 @@ __all__ = [
     "packed_groups",
     "packed_page_bytes",
     "plan_checkpoints",
+    "seglen",
     "spacing_within",
+    "tail_optimized",
 ]

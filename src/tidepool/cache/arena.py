@@ -399,10 +399,11 @@ class Arena:
         for extent in empty:
             self._come_free(group, extent)
         pair = None if request is None or not cached else self._prefixes[request]
+        low = self._low if self._policy.low_together else CachedPrefix(PriorityClass.LOW, running=False)
         for block, kept in cached:
             shared, prefix = pool.shared[block], pool.prefixes[block]
             if kept == Retention.LOW:
-                prefix = self._low
+                prefix = low
             elif request is not None or prefix is None or shared != (prefix.priority == PriorityClass.SHARED):
                 pair = pair or _prefix_pair(TurnClass.FIRST, running=False)
                 prefix = pair[shared]
@@ -595,7 +596,7 @@ class Arena:
 
     def _break(self, prefix: CachedPrefix) -> None:
         """A cached prefix is about to lose a block."""
-        if prefix is self._low:
+        if prefix.priority == PriorityClass.LOW:
             self.evictions[PriorityClass.LOW] += 1
         elif not prefix.broken:
             self.evictions[None if prefix.running else prefix.priority] += 1

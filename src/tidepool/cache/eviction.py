@@ -8,6 +8,7 @@ evicted, by cached prefixes. The arena files cached blocks under them; a policy 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from enum import IntEnum
 from itertools import islice
@@ -67,6 +68,9 @@ class CachedPrefix:
 class Policy(Protocol):
     """What the arena asks of a policy. Every call costs O(1)."""
 
+    low_together: bool
+    """Whether blocks of low priority are one cached prefix; else each release makes one, that ages by itself."""
+
     def keep(self, prefix: CachedPrefix) -> None:
         """A cached prefix got its first block, its request finished, or it was broken."""
 
@@ -78,9 +82,14 @@ class Policy(Protocol):
 
 
 class LeastRecentlyUsed:
-    """The cached prefix whose request finished the longest ago."""
+    """The cached prefix whose request finished the longest ago.
 
-    def __init__(self) -> None:
+    Args:
+        low_together: see `Policy`. Without, a state is evicted by its own last use, whatever is known of it.
+    """
+
+    def __init__(self, *, low_together: bool = True) -> None:
+        self.low_together = low_together
         self._queue: OrderedDict[CachedPrefix, None] = OrderedDict()
 
     def keep(self, prefix: CachedPrefix) -> None:
@@ -97,31 +106,33 @@ class LeastRecentlyUsed:
         return next(iter(self._queue), None)
 
 
-class ExpectedReturn:
-    """The cached prefix that promises the fewest hits for the time that its memory is taken.
+class FinishedFirst(ABC):
+    """What is broken or of low priority goes first, what running requests have left so far last.
 
-    How long people take to come back is learned (`tidepool.cache.reuse`). Where memory holds cached prefixes for less
-    time than that, the oldest are the next to be hit, and keeping every new one a little longer serves nobody: then the
-    youngest go, and the cache keeps *some* for long enough. So the oldest and the youngest of each class are compared,
-    which finds the lowest index of all where the index has a single peak over age.
-
-    Shared prefixes are hit by everybody; of those only the oldest can go. What running requests have left so far goes
-    when nothing else is left: their attention is there anyway, and a state alone takes little.
+    A running request's attention is there anyway, and a state alone takes little. Between the two a policy decides.
     """
 
-    def __init__(self, reuse: ReuseModel) -> None:
-        self._reuse = reuse
-        # Of requests that finished, by priority, and of those that run; the oldest first.
-        self._queues: tuple[OrderedDict[CachedPrefix, None], ...] = tuple(OrderedDict() for _ in PriorityClass)
+    low_together = True
+
+    def __init__(self) -> None:
+        self._low: OrderedDict[CachedPrefix, None] = OrderedDict()
         self._running: OrderedDict[CachedPrefix, None] = OrderedDict()
+
+    @abstractmethod
+    def queue_of(self, prefix: CachedPrefix) -> OrderedDict[CachedPrefix, None]:
+        """The queue for what a finished request has left, behind all that is in it."""
+
+    @abstractmethod
+    def next_finished(self, now: int) -> CachedPrefix | None:
+        """Which one of these queues is evicted next; None if they are empty."""
 
     def keep(self, prefix: CachedPrefix) -> None:
         """See `Policy`."""
         self.drop(prefix)
-        if prefix.broken:
-            prefix.queue = self._queues[PriorityClass.LOW]
+        if prefix.broken or prefix.priority == PriorityClass.LOW:
+            prefix.queue = self._low
         else:
-            prefix.queue = self._running if prefix.running else self._queues[prefix.priority]
+            prefix.queue = self._running if prefix.running else self.queue_of(prefix)
         prefix.queue[prefix] = None
 
     def drop(self, prefix: CachedPrefix) -> None:
@@ -132,10 +143,32 @@ class ExpectedReturn:
 
     def victim(self, now: int) -> CachedPrefix | None:
         """See `Policy`."""
-        low = self._queues[PriorityClass.LOW]
-        return next(iter(low), None) or self._lowest_index(now) or next(iter(self._running), None)
+        return next(iter(self._low), None) or self.next_finished(now) or next(iter(self._running), None)
 
-    def _lowest_index(self, now: int) -> CachedPrefix | None:
+
+class ExpectedReturn(FinishedFirst):
+    """The cached prefix that promises the fewest hits for the time that its memory is taken.
+
+    How long people take to come back is learned (`tidepool.cache.reuse`). Where memory holds cached prefixes for less
+    time than that, the oldest are the next to be hit, and keeping every new one a little longer serves nobody: then the
+    youngest go, and the cache keeps *some* for long enough. So the oldest and the youngest of each class are compared,
+    which finds the lowest index of all where the index has a single peak over age.
+
+    Shared prefixes are hit by everybody; of those only the oldest can go.
+    """
+
+    def __init__(self, reuse: ReuseModel) -> None:
+        super().__init__()
+        self._reuse = reuse
+        # By priority, the oldest first.
+        self._queues: tuple[OrderedDict[CachedPrefix, None], ...] = tuple(OrderedDict() for _ in PriorityClass)
+
+    def queue_of(self, prefix: CachedPrefix) -> OrderedDict[CachedPrefix, None]:
+        """See `FinishedFirst`."""
+        return self._queues[prefix.priority]
+
+    def next_finished(self, now: int) -> CachedPrefix | None:
+        """See `FinishedFirst`."""
         least: tuple[float, CachedPrefix] | None = None
         for turn, priority in PRIORITY_OF_TURN.items():
             queue = self._queues[priority]

@@ -246,7 +246,7 @@ class RetentionPolicy:
         points = [ResumePoint(key, 0, at_either) for key in places.values()]
         far = {checkpoint - each: each for each in self.branches.distances if each < checkpoint}
         points += [ResumePoint(self._key(keys, place), distance, left(place)) for place, distance in far.items()]
-        self.reuse.ended(points, now, record.match)
+        self.reuse.ended(points, now, record.match, last_checkpoint or 0)
         states = [place for place in (*far, *places) if left(place)]
         if last_checkpoint is not None and last_checkpoint > prompt_tokens:
             states.append(last_checkpoint)

@@ -20,7 +20,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import exp
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 _BINS = 12
 """Ages: under one unit, then up to 2, 4, ... units; older than 2048 units counts as never."""
@@ -74,6 +74,16 @@ class ResumePoint(NamedTuple):
     """Whether a state was left there. If not, it only tells where prompts branch."""
 
 
+class Observer(Protocol):
+    """Told what the record is told, for policies with a record of their own."""
+
+    def came(self, match: PrefixMatch) -> None:
+        """A prompt came."""
+
+    def ended(self, places: Sequence[ResumePoint], tokens: int, now: int) -> None:
+        """A prompt was served; see `ReuseModel.ended`."""
+
+
 class _Wait:
     """One wait for a return."""
 
@@ -109,6 +119,7 @@ class ReuseModel:
     """
 
     def __init__(self, unit: int) -> None:
+        self.observers: list[Observer] = []
         self._unit = max(unit, 1)
         self._places: OrderedDict[Hashable, _Known] = OrderedDict()
         """By key; the place that a prompt ended at last is last."""
@@ -125,11 +136,11 @@ class ReuseModel:
 
     def began(self, keys: Sequence[Hashable], now: int) -> PrefixMatch:
         """A prompt with these keys came, the key of its longest prefix first."""
-        for key in keys:
-            known = self._places.get(key)
-            if known is not None:
-                return self._returned(key, known, now)
-        return PrefixMatch(TurnClass.FIRST)
+        known = next(((key, self._places[key]) for key in keys if key in self._places), None)
+        match = self._returned(*known, now) if known else PrefixMatch(TurnClass.FIRST)
+        for observer in self.observers:
+            observer.came(match)
+        return match
 
     def _returned(self, key: Hashable, known: _Known, now: int) -> PrefixMatch:
         """A prompt continues from here."""
@@ -146,14 +157,17 @@ class ReuseModel:
         earlier = TurnClass.FIRST if wait is None else wait.turn
         return PrefixMatch(TurnClass(min(earlier + 1, TurnClass.LATER)), 0, place=key)
 
-    def ended(self, places: Sequence[ResumePoint], now: int, match: PrefixMatch) -> None:
+    def ended(self, places: Sequence[ResumePoint], now: int, match: PrefixMatch, tokens: int = 0) -> None:
         """A prompt was served.
 
         Args:
             places: where a later prompt may continue.
             now: the time.
             match: what `began` said of it.
+            tokens: up to the last state that it left.
         """
+        for observer in self.observers:
+            observer.ended(places, tokens, now)
         own, of_shared = _Wait(now, match.turn), _Wait(now, TurnClass.NONE)
         shared = None if match.shared is None else self._places.get(match.shared)
         if shared is not None:

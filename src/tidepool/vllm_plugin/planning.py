@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import (
 
 from tidepool.cache import (
     Arena,
+    BlockSizes,
     CacheConfigError,
     CheckpointRules,
     ExpectedReturn,
@@ -33,6 +34,7 @@ from tidepool.cache import (
     Geometry,
     Group,
     LeastRecentlyUsed,
+    Marconi,
     Policy,
     ReuseModel,
     Share,
@@ -44,6 +46,8 @@ from tidepool.cache import (
     fixed_shares,
     geometry_by_counts,
     packed_groups,
+    seglen,
+    tail_optimized,
 )
 from tidepool.capacity import Partition
 from tidepool.vllm_plugin.serving_plan import CHECKPOINT_TOKENS, ServingPlan, note_plan, plan_of
@@ -110,7 +114,22 @@ class TidepoolKVCacheConfig(KVCacheConfig):
 
     def make_policy(self, reuse: ReuseModel) -> Policy:
         """The eviction policy that this configuration names."""
-        return ExpectedReturn(reuse) if self.eviction == "returns" else LeastRecentlyUsed()
+        tokens = [
+            0 if isinstance(group.kv_cache_spec, MambaSpec) else group.kv_cache_spec.block_size
+            for group in self.kv_cache_groups
+        ]
+        sizes = BlockSizes([*tokens, *[0] * len(self.packed)], self.block_bytes)
+        match self.eviction:
+            case "returns":
+                return ExpectedReturn(reuse)
+            case "marconi":
+                return Marconi(sizes, reuse)
+            case "seglen":
+                return seglen(sizes)
+            case "t-lru":
+                return tail_optimized(sizes)
+            case "lru" | "lru-states":
+                return LeastRecentlyUsed(low_together=self.eviction == "lru")
 
     def make_arena(self, **callbacks: Any) -> Arena:
         """The arena that this configuration describes; policy and callbacks as in `Arena`."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tidepool.cache import StateFormat
 from tidepool.capacity import Partition
 
-Eviction = Literal["returns", "lru"]
+Eviction = Literal["returns", "lru", "marconi", "seglen", "t-lru", "lru-states"]
 EVICTIONS: tuple[Eviction, ...] = get_args(Eviction)
 QueueOrder = Literal["fcfs", "hits-first"]
 QUEUE_ORDERS: tuple[QueueOrder, ...] = get_args(QueueOrder)

@@ -1,0 +1,184 @@
+"""Published eviction policies choose what their descriptions say."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from tidepool.cache import (
+    Arena,
+    BlockSizes,
+    CachedPrefix,
+    ExtentLayout,
+    Geometry,
+    LeastRecentlyUsed,
+    Marconi,
+    PrefixMatch,
+    PriorityClass,
+    ResumePoint,
+    Retention,
+    ReuseModel,
+    TurnClass,
+    seglen,
+    tail_optimized,
+)
+from tidepool.cache.published import MARCONI_WEIGHTS, Came, Served, Weighed, hits
+
+SIZES = BlockSizes(tokens=(16, 0), bytes=(16, 1_000))
+"""Attention of 16 tokens a block and one byte a token, and states of 1,000 bytes."""
+
+
+def prefix(tokens: int, since: int, states: int = 1) -> CachedPrefix:
+    """What a finished request has left."""
+    made = CachedPrefix(PriorityClass.FIRST, running=False)
+    made.since = since
+    made.blocks.extend((1, block) for block in range(states))
+    made.blocks.extend((0, block) for block in range(tokens // 16))
+    made.live = len(made.blocks)
+    return made
+
+
+def test_sizes_are_counted_by_group() -> None:
+    assert SIZES.of(prefix(320, 0, states=2)) == (320, 320 + 2_000)
+    assert SIZES.of_tokens(320) == (320, 320 + 1_000)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4_000), st.integers(1, 50)), min_size=1, max_size=30),
+    st.sampled_from(MARCONI_WEIGHTS),
+)
+def test_the_lowest_sum_of_recency_and_value_goes_first(given_prefixes: list[tuple[int, int]], weight: float) -> None:
+    """Against the sum for every prefix, with values rounded to their classes."""
+    values: dict[CachedPrefix, float] = {}
+    policy = Weighed(lambda each: values[each], weight)
+    now = 0
+    for quarters, wait in given_prefixes:
+        now += wait
+        made = prefix(0, now)
+        values[made] = 2.0 ** (quarters % 40 / 4)
+        policy.keep(made)
+    now += 1
+    while values:
+        oldest = max(now - each.since for each in values)
+        spread = max(values.values()) - min(values.values()) or 1.0
+        least = min(values.values())
+        scores = {
+            each: 1 - (now - each.since) / oldest + weight * (value - least) / spread for each, value in values.items()
+        }
+        victim = policy.victim(now)
+        assert victim is not None
+        assert scores[victim] == pytest.approx(min(scores.values()))
+        policy.drop(victim)
+        del values[victim]
+    assert policy.victim(now) is None
+
+
+def test_without_a_weight_it_is_lru() -> None:
+    policy = Weighed(lambda each: SIZES.of(each).tokens, 0.0)
+    old, new = prefix(4_096, 1), prefix(16, 2)
+    for each in (old, new):
+        policy.keep(each)
+    assert policy.victim(3) is old
+
+
+def test_seglen_keeps_what_is_long() -> None:
+    policy = seglen(SIZES)
+    long, short = prefix(8_192, 1), prefix(512, 2)
+    for each in (long, short):
+        policy.keep(each)
+    assert policy.victim(3) is short
+
+
+def test_t_lru_gives_up_what_is_read_again_soon_and_then_the_oldest() -> None:
+    policy = tail_optimized(SIZES)
+    longest, long, short = prefix(30_000, 1), prefix(10_000, 2), prefix(8_000, 3)
+    for each in (longest, long, short):
+        policy.keep(each)
+    order = []
+    while (victim := policy.victim(4)) is not None:
+        order.append(victim)
+        policy.drop(victim)
+    assert order == [short, longest, long], "length says no more about those that are slow"
+
+
+def test_what_runs_goes_last_and_what_is_broken_first() -> None:
+    policy = seglen(SIZES)
+    running, finished, broken = prefix(16, 1), prefix(4_096, 2), prefix(9_000, 3)
+    running.running = broken.broken = True
+    for each in (running, finished, broken):
+        policy.keep(each)
+    order = []
+    while (victim := policy.victim(4)) is not None:
+        order.append(victim)
+        policy.drop(victim)
+    assert order == [broken, finished, running]
+
+
+@pytest.mark.parametrize("low_together", [True, False])
+def test_states_of_low_priority_age_by_themselves_only_where_the_policy_says_so(low_together: bool) -> None:
+    """A state that a later one supersedes is as good as any other to SGLang's and Jenga's order."""
+    evicted: list[tuple[int, int]] = []
+    arena = Arena.elastic(
+        Geometry(64, (ExtentLayout(16, 16, 4), ExtentLayout(64, 64, 1))),
+        4,
+        policy=LeastRecentlyUsed(low_together=low_together),
+        on_evict=lambda group, block: evicted.append((group, block)),
+    )
+    (early,) = arena.allocate(1, 1)
+    (late,) = arena.allocate(1, 1)
+    (middle,) = arena.allocate(1, 1)
+    arena.release(1, [early], [Retention.LOW])
+    arena.release(1, [middle], [Retention.KEEP])
+    arena.release(1, [late], [Retention.LOW])
+    arena.allocate(1, 2)
+    assert evicted == [(1, early), (1, late) if low_together else (1, middle)]
+
+
+def told(reuse: ReuseModel, key: str, tokens: int, now: int, match: PrefixMatch) -> None:
+    reuse.ended([ResumePoint(key, 0, True)], now, match, tokens)
+
+
+def test_marconi_learns_that_long_prompts_come_back() -> None:
+    """Long prompts come back after two short ones, which never do, and the cache has room for little more than one."""
+    reuse = ReuseModel(1)
+    policy = Marconi(SIZES, reuse)
+    told(reuse, "first", 4_096, 1, PrefixMatch(TurnClass.FIRST))
+    policy.keep(prefix(4_096, 1))
+    assert policy.weight == 0.0
+    assert policy.victim(2) is not None, "the first eviction opens the window"
+    for turn in range(60):
+        now = 10 * turn + 10
+        told(reuse, f"long-{turn}", 4_096, now, reuse.began([f"long-{turn - 1}"], now))
+        for short in range(2):
+            told(reuse, f"short-{turn}-{short}", 512, now + short + 1, reuse.began([], now))
+    assert policy.weight > 0.0
+
+
+def test_marconi_stays_with_recency_where_nothing_is_gained() -> None:
+    """Whoever comes back is short and was here just before."""
+    reuse = ReuseModel(1)
+    policy = Marconi(SIZES, reuse)
+    told(reuse, "first", 4_096, 1, PrefixMatch(TurnClass.FIRST))
+    policy.keep(prefix(4_096, 1))
+    policy.victim(2)
+    for turn in range(60):
+        now = 10 * turn + 10
+        told(reuse, f"long-{turn}", 4_096, now, reuse.began([], now))
+        told(reuse, f"short-{turn}", 512, now + 1, reuse.began([f"short-{turn - 1}"], now))
+    assert policy.weight == 0.0
+
+
+def test_the_simulation_counts_tokens_that_a_cache_of_that_size_hits() -> None:
+    past = [
+        Served(("a",), SIZES.of_tokens(1_600), 1),
+        Served(("b",), SIZES.of_tokens(160), 2),
+        Came("a", shared=False),
+        Served(("c",), SIZES.of_tokens(3_200), 3),
+        Came("c", shared=True),
+        Came("c", shared=True),
+        Came("a", shared=False),
+        Came("nobody's", shared=False),
+    ]
+    assert hits(past, 100_000, 0.0) == 1_600 + 3_200 + 3_200, "what a turn continues is gone once it has come"
+    assert hits(past, 3_000, 0.0) == 0 + 0, "a is evicted for b, and c never fits"
+    assert hits(past, 4_500, 0.0) == 1_600 + 3_200 + 3_200
