@@ -341,7 +341,7 @@ class Twins:
     def queued(self) -> list[object]:
         if isinstance(self.policy, LeastRecentlyUsed):
             return [*self.policy._queue]
-        return [*self.policy._running, *chain(*self.policy._queues)]
+        return [*self.policy._low, *self.policy._running, *chain(*self.policy._queues)]
 
     def run(self) -> None:
         operations = [self.begin, self.grow, self.allocate_unasked, self.share, self.leave_some, self.end]

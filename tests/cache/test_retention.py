@@ -39,9 +39,9 @@ class Spy(ReuseModel):
         super().__init__(1_000)
         self.told: list[tuple[list[ResumePoint], PrefixMatch]] = []
 
-    def ended(self, places: Any, now: int, match: PrefixMatch) -> None:
+    def ended(self, places: Any, now: int, match: PrefixMatch, tokens: int = 0) -> None:
         self.told.append((list(places), match))
-        super().ended(places, now, match)
+        super().ended(places, now, match, tokens)
 
 
 def policy(rules: CheckpointRules = CUTS, extents: int = 17) -> RetentionPolicy:

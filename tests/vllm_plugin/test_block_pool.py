@@ -30,6 +30,7 @@ SET = {
 }
 """Attributes that vLLM sets when it makes a pool and ours, which skips that, sets too."""
 OURS = {
+    "get_cached_block",
     "get_new_blocks",
     "touch",
     "free_blocks",
@@ -46,7 +47,6 @@ OURS = {
 }
 """Methods that ours has of its own."""
 VLLMS = {
-    "get_cached_block",
     "is_block_writable",
     "take_events",
     "_build_block_stored_event",

@@ -22,7 +22,7 @@ to the gaps in those of other requests. That is why an admitted request always g
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -273,11 +273,8 @@ class Arena:
         for pool, blocks in zip(self.pools, touched, strict=True):
             usable.append(pool.usable)
             if blocks:
-                idle = {
-                    number
-                    for block in blocks
-                    if (number := (block - pool.first) // pool.blocks_per_extent) in pool.idle
-                }
+                first, per_extent = pool.first, pool.blocks_per_extent
+                idle = pool.idle.intersection([(block - first) // per_extent for block in blocks])
                 pinned += len(idle)
                 usable[-1] += len(idle) * pool.blocks_per_extent - len(blocks)
         return usable, pinned
@@ -347,15 +344,16 @@ class Arena:
             request: that request. Whoever releases them, they are then cached as a shared prefix of its.
         """
         pool = self.pools[group]
-        for block in pool.touch(blocks):
-            self._leave(pool.prefixes[block])
+        prefixes = pool.prefixes
+        for prefix, count in Counter(prefixes[block] for block in pool.touch(blocks)).items():
+            self._leave(prefix, count)
         if not shared:
             return
         own = None if request is None else self._prefixes[request][1]
         for block in blocks:
             pool.shared[block] = 1
             if own:
-                pool.prefixes[block] = own
+                prefixes[block] = own
 
     def allocate_for_copy(
         self, group: int, source_group: int, source: int, *, request: Hashable | None = None
@@ -398,8 +396,11 @@ class Arena:
         self.released += in_use - pool.in_use
         for extent in empty:
             self._come_free(group, extent)
-        pair = None if request is None or not cached else self._prefixes[request]
+        if not cached:
+            return
+        pair = None if request is None else self._prefixes[request]
         low = self._low if self._policy.low_together else CachedPrefix(PriorityClass.LOW, running=False)
+        joining: dict[CachedPrefix, list[int]] = {}
         for block, kept in cached:
             shared, prefix = pool.shared[block], pool.prefixes[block]
             if kept == Retention.LOW:
@@ -407,7 +408,9 @@ class Arena:
             elif request is not None or prefix is None or shared != (prefix.priority == PriorityClass.SHARED):
                 pair = pair or _prefix_pair(TurnClass.FIRST, running=False)
                 prefix = pair[shared]
-            self._join(prefix, group, block)
+            joining.setdefault(prefix, []).append(block)
+        for prefix, joined in joining.items():
+            self._join(prefix, group, joined)
 
     def start(self, request: Hashable, turn: TurnClass) -> None:
         """A request begins, and may now be named; ``turn`` says which turn of a conversation it is."""
@@ -465,29 +468,31 @@ class Arena:
 
     # Cached prefixes.
 
-    def _join(self, prefix: CachedPrefix, group: int, block: int) -> None:
-        """A block that just turned cached joins a cached prefix."""
-        self.pools[group].prefixes[block] = prefix
-        self._enter(prefix, group, block)
-        prefix.live += 1
-        if prefix.live == 1:
+    def _join(self, prefix: CachedPrefix, group: int, blocks: Sequence[int]) -> None:
+        """Blocks that just turned cached join a cached prefix."""
+        prefixes = self.pools[group].prefixes
+        for block in blocks:
+            prefixes[block] = prefix
+        self._enter(prefix, group, blocks)
+        prefix.live += len(blocks)
+        if prefix.live == len(blocks):
             prefix.since = self.now
             self._policy.keep(prefix)
 
-    def _enter(self, prefix: CachedPrefix | None, group: int, block: int) -> None:
-        """Add an entry to a cached prefix whose pool names it for the block already."""
+    def _enter(self, prefix: CachedPrefix | None, group: int, blocks: Sequence[int]) -> None:
+        """Add entries to a cached prefix whose pool names it for the blocks already."""
         assert prefix is not None, "every cached block is of a cached prefix"
         if len(prefix.blocks) > 2 * prefix.live + STALE_ENTRIES:
             # The last entry of each block that is still the prefix's; paid for by the stale ones.
             entries = reversed(prefix.blocks)
             true = dict.fromkeys(entry for entry in entries if self._holds(prefix, *entry))
             prefix.blocks = deque(reversed(true))
-        prefix.blocks.append((group, block))
+        prefix.blocks.extend(zip(repeat(group), blocks))
 
-    def _leave(self, prefix: CachedPrefix | None) -> None:
-        """A cached block leaves its cached prefix."""
+    def _leave(self, prefix: CachedPrefix | None, count: int = 1) -> None:
+        """Cached blocks leave their cached prefix."""
         assert prefix is not None, "every cached block is of a cached prefix"
-        prefix.live -= 1
+        prefix.live -= count
         if prefix.live == 0:
             prefix.blocks.clear()
             self._policy.drop(prefix)
@@ -566,7 +571,7 @@ class Arena:
             pool.release(new, repeat(Retention.KEEP))
             for block, target in zip(blocks, new, strict=True):
                 self._on_relocate(group, block, target)
-                self._enter(pool.prefixes[target], group, target)
+                self._enter(pool.prefixes[target], group, (target,))
                 pool.forget(block)
             self._come_free(group, extent)
             self.relocations += len(new)

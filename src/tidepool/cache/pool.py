@@ -178,12 +178,13 @@ class Pool:
     def touch(self, blocks: Iterable[int]) -> list[int]:
         """Reference blocks that are in use or cached. Returns those that were cached."""
         woken: list[int] = []
+        refs = self.refs
         for extent, run in self._by_extent(blocks):
             before = len(woken)
             for block in run:
-                self.refs[block] += 1
-                if self.refs[block] == 1:
+                if not refs[block]:
                     woken.append(block)
+                refs[block] += 1
             if count := len(woken) - before:
                 extent.cached -= count
                 self.cached -= count
@@ -200,17 +201,18 @@ class Pool:
         keeping = iter(keep)
         cached: list[tuple[int, int]] = []
         empty: list[Extent] = []
+        refs, prefixes = self.refs, self.prefixes
         for extent, run in self._by_extent(blocks):
             before, freed = len(cached), 0
             for block, kept in zip(run, keeping, strict=False):
-                self.refs[block] -= 1
-                if self.refs[block]:
+                left = refs[block] = refs[block] - 1
+                if left:
                     continue
                 if kept:
                     cached.append((block, kept))
                 else:
                     freed += 1
-                    self.prefixes[block] = None
+                    prefixes[block] = None
                     extent.returned.append(block)
             extent.cached += len(cached) - before
             self.cached += len(cached) - before

@@ -415,6 +415,14 @@ class TidepoolKVCacheManager(KVCacheManager):
         self._lookups[name] = Lookup((blocks, tokens, branch), attention, -1)
         return blocks, tokens, branch
 
+    def estimate_cached_tokens(self, request: Request) -> int:
+        """As vLLM's, without going through all blocks of attention: what is cached of those ends at the last one."""
+        last: list[int] = []
+        for pool, blocks in zip(self.block_pool.pools, self.get_blocks(request.request_id).blocks, strict=True):
+            cached = (tokens for block in reversed(blocks) if (tokens := block.block_hash_num_tokens))
+            last.append(max(cached, default=0) if pool.holds_states else next(cached, 0))
+        return min(last, default=0)
+
     def computed_tokens(self, request: Request) -> int:
         """Tokens of a waiting request that its last lookup found."""
         lookup = self._lookups.get(request.request_id)

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.distributed.kv_events import AllBlocksCleared, KVCacheEvent
 from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock, get_block_hash
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    get_block_hash,
+    make_block_hash_with_group_id,
+)
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from tidepool.cache import Arena, Retention, RetentionPolicy, ReuseModel, Waiting
@@ -111,6 +117,8 @@ class GroupBlockPool(ExactEvents, BlockPool):
         self.null_block = self.blocks[0]
         self.null_block.is_null = True
         self.cached_block_hash_to_block = BlockHashToBlockMap()
+        self._group_ids = [group]
+        self._key_end = make_block_hash_with_group_id(BlockHash(b""), group)
         self.cached_block_hashes_by_block: dict[int, set[BlockHashWithGroupId]] = {}
         self.enable_kv_cache_events = memory.enable_kv_cache_events
         # One queue for all groups keeps their events in the order in which they happened.
@@ -170,6 +178,14 @@ class GroupBlockPool(ExactEvents, BlockPool):
         for group in self.core_groups:
             if of_group := [place.block for place in places if place.group == group]:
                 yield group, of_group
+
+    def get_cached_block(self, block_hash: BlockHash, kv_cache_group_ids: list[int]) -> list[KVCacheBlock] | None:
+        """As vLLM's, in fewer calls: it is asked for every block of a prompt that is found."""
+        if kv_cache_group_ids != self._group_ids:
+            return super().get_cached_block(block_hash, kv_cache_group_ids)
+        key = BlockHashWithGroupId(block_hash + self._key_end)
+        block = self.cached_block_hash_to_block.get_one_block(key)
+        return None if block is None else [block]
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Blocks with one reference each; evicts what the arena's policy says."""
@@ -311,11 +327,13 @@ class GroupBlockPool(ExactEvents, BlockPool):
         end = policy.attention_end(request.last_checkpoint if request else None)
         kept: list[Retention] = []
         for block in blocks:
-            hashed = block.block_hash is not None
-            keep = hashed and (block.block_hash_num_tokens or 0) <= end
-            if hashed and not keep:
+            if block.block_hash is None:
+                kept.append(Retention.DROP)
+            elif (block.block_hash_num_tokens or 0) <= end:
+                kept.append(Retention.KEEP)
+            else:
                 self._maybe_evict_cached_block(block)
-            kept.append(Retention.KEEP if keep else Retention.DROP)
+                kept.append(Retention.DROP)
         return kept
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
