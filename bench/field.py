@@ -317,6 +317,28 @@ def many_sessions(sessions: int = 128) -> list[TraceRequest]:
     return sorted(writer.requests, key=lambda request: request.arrival)
 
 
+def burst(prompts: int, groups: int, shared: int, own: int, answer: int = 50, apart: float = 0.0) -> list[TraceRequest]:
+    """Prompts that come at once, or so many seconds after each other: each group shares a beginning."""
+    writer = Writer(Random(0))
+    beginnings = [writer.text(shared, shared) for _ in range(groups)]
+    for number in range(prompts):
+        writer.request(apart * number, [beginnings[number % groups], *([writer.text(own, own)] if own else [])], answer)
+    return writer.requests
+
+
+def burst_computed(side: str, *, model: str, memory: int, **shape: Any) -> Figures:
+    """How often what prompts of a burst share is computed: 1 is once for each group.
+
+    A prompt computes its last block of attention in any case, and as much is lost where prompts part inside a block.
+    """
+    requests = burst(**shape)
+    figures = replayed(side, model=model, memory=memory, workload=lambda: requests)
+    prompt_tokens = sum(request.input_tokens for request in requests)
+    own = shape["prompts"] * (shape["own"] + 16)
+    figures["times"] = (prompt_tokens - figures["hits"] - own) / (shape["groups"] * shape["shared"])
+    return figures
+
+
 # Cases ------------------------------------------------------------------------------------------------------
 
 
@@ -357,6 +379,19 @@ def clock(name: str, what: str, **setting: Any) -> Case:
             Check("ttft", f"{what}: mean TTFT", not_above, milliseconds),
             Check("hits", "tokens hit", not_below),
             Check("preemptions", "preemptions", not_above),
+        ),
+    )
+
+
+def burst_case(name: str, what: str, model: str, **shape: Any) -> Case:
+    return Case(
+        f"burst-{name}-{model}",
+        partial(burst_computed, model=model, memory=40 * GIB, **shape),
+        (
+            Check(
+                "times", f"{model}, 40 GiB, {what}: what they share is computed", at_most(1.2), "{:.2f} times".format
+            ),
+            Check("ttft", "mean TTFT", not_above, milliseconds),
         ),
     )
 
@@ -444,6 +479,20 @@ CASES: tuple[Case, ...] = (
             ),
             Check("second", "second fork hits", at_least(8_192)),
         ),
+    ),
+    *(
+        case
+        for model in ("Qwen3.5-4B", "Nemotron-3-Nano-4B")
+        for case in (
+            burst_case("same", "100 times one prompt at once", model, prompts=100, groups=1, shared=4_000, own=0),
+            burst_case("samples", "16 samples of 10 prompts", model, prompts=160, groups=10, shared=1_800, own=0),
+            burst_case(
+                "common", "100 prompts at once, ten beginnings", model, prompts=100, groups=10, shared=2_560, own=440
+            ),
+            burst_case(
+                "late", "20 times one, 20 ms apart", model, prompts=20, groups=1, shared=40_000, own=0, apart=0.02
+            ),
+        )
     ),
     *(
         clock(
