@@ -1,4 +1,4 @@
-"""Which tests are left out where they would take hours."""
+"""Which tests are left out where they would take hours, and what goes for all."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import os
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from quick_kernels import is_slow
 
 RUN_ALL = "TIDEPOOL_ALL_TESTS"
+
+# How long an example takes says something about the machine and what else runs there.
+settings.register_profile("tidepool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tidepool")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -151,7 +151,7 @@ def run_requests(arena: Arena, groups: Sequence[Group], lengths: Sequence[int]) 
     return True
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(groups=group_lists(), extents=st.integers(2, 40), lengths=st.lists(st.integers(1, 400), max_size=8))
 def test_elastic_prediction_is_what_the_arena_admits(groups: list[Group], extents: int, lengths: list[int]) -> None:
     geometry = geometry_of(groups)
@@ -168,7 +168,7 @@ def test_elastic_prediction_is_what_the_arena_admits(groups: list[Group], extent
     )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     groups=group_lists(),
     budget=st.integers(100_000, 4_000_000),
@@ -187,7 +187,6 @@ def test_fixed_prediction_is_what_the_arena_admits(groups: list[Group], budget: 
     )
 
 
-@settings(deadline=None)
 @given(groups=group_lists(), extents=st.integers(2, 60), requests=st.integers(1, 20))
 def test_tokens_with_is_the_most(groups: list[Group], extents: int, requests: int) -> None:
     budget = extents * geometry_of(groups).extent_bytes
@@ -206,7 +205,6 @@ def test_tokens_with_is_the_most(groups: list[Group], extents: int, requests: in
         assert not memory.holds([(requests, 16)])
 
 
-@settings(deadline=None)
 @given(
     groups=group_lists(),
     extents=st.integers(2, 60),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import ceil, exp
+from math import ceil, exp, log2
 
 from tidepool.cache import PrefixMatch, ResumePoint, Retention, TurnClass, Usage, reuse
 
@@ -30,6 +30,8 @@ class Layout:
     extents: int | None
     """Extents of an elastic partition, extent 0 for the null blocks; None for a fixed one."""
     total_bytes: int
+    state_groups: frozenset[int] = frozenset()
+    """Those whose blocks are states."""
 
     def extent_of(self, group: int, block: int) -> int:
         """The number of the extent that a block lies in; every group of a fixed partition has one, number 0."""
@@ -47,6 +49,13 @@ class CachedPrefix:
         """The same in bytes handed out."""
         self.running = True
         self.broken = False
+        self.attention = 1.0
+        """The share of its bytes that were attention when its request ended, or else when it got its first block."""
+
+    @property
+    def quarter_octaves(self) -> int:
+        """The share of attention, as prefixes are compared by it: shares under a 64th are one."""
+        return round(4 * log2(max(self.attention, 1 / 64)))
 
 
 class Account:
@@ -139,6 +148,7 @@ class Account:
         for prefix in self.requests.pop(request):
             prefix.running = False
             self._now(prefix)
+            self._weigh(prefix)
 
     def allocated(self, group: int, blocks: Sequence[int], request: Hashable | None) -> None:
         """The core handed out these blocks: none may be in use or cached, or lie where another group's do."""
@@ -169,6 +179,7 @@ class Account:
     def released(self, group: int, blocks: Sequence[int], keep: Sequence[int], request: Hashable | None) -> None:
         """References were dropped."""
         together: dict[bool, CachedPrefix] = {}
+        new: set[CachedPrefix] = set()
         for index, block in enumerate(blocks):
             name = group, block
             self.refs[name] -= 1
@@ -190,7 +201,10 @@ class Account:
                 prefix.running = False
             if prefix not in self.cached.values():
                 self._now(prefix)
+                new.add(prefix)
             self.cached[name] = self.last_prefix[name] = prefix
+        for prefix in new:
+            self._weigh(prefix)
 
     def lost(self, group: int, block: int) -> CachedPrefix:
         """A cached block turned clean. Returns the prefix that it was in."""
@@ -215,12 +229,20 @@ class Account:
             return {min(leaves, key=lambda prefix: prefix.since)}
         oldest_trunk = min((prefix.since for prefix in ended if prefix.shared), default=0)
         ended = [prefix for prefix in ended if not prefix.shared or prefix.since == oldest_trunk]
-        kinds = [[prefix for prefix in ended if (prefix.shared, prefix.turn) == (False, turn)] for turn in range(3)]
-        kinds.append([prefix for prefix in ended if prefix.shared])
-        by_age = [sorted(kind, key=lambda prefix: prefix.since) for kind in kinds if kind]
-        candidates = [prefix for kind in by_age for prefix in (kind[0], kind[-1])]
-        least = min(map(index, candidates))
-        return {prefix for prefix in candidates if index(prefix) == least}
+        kinds: dict[Hashable, list[CachedPrefix]] = {}
+        for prefix in sorted(ended, key=lambda prefix: prefix.since):
+            kinds.setdefault("shared" if prefix.shared else (prefix.turn, prefix.quarter_octaves), []).append(prefix)
+        candidates = [prefix for kind in kinds.values() for prefix in (kind[0], kind[-1])]
+        worth = {
+            prefix: index(prefix) * (1.0 if prefix.shared else 2.0 ** (prefix.quarter_octaves / 4))
+            for prefix in candidates
+        }
+        return {prefix for prefix in candidates if worth[prefix] == min(worth.values())}
+
+    def _weigh(self, prefix: CachedPrefix) -> None:
+        blocks = [(g, self.layout.strides[g]) for (g, _), each in self.cached.items() if each is prefix]
+        attention = sum(size for g, size in blocks if g not in self.layout.state_groups)
+        prefix.attention = attention / sum(size for _, size in blocks) if blocks else 1.0
 
     def _now(self, prefix: CachedPrefix) -> None:
         self.clock += 1

@@ -53,6 +53,7 @@ class Twins:
         """Up to 30 groups."""
         groups = rng.randint(12, 30) if self.many else rng.randint(1, 5)
         per_extent = tuple(rng.randint(1, 4 if self.roomy else 12) for _ in range(groups))
+        self.state_groups = frozenset(group for group in range(groups) if rng.random() < 0.4)
         self.returns = ReuseModel(rng.choice([1, 100, 10_000, 1_000_000]))
         self.policy_name = policy
         self.policy: LeastRecentlyUsed | ExpectedReturn = (
@@ -81,11 +82,17 @@ class Twins:
         size = lcm(*per_extent) * rng.randint(1, 3)
         layouts = tuple(ExtentLayout(rng.randint(max(1, size // n // 2), size // n), size // n, n) for n in per_extent)
         self.arena = Arena.elastic(
-            Geometry(size, layouts), extents, policy=self.policy, on_evict=self.on_evict, on_move=self.on_move
+            Geometry(size, layouts),
+            extents,
+            policy=self.policy,
+            on_evict=self.on_evict,
+            on_move=self.on_move,
+            state_groups=self.state_groups,
         )
         sizes = tuple(layout.block_bytes for layout in layouts)
         strides = tuple(layout.stride for layout in layouts)
-        return Layout(per_extent, strides, sizes, (0,) * len(per_extent), extents, extents * size)
+        first = (0,) * len(per_extent)
+        return Layout(per_extent, strides, sizes, first, extents, extents * size, self.state_groups)
 
     def _build_fixed(self, per_extent: tuple[int, ...]) -> Layout:
         rng = self.random
@@ -95,7 +102,9 @@ class Twins:
             stride = rng.randint(1, 30)
             shares.append(Share(rng.randint(max(1, stride // 2), stride), stride, -(-end // stride), n * 3))
             end = (shares[-1].first + shares[-1].blocks) * stride
-        self.arena = Arena.fixed(shares, end, policy=self.policy, on_evict=self.on_evict)
+        self.arena = Arena.fixed(
+            shares, end, policy=self.policy, on_evict=self.on_evict, state_groups=self.state_groups
+        )
         return Layout(
             tuple(share.blocks for share in shares),
             tuple(share.stride for share in shares),
@@ -103,6 +112,7 @@ class Twins:
             tuple(share.first for share in shares),
             None,
             end,
+            self.state_groups,
         )
 
     # What the core calls.
@@ -341,7 +351,7 @@ class Twins:
     def queued(self) -> list[object]:
         if isinstance(self.policy, LeastRecentlyUsed):
             return [*self.policy._queue]
-        return [*self.policy._low, *self.policy._running, *chain(*self.policy._queues)]
+        return [*self.policy._low, *self.policy._running, *chain(*self.policy._queues.values())]
 
     def run(self) -> None:
         operations = [self.begin, self.grow, self.allocate_unasked, self.share, self.leave_some, self.end]

@@ -190,8 +190,6 @@ class FixedArenaMachine(ArenaMachine):
     partition = "fixed"
 
 
-ArenaMachine.TestCase.settings = FixedArenaMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+ArenaMachine.TestCase.settings = FixedArenaMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestElastic = ArenaMachine.TestCase
 TestFixed = FixedArenaMachine.TestCase

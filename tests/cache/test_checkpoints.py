@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import example, given, settings, strategies as st
+from hypothesis import example, given, strategies as st
 
 from tidepool.cache import CheckpointRules, Checkpoints, FarPlaces, PromptEnds, Resumed, plan_checkpoints
 
@@ -133,7 +133,6 @@ def test_old_counts_fade() -> None:
 steps = st.lists(st.integers(1, 3_000), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
 @example(2_048, [688], WITHIN, 1_552)
 @given(st.integers(1, 20_000), steps, st.sampled_from([CUTS, WITHIN]), st.integers(0, 20_000))
 def test_a_prompt_progresses_in_every_step_and_stops_at_every_cut(
@@ -153,7 +152,6 @@ def test_a_prompt_progresses_in_every_step_and_stops_at_every_cut(
     assert set(plan.cuts) <= set(ends)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 20_000), st.integers(1, 2_000))
 def test_a_prompt_takes_no_more_steps_than_its_tokens_and_cuts_do(prompt: int, budget: int) -> None:
     plan = plan_checkpoints(CUTS, NOTHING, prompt, 0)

@@ -60,7 +60,7 @@ def test_published_models(groups: list[Group], blocks_per_extent: tuple[int, ...
     assert geometry.layouts[0].padding == 0, "the group with the most blocks isn't padded"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.integers(1_000, 45_000_000),
     st.integers(1, 4096),
@@ -90,7 +90,7 @@ def many_groups(draw: st.DrawFn, most: int = 30) -> list[Group]:
     return groups + draw(st.lists(packed | plain, max_size=most - 3))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(1, 400), st.integers(400, 2000), st.sampled_from([1, 4, 16]))
 @example(20, 99, 1)
 @example(300, 1_206, 1)
@@ -119,7 +119,7 @@ def test_a_size_that_is_not_aligned_is_padded_and_the_extent_stays_small() -> No
     assert geometry.layouts[0].stride == 1_008
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(many_groups())
 def test_up_to_thirty_groups(groups: list[Group]) -> None:
     """Under 2% in an extent of at most 4 states, or else in the one that costs least, and no search takes long."""
@@ -134,13 +134,13 @@ def test_up_to_thirty_groups(groups: list[Group]) -> None:
         assert states < (PATIENCE_MANY + 1)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(many_groups(most=6))
 def test_up_to_six_groups_stay_under_two_percent(groups: list[Group]) -> None:
     check(groups, MAX_PADDING_MANY)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(60, 600), st.sampled_from([1, 2, 4])), min_size=3, max_size=5))
 @example([(72, 1), (409, 1), (599, 1)])
 @example([(600, 1), (594, 1), (591, 1)])
@@ -264,7 +264,7 @@ STAGE_LAYERS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 24)), min_si
 )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(STAGE_SIZES, STAGE_LAYERS, st.lists(st.integers(10**9, 10**10), min_size=4, max_size=4))
 def test_stages_have_the_same_slots(sizes: tuple[int, int], counts: list[tuple[int, int]], budgets: list[int]) -> None:
     stages = stages_of(sizes, counts, 16)
@@ -282,7 +282,7 @@ def test_stages_have_the_same_slots(sizes: tuple[int, int], counts: list[tuple[i
         assert min(geometry.padding for geometry in complete) < 0.01, "the blocks_per_extent suit one stage"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     STAGE_SIZES,
     STAGE_LAYERS,
@@ -313,7 +313,7 @@ def test_fixed_stages_have_the_same_blocks_and_no_overlap(
     assert any(s[0].stride and left < s[0].stride for s, left in zip(by_stage, slack, strict=True))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6), st.sampled_from([1, 2, 3])), min_size=1, max_size=3))
 def test_the_extent_for_given_counts_is_the_smallest_that_holds_them(groups: list[tuple[int, int, int]]) -> None:
     made = geometry_by_counts([state(size, align=align) for size, _, align in groups], [n for _, n, _ in groups])
@@ -337,7 +337,7 @@ def test_groups_without_a_layer_take_an_extent_and_no_bytes() -> None:
     assert geometry.extents_for([4, 5]) == 2 + 5
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(STAGE_SIZES, STAGE_LAYERS, st.lists(st.integers(10**6, 10**9), min_size=4, max_size=4), st.integers(1, 100_000))
 @example((512, 100_000), [(4, 0), (0, 8)], [10**8, 10**9], 1_000)
 @example((512, 100_000), [(4, 1), (1, 8), (2, 2)], [10**8, 10**8, 10**7], 1_000)

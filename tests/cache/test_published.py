@@ -7,13 +7,13 @@ from hypothesis import given, strategies as st
 
 from tidepool.cache import (
     Arena,
-    BlockSizes,
     CachedPrefix,
     ExtentLayout,
     Geometry,
     LeastRecentlyUsed,
     Marconi,
     PrefixMatch,
+    PrefixSizes,
     PriorityClass,
     ResumePoint,
     Retention,
@@ -24,21 +24,19 @@ from tidepool.cache import (
 )
 from tidepool.cache.published import MARCONI_WEIGHTS, Came, Served, Weighed, hits
 
-SIZES = BlockSizes(tokens=(16, 0), bytes=(16, 1_000))
-"""Attention of 16 tokens a block and one byte a token, and states of 1,000 bytes."""
+SIZES = PrefixSizes(token_bytes=1.0, state_bytes=1_000)
 
 
 def prefix(tokens: int, since: int, states: int = 1) -> CachedPrefix:
     """What a finished request has left."""
     made = CachedPrefix(PriorityClass.FIRST, running=False)
     made.since = since
-    made.blocks.extend((1, block) for block in range(states))
-    made.blocks.extend((0, block) for block in range(tokens // 16))
-    made.live = len(made.blocks)
+    made.state_bytes = 1_000 * states
+    made.bytes = tokens + made.state_bytes
     return made
 
 
-def test_sizes_are_counted_by_group() -> None:
+def test_what_a_prefix_saves_is_its_attention() -> None:
     assert SIZES.of(prefix(320, 0, states=2)) == (320, 320 + 2_000)
     assert SIZES.of_tokens(320) == (320, 320 + 1_000)
 
@@ -169,7 +167,7 @@ def test_marconi_stays_with_recency_where_nothing_is_gained() -> None:
 
 
 def test_the_simulation_counts_tokens_that_a_cache_of_that_size_hits() -> None:
-    past = [
+    past: list[Came | Served] = [
         Served(("a",), SIZES.of_tokens(1_600), 1),
         Served(("b",), SIZES.of_tokens(160), 2),
         Came("a", shared=False),

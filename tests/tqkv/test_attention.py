@@ -69,7 +69,7 @@ def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), value)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(list(FORMATS.values())),
     st.integers(1, 90),

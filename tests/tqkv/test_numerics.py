@@ -78,7 +78,6 @@ def test_no_other_levels_do_better(width: int) -> None:
 # Packing ----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(bits, st.lists(st.integers(0, 255), min_size=1, max_size=70), st.integers(1, 3))
 def test_packing_loses_nothing_and_wastes_nothing(width: int, numbers: list[int], rows: int) -> None:
     codes = (torch.tensor([numbers] * rows) + torch.arange(rows).unsqueeze(1)) % 2**width
@@ -121,7 +120,7 @@ def test_the_rotation_does_not_depend_on_what_torch_makes_by_default() -> None:
     assert torch.equal(book.levels, lloyd_max(3).levels)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sizes, bits, st.integers(0, 10**6), st.sampled_from([1e-6, 1.0, 3e4]))
 def test_vectors_lose_what_theory_says(size: int, width: int, seed: int, length: float) -> None:
     """And not more on average: a norm of their own helps short vectors a little."""
@@ -133,7 +132,7 @@ def test_vectors_lose_what_theory_says(size: int, width: int, seed: int, length:
     assert (1 - 5 / size) * 0.95 < lost / codec.book.noise < 1.1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(list(FORMATS.values())), sizes, st.integers(0, 10**6))
 def test_dot_products_survive_the_whole_codec(form: Format, size: int, seed: int) -> None:
     """Whatever the vectors: far from normal ones too, in which a few numbers are much larger than the others."""

@@ -84,7 +84,7 @@ def first_tokens(engine: Any, budget: int, decodes: int, prompts: Sequence[int])
     ("model", "drafts"), [("Qwen3.5-0.8B", False), ("Nemotron-3-Nano-4B", False), ("Qwen3.5-0.8B", True)]
 )
 def test_first_tokens_come_when_stocks_do(model: str, drafts: bool) -> None:
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
     @given(st.integers(130, 2_100), st.integers(0, 40), st.lists(st.integers(1, 9_000), min_size=1, max_size=3))
     @example(512, 1, [900, 30])
     @example(600, 39, [900, 30])

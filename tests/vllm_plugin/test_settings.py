@@ -40,7 +40,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"block_tokens": "32"}, "'block_tokens'.*can't be '32'"),
     ({"checkpoint_tokens": 1.5}, "'checkpoint_tokens'.*can't be 1.5"),
     ({"checkpoint_tokens": -512}, "'checkpoint_tokens'.*can't be -512"),
-    ({"eviction": "oldest"}, "'eviction'.*can't be 'oldest': Input should be 'returns' or 'lru'"),
+    ({"eviction": "oldest"}, "'eviction'.*can't be 'oldest': Input should be 'returns', 'lru'"),
     ({"queue": "lifo"}, "'queue'.*can't be 'lifo': Input should be 'fcfs' or 'hits-first'"),
     ({"host_memory": "64GiB"}, "'host_memory'.*can't be '64GiB'"),
     ({"host_memory": 0}, "'host_memory'.*can't be 0"),

@@ -35,7 +35,7 @@ from tidepool.cache.growth import AnswerLengths, GroupGrowth, Growth, Outlook, h
 from tidepool.cache.host import BlockCopy, Copy, Held, HostTier, Left
 from tidepool.cache.lookups import Lookup, LookupResult, LookupStatistics, TokenResult
 from tidepool.cache.prompt_ends import PromptEnds, Resumed
-from tidepool.cache.published import BlockSizes, Marconi, seglen, tail_optimized
+from tidepool.cache.published import Marconi, PrefixSizes, seglen, tail_optimized
 from tidepool.cache.retention import NO_ANSWER_STATE, AnswerState, RequestRecord, RetentionPolicy
 from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel, TurnClass
 from tidepool.cache.spec import (
@@ -65,7 +65,6 @@ __all__ = [
     "AnswerState",
     "Arena",
     "BlockCopy",
-    "BlockSizes",
     "BranchCheckpoints",
     "BranchStatistics",
     "CacheConfigError",
@@ -96,6 +95,7 @@ __all__ = [
     "PackedState",
     "Policy",
     "PrefixMatch",
+    "PrefixSizes",
     "PriorityClass",
     "PromptEnds",
     "RequestRecord",

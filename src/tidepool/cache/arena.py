@@ -23,7 +23,7 @@ to the gaps in those of other requests. That is why an admitted request always g
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import repeat
@@ -93,6 +93,8 @@ class Arena:
     copied to another block of the group, before anything else is done with either, and
     ``on_move(extent, old_group, new_group)`` when a group gets an extent; ``old_group`` is the one that had it last.
 
+    ``state_groups`` are those whose blocks are states: what one costs doesn't grow with the text before it.
+
     Cached memory ages by ``clock``, which tells the time in bytes that some arena handed out; by default this one.
 
     Requests are named by any key of the caller's. Where no request is named, the blocks released
@@ -115,6 +117,7 @@ class Arena:
         on_relocate: Callable[[int, int, int], None] | None = None,
         relocatable: Sequence[int] = (),
         clock: Callable[[], int] | None = None,
+        state_groups: Collection[int] = (),
     ) -> None:
         self.pools = tuple(pools)
         self._unowned = list(unowned)
@@ -129,6 +132,7 @@ class Arena:
         self._on_move = on_move or (lambda extent, old, new: None)
         self._on_relocate = on_relocate or (lambda group, block, new: None)
         self._relocatable = tuple(relocatable)
+        self._state_groups = frozenset(state_groups)
         self.relocations = 0
         """Cached blocks so far that were copied to gather them."""
         self._reserved = [0] * len(self.pools)
@@ -162,6 +166,7 @@ class Arena:
         on_relocate: Callable[[int, int, int], None] | None = None,
         relocatable: Sequence[int] = (),
         clock: Callable[[], int] | None = None,
+        state_groups: Collection[int] = (),
     ) -> Arena:
         """An arena of ``extents`` extents, all but extent 0 unowned; extent 0 holds every group's null block."""
         return cls(
@@ -178,6 +183,7 @@ class Arena:
             on_relocate=on_relocate,
             relocatable=relocatable,
             clock=clock,
+            state_groups=state_groups,
         )
 
     @classmethod
@@ -188,6 +194,7 @@ class Arena:
         *,
         policy: Policy | None = None,
         on_evict: Callable[[int, int], None] | None = None,
+        state_groups: Collection[int] = (),
     ) -> Arena:
         """An arena in which every group holds its share as one extent that never leaves it."""
         pools = [Pool(share.blocks, share.first + share.blocks, share.first) for share in shares]
@@ -205,6 +212,7 @@ class Arena:
             null_bytes=total_bytes - used,
             policy=policy,
             on_evict=on_evict,
+            state_groups=state_groups,
         )
 
     def begin_at_the_end(self) -> None:
@@ -346,7 +354,7 @@ class Arena:
         pool = self.pools[group]
         prefixes = pool.prefixes
         for prefix, count in Counter(prefixes[block] for block in pool.touch(blocks)).items():
-            self._leave(prefix, count)
+            self._leave(prefix, group, count)
         if not shared:
             return
         own = None if request is None else self._prefixes[request][1]
@@ -474,7 +482,7 @@ class Arena:
         for block in blocks:
             prefixes[block] = prefix
         self._enter(prefix, group, blocks)
-        prefix.live += len(blocks)
+        self._count(prefix, group, len(blocks))
         if prefix.live == len(blocks):
             prefix.since = self.now
             self._policy.keep(prefix)
@@ -489,18 +497,25 @@ class Arena:
             prefix.blocks = deque(reversed(true))
         prefix.blocks.extend(zip(repeat(group), blocks))
 
-    def _leave(self, prefix: CachedPrefix | None, count: int = 1) -> None:
+    def _leave(self, prefix: CachedPrefix | None, group: int, count: int = 1) -> None:
         """Cached blocks leave their cached prefix."""
         assert prefix is not None, "every cached block is of a cached prefix"
-        prefix.live -= count
+        self._count(prefix, group, -count)
         if prefix.live == 0:
             prefix.blocks.clear()
             self._policy.drop(prefix)
 
+    def _count(self, prefix: CachedPrefix, group: int, blocks: int) -> None:
+        """A cached prefix gets so many blocks; a negative number leaves it."""
+        prefix.live += blocks
+        prefix.bytes += blocks * self._strides[group]
+        if group in self._state_groups:
+            prefix.state_bytes += blocks * self._strides[group]
+
     def _free(self, group: int, block: int) -> None:
         """Turn a cached block free."""
         pool = self.pools[group]
-        self._leave(pool.prefixes[block])
+        self._leave(pool.prefixes[block], group)
         self._come_free(group, pool.forget(block))
 
     def _evict(self, group: int, block: int) -> None:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from enum import IntEnum
 from itertools import islice
+from math import log2
 from typing import Protocol
 
 from tidepool.cache.reuse import ReuseModel, TurnClass
@@ -39,6 +40,11 @@ PRIORITY_OF_TURN = {
     TurnClass.NONE: PriorityClass.SHARED,
 }
 """The class of a cached prefix, by the turn whose return times it is judged by; nothing is expected of LOW."""
+TURN_OF_PRIORITY = {priority: turn for turn, priority in PRIORITY_OF_TURN.items()}
+_PER_OCTAVE = 4
+"""Classes of shares of attention between one and its double. In each the oldest and the youngest are compared."""
+_LEAST_SHARE = 1 / 64
+"""Lower shares of attention count as this one."""
 
 
 class CachedPrefix:
@@ -48,7 +54,7 @@ class CachedPrefix:
     are stale: blocks that were hit, and are of another one by now.
     """
 
-    __slots__ = ("blocks", "broken", "live", "priority", "queue", "running", "since")
+    __slots__ = ("blocks", "broken", "bytes", "live", "priority", "queue", "running", "since", "state_bytes")
 
     def __init__(self, priority: PriorityClass, *, running: bool) -> None:
         self.priority = priority
@@ -61,6 +67,10 @@ class CachedPrefix:
         self.blocks: deque[tuple[int, int]] = deque()
         """(group, block) in the order in which they go."""
         self.live = 0
+        self.bytes = 0
+        """Of those that are cached."""
+        self.state_bytes = 0
+        """Of the states among them."""
         self.queue: OrderedDict[CachedPrefix, None] | None = None
         """The policy's queue that it waits in."""
 
@@ -147,7 +157,11 @@ class FinishedFirst(ABC):
 
 
 class ExpectedReturn(FinishedFirst):
-    """The cached prefix that promises the fewest hits for the time that its memory is taken.
+    """The cached prefix that promises the fewest tokens for the memory and time that it takes.
+
+    That is its reuse index, the hits expected for each unit of time, times the tokens that a hit saves for each byte. A
+    state takes as much after ten tokens as after ten thousand, so what decides the second is how much of its bytes is
+    attention.
 
     How long people take to come back is learned (`tidepool.cache.reuse`). Where memory holds cached prefixes for less
     time than that, the oldest are the next to be hit, and keeping every new one a little longer serves nobody: then the
@@ -160,21 +174,23 @@ class ExpectedReturn(FinishedFirst):
     def __init__(self, reuse: ReuseModel) -> None:
         super().__init__()
         self._reuse = reuse
-        # By priority, the oldest first.
-        self._queues: tuple[OrderedDict[CachedPrefix, None], ...] = tuple(OrderedDict() for _ in PriorityClass)
+        # By turn and by class of the share of attention, the oldest first.
+        self._queues: dict[tuple[TurnClass, int], OrderedDict[CachedPrefix, None]] = {}
 
     def queue_of(self, prefix: CachedPrefix) -> OrderedDict[CachedPrefix, None]:
         """See `FinishedFirst`."""
-        return self._queues[prefix.priority]
+        turn = TURN_OF_PRIORITY[prefix.priority]
+        attention = 1 - prefix.state_bytes / prefix.bytes
+        number = round(_PER_OCTAVE * log2(max(attention, _LEAST_SHARE))) if turn != TurnClass.NONE else 0
+        return self._queues.setdefault((turn, number), OrderedDict())
 
     def next_finished(self, now: int) -> CachedPrefix | None:
         """See `FinishedFirst`."""
         least: tuple[float, CachedPrefix] | None = None
-        for turn, priority in PRIORITY_OF_TURN.items():
-            queue = self._queues[priority]
-            ends = [*islice(queue, 1), *islice(reversed(queue), int(priority != PriorityClass.SHARED))]
+        for (turn, number), queue in self._queues.items():
+            ends = [*islice(queue, 1), *islice(reversed(queue), int(turn != TurnClass.NONE))]
             for prefix in ends:
-                index = self._reuse.reuse_index(now - prefix.since, turn)
+                index = self._reuse.reuse_index(now - prefix.since, turn) * 2.0 ** (number / _PER_OCTAVE)
                 if least is None or index < least[0]:
                     least = index, prefix
         return least and least[1]

@@ -7,9 +7,8 @@ third of this kind, one LRU order for each state by its own last use, as in SGLa
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from math import log2
 from typing import NamedTuple
 
@@ -38,26 +37,21 @@ class Size(NamedTuple):
     bytes: int
 
 
-@dataclass(frozen=True)
-class BlockSizes:
-    """What one block stands for, by group."""
+class PrefixSizes(NamedTuple):
+    """What cached prefixes are made of."""
 
-    tokens: Sequence[int]
-    """0 for a state."""
-    bytes: Sequence[int]
+    token_bytes: float
+    """Of the attention of one token."""
+    state_bytes: int
+    """Of one cached state in each group of states."""
 
     def of(self, prefix: CachedPrefix) -> Size:
-        """What the finished request of a cached prefix has left there. Costs O(blocks), once for each request."""
-        blocks = Counter(group for group, _ in prefix.blocks)
-        return Size(
-            max((count * self.tokens[group] for group, count in blocks.items()), default=0),
-            sum(count * self.bytes[group] for group, count in blocks.items()),
-        )
+        """What is cached of a prefix."""
+        return Size(round((prefix.bytes - prefix.state_bytes) / self.token_bytes), prefix.bytes)
 
     def of_tokens(self, tokens: int) -> Size:
-        """The size of a cached prefix with so much attention and one state in each group of states."""
-        each = zip(self.tokens, self.bytes, strict=True)
-        return Size(tokens, sum(size * (tokens // block if block else 1) for block, size in each))
+        """The attention of so many tokens and a state in each group."""
+        return Size(tokens, round(tokens * self.token_bytes) + self.state_bytes)
 
 
 def saved_for_each_byte(size: Size) -> float:
@@ -102,12 +96,12 @@ class Weighed(FinishedFirst):
         return heads[scores.index(min(scores))][1]
 
 
-def seglen(sizes: BlockSizes) -> Weighed:
+def seglen(sizes: PrefixSizes) -> Weighed:
     """SegLen (SGLang, pull request 22172): the tokens to read again, with a fixed weight."""
     return Weighed(lambda prefix: sizes.of(prefix).tokens, SEGLEN_WEIGHT)
 
 
-def tail_optimized(sizes: BlockSizes) -> Weighed:
+def tail_optimized(sizes: PrefixSizes) -> Weighed:
     """T-LRU (Zhang et al., Tail-Optimized Caching for LLM Inference, 2025).
 
     What is read again soon enough goes first, then what was used the longest ago. The tokens that a new turn is
@@ -124,7 +118,7 @@ class Marconi(Weighed):
     kept at all is left to `tidepool.cache.retention`, as for every policy.
     """
 
-    def __init__(self, sizes: BlockSizes, reuse: ReuseModel) -> None:
+    def __init__(self, sizes: PrefixSizes, reuse: ReuseModel) -> None:
         super().__init__(lambda prefix: saved_for_each_byte(sizes.of(prefix)), 0.0)
         self._sizes = sizes
         self._past: deque[Served | Came] = deque()

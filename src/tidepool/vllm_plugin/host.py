@@ -122,6 +122,7 @@ class HostMemory:
             policy=config.make_policy(memory.reuse),
             on_evict=self._evicted,
             clock=lambda: memory.arena.bytes_allocated,
+            state_groups=config.state_groups,
         )
         self.looking = False
         """Whether lookups find what only the host holds."""

@@ -25,7 +25,6 @@ from vllm.v1.kv_cache_interface import (
 
 from tidepool.cache import (
     Arena,
-    BlockSizes,
     CacheConfigError,
     CheckpointRules,
     ExpectedReturn,
@@ -36,6 +35,7 @@ from tidepool.cache import (
     LeastRecentlyUsed,
     Marconi,
     Policy,
+    PrefixSizes,
     ReuseModel,
     Share,
     SlidingWindow,
@@ -107,6 +107,30 @@ class TidepoolKVCacheConfig(KVCacheConfig):
             return tuple(self.num_blocks * layout.blocks_per_extent for layout in self.geometry.layouts)
         return tuple(share.first + share.blocks for share in self.shares)
 
+    @property
+    def state_groups(self) -> tuple[int, ...]:
+        """The groups whose blocks are states, packed ones behind the others."""
+        specs = enumerate(group.kv_cache_spec for group in self.kv_cache_groups)
+        packed = range(len(self.kv_cache_groups), len(self.strides))
+        return (*(group for group, spec in specs if isinstance(spec, MambaSpec)), *packed)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one cached state in each group of states."""
+        packed = dict(zip(self.packed, range(len(self.kv_cache_groups), len(self.strides)), strict=True))
+        running = self.state_groups[: len(self.state_groups) - len(packed)]
+        return sum(self.strides[packed.get(group, group)] for group in running)
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of the attention of one token."""
+        specs = [group.kv_cache_spec for group in self.kv_cache_groups]
+        return sum(
+            stride / spec.block_size
+            for stride, spec in zip(self.strides, specs, strict=False)
+            if not isinstance(spec, MambaSpec)
+        )
+
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
         """Blocks that the strided view of ``tensor``'s group has."""
         group = next(i for i, g in enumerate(self.kv_cache_groups) if tensor.layers[0] in g.layer_names)
@@ -114,11 +138,7 @@ class TidepoolKVCacheConfig(KVCacheConfig):
 
     def make_policy(self, reuse: ReuseModel) -> Policy:
         """The eviction policy that this configuration names."""
-        tokens = [
-            0 if isinstance(group.kv_cache_spec, MambaSpec) else group.kv_cache_spec.block_size
-            for group in self.kv_cache_groups
-        ]
-        sizes = BlockSizes([*tokens, *[0] * len(self.packed)], self.block_bytes)
+        sizes = PrefixSizes(self.token_bytes, self.state_bytes)
         match self.eviction:
             case "returns":
                 return ExpectedReturn(reuse)
@@ -134,10 +154,10 @@ class TidepoolKVCacheConfig(KVCacheConfig):
     def make_arena(self, **callbacks: Any) -> Arena:
         """The arena that this configuration describes; policy and callbacks as in `Arena`."""
         if self.geometry:
-            return Arena.elastic(self.geometry, self.num_blocks, **callbacks)
+            return Arena.elastic(self.geometry, self.num_blocks, state_groups=self.state_groups, **callbacks)
         for moving in ("on_move", "on_relocate", "relocatable"):
             callbacks.pop(moving, None)
-        return Arena.fixed(self.shares, self.arena_bytes, **callbacks)
+        return Arena.fixed(self.shares, self.arena_bytes, state_groups=self.state_groups, **callbacks)
 
 
 # Groups -------------------------------------------------------------------------------------------------------

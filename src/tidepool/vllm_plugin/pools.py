@@ -477,13 +477,7 @@ class ArenaBlockPool:
         """The core's pools of groups whose need grows with the text."""
         self.checkpoint_tokens = config.checkpoint_tokens
         """Tokens from one checkpoint to the next."""
-        state_bytes = sum(config.strides[pool.core_groups[0]] for pool in self.pools if pool.holds_states)
-        token_bytes = sum(
-            config.strides[pool.group] / spec.block_size
-            for pool, spec in zip(self.pools, specs, strict=True)
-            if not pool.holds_states
-        )
-        self.state_tokens = state_bytes / token_bytes
+        self.state_tokens = config.state_bytes / config.token_bytes
         """Tokens whose attention takes as many bytes as a cached state."""
         self.null_block = self.pools[0].null_block
 
