@@ -126,6 +126,25 @@ def test_what_tidepool_serves_is_not_called_a_fallback(arguments: tuple[str, ...
     assert content["columns"]["elastic"]["served"]
 
 
+def test_what_vllm_does_not_start_with_is_said_everywhere(tmp_path: Path) -> None:
+    arguments = ("Qwen3.5-27B", "--gpu", "H100")
+    text = " ".join(run(*arguments, "--html", str(tmp_path / "p.html")).split())
+    content = json.loads(run(*arguments, "--json"))
+    refusal = "max_num_seqs (1024) exceeds available Mamba cache blocks"
+    assert content["refusal"].startswith(refusal)
+    assert not content["columns"]["stock"]["served"]
+    assert f"On a GPU stock vLLM doesn't start: \"{refusal}" in text
+    assert "served by doesn't start vLLM (falls back)" in text
+    assert 'stock vLLM<span class="quiet"> doesn\'t start</span>' in (tmp_path / "p.html").read_text(encoding="utf-8")
+    # Where the device isn't named it may be a CPU, which has no such graphs; tidepool lowers the number itself.
+    other = " ".join(run("Qwen3.5-4B", "--memory", "9GiB", "--max-num-seqs", "1024").split())
+    assert "a lower --max-num-seqs; tidepool lowers it by itself." in other
+    assert "served by vLLM tidepool" in other
+    for fewer in (("--max-num-seqs", "64"), ("--enforce-eager",)):
+        content = json.loads(run(*arguments, *fewer, "--json"))
+        assert (content["refusal"], content["columns"]["stock"]["served"]) == ("", True)
+
+
 @pytest.mark.parametrize("option", ["--kv-cache-dtype=tqkv-k4v4", "--layer-kv-dtype=3=tqkv-k4v4"])
 def test_formats_that_stock_lacks_have_no_stock_column(option: str) -> None:
     content = json.loads(run("Qwen3.5-4B", "--memory", "20GiB", option, "--json"))

@@ -1,5 +1,6 @@
 """What a plan makes of a card, against vLLM's public start-up logs; docs/plan.md names the source of each."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,20 @@ INT4 = {
         }
     },
     "ignore": ["lm_head", "re:.*visual.*", "re:.*in_proj_[ab]$"],
+}
+NVFP4_DENSE = {
+    "quant_method": "modelopt",
+    "quant_algo": "MIXED_PRECISION",
+    "quantized_layers": {
+        f"model.language_model.layers.{index}.{name}": {"quant_algo": algorithm}
+        for index in range(64)
+        for algorithm, names in (
+            ("W4A16_NVFP4", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
+            ("FP8", ("self_attn", "linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj")),
+        )
+        for name in names
+    }
+    | {"lm_head": {"quant_algo": "W4A16_NVFP4"}},
 }
 NVFP4 = {
     "quant_method": "modelopt",
@@ -57,6 +72,8 @@ class Log:
     step: int | None = None
     requests: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
+    loaded: float | None = None
+    """GiB of weights as logged, where the checkpoint's own format isn't known."""
 
     def shapes(self) -> Model:
         found = entry(self.model)
@@ -66,6 +83,7 @@ class Log:
 
 FP8_CACHE = (("kv_dtype", "fp8"),)
 HEAD_OF_2 = (*FP8_CACHE, ("speculative_tokens", 2), ("mtp", True))
+HEAD_OF_3 = (("speculative_tokens", 3), ("mtp", True))
 NO_CACHING = (("prefix_caching", False),)
 LOGS = {
     "Qwen3.5-0.8B, A100-80": Log("Qwen3.5-0.8B", "A100-80", 0.92, 67.08, 262_144, 5_788_118, "22.08", step=8192),
@@ -96,6 +114,59 @@ LOGS = {
         "Nemotron-3-Nano-30B-A3B", "GB10", 0.80, 34.32, 262_144, 5_769_184, "22.01", None, 8192, 8, NO_CACHING
     ),
     "Llama-3.1-8B, A100-80": Log("Llama-3.1-8B", "A100-80", 0.92, 56.21, 131_072, 460_496, "3.51"),
+    "Qwen3.8-27B, RTX PRO 6000": Log("Qwen3.8-27B", "RTX-PRO-6000", 0.90, 31.24, 8_192, 314_187, "38.35", requests=256),
+    "Qwen3.6-27B-NVFP4, GB10, long steps": Log(
+        "Qwen3.6-27B", "GB10", 0.70, 47.84, 262_144, 1_505_068, "5.74", NVFP4_DENSE, 65_536, 8, FP8_CACHE
+    ),
+    "Qwen3.6-35B-A3B at 4.75 bits with drafts, GB10": Log(
+        "Qwen3.6-35B-A3B", "GB10", 0.85, 71.15, 200_000, 3_131_683, "15.66", None, 32_768, 8, HEAD_OF_3, 21.42
+    ),
+    "Qwen3.6-35B-A3B-NVFP4 with drafts, GB10, four requests": Log(
+        "Qwen3.6-35B-A3B", "GB10", 0.85, 74.76, 262_144, 6_455_296, "24.62", NVFP4, 8192, 4, HEAD_OF_2
+    ),
+    "Qwen3.5-4B, L40S": Log("Qwen3.5-4B", "L40S", 0.50, 11.11, 1_024, 141_107, "137.80", None, 8192, 256, NO_CACHING),
+    "Qwen3.5-4B, A6000": Log("Qwen3.5-4B", "A6000", 0.50, 12.85, 1_024, 163_225, "159.40", None, 2048, 128, NO_CACHING),
+}
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A log of which nothing but the memory, its lines and the options that they depend on is known."""
+
+    model: str
+    gib: float
+    longest: int
+    concurrency: str
+    options: tuple[tuple[str, Any], ...] = ()
+    tokens: int | None = None
+    """None from versions whose "GPU KV cache size" was something else."""
+
+
+NANO = (*FP8_CACHE, *NO_CACHING)
+LINES = {
+    "Qwen3.6-35B-A3B-NVFP4, 80 GB": Lines("Qwen3.6-35B-A3B", 64.16, 262_144, "12.49", tokens=3_274_229),
+    "Qwen3.6-35B-A3B": Lines("Qwen3.6-35B-A3B", 13.1, 32_768, "17.11", tokens=560_505),
+    "Qwen3.6-35B-A3B-NVFP4 with drafts, GB10": Lines(
+        "Qwen3.6-35B-A3B", 53.84, 131_072, "31.08", (*FP8_CACHE, *HEAD_OF_3), 4_073_445
+    ),
+    "Qwen3.6-35B-A3B at 4 bits, two 3090": Lines(
+        "Qwen3.6-35B-A3B", 4.55, 262_144, "3.45", (*FP8_CACHE, ("tp", 2)), 903_602
+    ),
+    "Qwen3.6-27B at 4 bits with drafts, two 3090": Lines(
+        "Qwen3.6-27B", 11.05, 262_144, "2.38", (*FP8_CACHE, *HEAD_OF_3, ("tp", 2)), 623_873
+    ),
+    "Nemotron-Cascade-2-30B-A3B-NVFP4, 5090": Lines(
+        "Nemotron-3-Nano-30B-A3B", 3.72, 256_000, "4.71", (*NANO, ("state_dtype", "float32")), 1_206_303
+    ),
+    "LFM2.5-1.2B": Lines("LFM2-1.2B", 13.33, 32_768, "70.93", FP8_CACHE, 2_324_244),
+    "Qwen3.6-35B-A3B-NVFP4, 5090, vLLM 0.20": Lines("Qwen3.6-35B-A3B", 2.95, 65_536, "3.87", FP8_CACHE),
+    "Granite-4.0-H-1B, vLLM 0.19": Lines("Granite-4.0-H-1B", 4.09, 4_096, "66.95", NO_CACHING),
+    "Qwen3.5-122B-A10B, two cards, vLLM 0.16": Lines(
+        "Qwen3.5-122B-A10B", 1.73, 131_072, "1.89", (*FP8_CACHE, ("tp", 2))
+    ),
+    "Nemotron-3-Nano-4B-FP8, vLLM 0.13": Lines(
+        "Nemotron-3-Nano-4B", 11.15, 8_192, "98.20", (*NANO, ("state_dtype", "float16"))
+    ),
 }
 
 
@@ -108,24 +179,49 @@ def test_memory_is_that_of_the_log(name: str) -> None:
     model = log.shapes()
     needed = reserve(model, gpu, step, options.tp, options.pp, options.speculative_tokens)
     weights = model.weight_bytes(options.tp, options.pp, vision=True, drafts=options.mtp)
+    weights = int(log.loaded * GIB) if log.loaded else weights
     card = Card(known, gpu.total_bytes, log.utilization, weights, needed.total)
     assert card.kv_bytes / GIB == pytest.approx(log.gib, rel=0.05)
 
 
-@pytest.mark.parametrize("name", LOGS)
+@pytest.mark.parametrize("name", [*LOGS, *LINES])
 def test_start_up_lines_are_those_of_the_log(name: str) -> None:
-    # The log rounds its memory to a hundredth of a GiB, which may be a block more or less.
-    log = LOGS[name]
+    log = LOGS[name] if name in LOGS else LINES[name]
+    model = log.shapes() if isinstance(log, Log) else entry(log.model).model()
 
     def lines(gib: float) -> list[str]:
         options = PlanOptions(kv_bytes=int(gib * GIB), max_model_len=log.longest, **dict(log.options))
-        return make_plan("x", "", log.shapes(), options).startup
+        return make_plan("x", "", model, options).startup
 
-    said = [
-        f"GPU KV cache size: {log.tokens:,} tokens",
-        f"Maximum concurrency for {log.longest:,} tokens per request: {log.concurrency}x",
-    ]
-    assert said in [lines(log.gib + offset / 10_000) for offset in range(-50, 51, 5)]
+    said = [f"Maximum concurrency for {log.longest:,} tokens per request: {log.concurrency}x"]
+    if log.tokens is not None:
+        said.insert(0, f"GPU KV cache size: {log.tokens:,} tokens")
+    # The log rounds its memory to a hundredth of a GiB, which may be a block more or less.
+    assert said in [lines(log.gib + offset / 10_000)[-len(said) :] for offset in range(-50, 51, 5)]
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "utilization", "quantization", "blocks"),
+    # As users reported with default options: "max_num_seqs (1024) exceeds available Mamba cache blocks (856)"
+    [("Qwen3.6-27B", "H100", 0.95, FP8, 856), ("Qwen3.8-27B", "RTX-PRO-6000", 0.90, None, 635)],
+)
+def test_what_keeps_vllm_from_starting_is_said(
+    model: str, gpu: str, utilization: float, quantization: dict[str, Any] | None, blocks: int
+) -> None:
+    shapes = Log(model, gpu, utilization, 0, 0, 0, "", quantization).shapes()
+    known, card = find_gpu(gpu)
+    tokens, requests = default_step(card)
+    weights = shapes.weight_bytes(1, 1, vision=True, drafts=False)
+    memory = Card(known, card.total_bytes, utilization, weights, reserve(shapes, card, Step(tokens, requests)).total)
+    plan = make_plan("x", "", shapes, PlanOptions(kv_bytes=memory.kv_bytes, max_num_seqs=requests), memory)
+    said = re.fullmatch(r"max_num_seqs \(1024\) exceeds available Mamba cache blocks \((\d+)\)", plan.refusal)
+    assert said
+    assert int(said[1]) == pytest.approx(blocks, rel=0.05)
+    assert not plan.starts("stock")
+    fewer = make_plan("x", "", shapes, PlanOptions(kv_bytes=memory.kv_bytes, max_num_seqs=int(said[1])), memory)
+    assert (fewer.refusal, fewer.starts("stock")) == ("", True)
+    eager = PlanOptions(kv_bytes=memory.kv_bytes, max_num_seqs=requests, enforce_eager=True)
+    assert make_plan("x", "", shapes, eager, memory).refusal == ""
 
 
 @pytest.mark.parametrize(
@@ -170,7 +266,13 @@ def test_defaults_are_vllms() -> None:
 @pytest.mark.parametrize(
     ("requests", "tokens", "drafts", "card", "graphs"),
     # As logged: "Profiling CUDA graph memory: PIECEWISE=51 (largest=512), FULL=35 (largest=256)", and so on.
-    [(256, 8192, 0, "A100-80", 51 + 35), (32, 2048, 0, "A100-80", 11 + 7), (40, 8192, 0, "H100", 13 + 8)],
+    [
+        (256, 8192, 0, "A100-80", 51 + 35),
+        (32, 2048, 0, "A100-80", 11 + 7),
+        (40, 8192, 0, "H100", 13 + 8),
+        (8, 65_536, 0, "GB10", 5 + 4),
+        (128, 2048, 0, "A6000", 35 + 19),
+    ],
 )
 def test_graphs_are_as_many_as_vllm_captures(requests: int, tokens: int, drafts: int, card: str, graphs: int) -> None:
     assert graph_count(Step(tokens, requests), GPUS[card], drafts) == graphs
@@ -191,5 +293,14 @@ def test_each_cause_moves_its_own_part() -> None:
     one, two, four, eight = (reserve(model, gpu, Step(8192, 256), tp).communication for tp in (1, 2, 4, 8))
     assert 0 == one < two < four == eight
     assert reserve(model, GPUS["GB10"], Step(8192, 256)).runtime > plain.runtime
+    # "profiled with 1 image items" in a step of up to 32,767 tokens, then 2, and never more than there are requests.
+    small = entry("Qwen3.5-0.8B").model()
+    one, two, three = (
+        reserve(small, gpu, Step(tokens, count)).activations for tokens, count in ((8192, 8), (32_768, 8), (65_536, 3))
+    )
+    assert (two, three) == (2 * one, 3 * one)
+    host = [reserve(small, GPUS["GB10"], Step(tokens, 8)).runtime for tokens in (8192, 32_768, 65_536)]
+    assert host[1] - host[0] == (host[2] - host[1]) // 2 > GIB
+    assert reserve(small, gpu, Step(65_536, 8)).runtime == plain.runtime
     experts = entry("Qwen3.5-35B-A3B").model()
     assert reserve(experts, GPUS["5090"], Step(8192, 1)).graphs > reserve(experts, GPUS["4090"], Step(8192, 1)).graphs

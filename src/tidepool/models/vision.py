@@ -46,6 +46,11 @@ class Vision:
         biases = self.depth * (9 * self.hidden + self.inner)
         return self.hidden * (self.patch_numbers + 1 + self.positions) + biases
 
+    @property
+    def image_tokens(self) -> int:
+        """Of an image of the largest size, as the language model sees it."""
+        return self.patches // self.merged
+
     def activation_bytes(self, model_bytes: int) -> int:
         """What one image of the largest size takes: its patches, and in one block the token, its norm and both sides of
         the feed-forward part's activation."""

@@ -85,7 +85,7 @@ def plan(
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a step; by default as vLLM has it for the card.")
     ] = None,
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="With --gpu: no CUDA graphs.")] = False,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")] = False,
     language_model_only: Annotated[
         bool, typer.Option("--language-model-only", help="With --gpu: without the model's vision tower.")
     ] = False,
@@ -139,6 +139,7 @@ def plan(
             max_num_batched_tokens=step.tokens,
             max_model_len=max_model_len,
             speculative_tokens=speculative_tokens,
+            enforce_eager=enforce_eager,
             mtp=mtp,
             contexts=tuple(parse_lengths(context)),
             mix=tuple(parse_mix(mix)),
@@ -170,7 +171,7 @@ def plan_to_dict(plan: CapacityPlan) -> dict[str, Any]:
     """The plan as plain numbers, strings, lists and dicts."""
     content = asdict(plan)
     for kind, column in content["columns"].items():
-        column["served"] = kind == "stock" or not plan.fallbacks
+        column["served"] = plan.starts(kind)
     for kind, column in plan.columns.items():
         memory = content["columns"][kind]["memory"]
         memory["unit_bytes"], memory["units"] = column.memory.unit_bytes, column.memory.units

@@ -80,6 +80,12 @@ def mix(plan: CapacityPlan) -> str:
 def notes(plan: CapacityPlan) -> list[str]:
     """What a reader has to know beside the figures, a sentence or two each."""
     found = []
+    if plan.refusal:
+        ours = "" if plan.fallbacks else "; tidepool lowers it by itself"
+        found.append(
+            f'On a GPU stock vLLM doesn\'t start: "{plan.refusal}". Its CUDA graphs take one for each request, so give '
+            f"a lower --max-num-seqs{ours}."
+        )
     if plan.fallbacks:
         found.append(
             "tidepool would leave this engine to vLLM, so its columns say what its partitions would make of it: "
@@ -99,8 +105,8 @@ def notes(plan: CapacityPlan) -> list[str]:
 def serves(plan: CapacityPlan, kind: Side) -> str:
     """Who would serve an engine of this column."""
     if kind == "stock":
-        return "vLLM"
-    return "vLLM (falls back)" if plan.fallbacks else "tidepool"
+        return "vLLM" if plan.starts(kind) else "doesn't start"
+    return "tidepool" if plan.starts(kind) else "vLLM (falls back)"
 
 
 RESERVE = {

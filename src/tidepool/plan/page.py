@@ -39,8 +39,10 @@ def render_page(plan: CapacityPlan) -> str:
 
 
 def _title(plan: CapacityPlan, kind: Side) -> str:
-    left = kind != "stock" and plan.fallbacks
-    return f'{TITLES[kind]}<span class="quiet"> not served</span>' if left else TITLES[kind]
+    if plan.starts(kind):
+        return TITLES[kind]
+    left = "doesn't start" if kind == "stock" else "not served"
+    return f'{TITLES[kind]}<span class="quiet"> {left}</span>'
 
 
 def _startup(plan: CapacityPlan) -> str:

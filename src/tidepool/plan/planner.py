@@ -24,7 +24,7 @@ from tidepool.models import COMPARED_KV_DTYPES, CacheOptions, Model, ModelConfig
 from tidepool.plan import served
 from tidepool.plan.account import Account, Requests, account, admit
 from tidepool.plan.inputs import Card
-from tidepool.plan.stock import VLLM_VERSIONS, export_tokens, startup_lines, stock_memory
+from tidepool.plan.stock import VLLM_VERSIONS, export_tokens, graph_refusal, startup_lines, stock_memory
 from tidepool.sides import TITLES, Side
 
 SHORT_REQUEST = 12
@@ -62,6 +62,8 @@ class PlanOptions:
     mix: tuple[Requests, ...] = (Requests(32, 2_100), Requests(2, 33_000))
     vllm_version: str = VLLM_VERSIONS[0]
     """Series of the vLLM that stock is."""
+    enforce_eager: bool = False
+    """Whether there are no CUDA graphs."""
     checkpoint_states: StateFormat = "same"
     """In which format the elastic partition keeps states that are only cached."""
     host_bytes: int = 0
@@ -174,6 +176,8 @@ class CapacityPlan:
     """Why tidepool would leave an engine like this to vLLM; none where it serves it."""
     startup: list[str] = field(default_factory=list)
     """What stock vLLM says of its KV cache when it starts."""
+    refusal: str = ""
+    """Why stock vLLM doesn't start on a GPU; empty where it does."""
     beyond: list[int] = field(default_factory=list)
     """Tokens of requests that were asked for and are longer than the longest request."""
     model_tokens: int = 0
@@ -186,6 +190,10 @@ class CapacityPlan:
     dtypes: list[DtypeRow] = field(default_factory=list)
     dtype_requests: int = DTYPE_REQUESTS
     """Running requests beside which `dtypes` counts tokens."""
+
+    def starts(self, kind: Side) -> bool:
+        """Whether an engine of this column starts as it is planned, on tidepool's memory where it is tidepool's."""
+        return not (self.refusal and self.card) if kind == "stock" else not self.fallbacks
 
 
 def make_plan(
@@ -230,6 +238,7 @@ def make_plan(
         card=card,
         fallbacks=_fallbacks(model, options, card),
         startup=startup_lines(stock, options.in_flight_tokens) if stock else [],
+        refusal=graph_refusal(stock) if stock and not options.enforce_eager else "",
         beyond=sorted({length for length in _lengths(options) if length > max_model_len}),
         model_tokens=model.max_tokens,
         columns=columns,

@@ -22,6 +22,8 @@ PEER = int(0.4 * GIB)
 """Buffers for each other device of a tensor parallel group, up to three."""
 HOST = 3 * GIB
 """The process itself, where processor and card share memory."""
+IMAGE_COPIES = 3
+"""Of an image's float32 patches, which the process keeps on its own side; they count where memory is shared."""
 EXPERT_WORKSPACE = int(0.8 * GIB)
 """Of FlashInfer's CUTLASS kernels for experts."""
 GRAPH_LAYER = int(0.225 * (1 << 20))
@@ -68,11 +70,12 @@ def reserve(model: Model, gpu: Gpu, step: Step, tp: int = 1, pp: int = 1, draft_
     """
     layers = -(-len(model.layers) // pp)
     experts = any(layer.experts for layer in model.layers)
+    images = _images(model, step)
     graphs = 0 if step.eager else layers * graph_count(step, gpu, draft_tokens) * GRAPH_LAYER
     return Reserve(
-        activations=max(_image(model, step), _forward(model, step, tp), _sampling(model, step)),
+        activations=max(images.activations, images.outputs + max(_forward(model, step, tp), _sampling(model, step))),
         graphs=graphs + (EXPERT_WORKSPACE if gpu.blackwell and experts else 0),
-        runtime=RUNTIME + (HOST if gpu.unified else 0),
+        runtime=RUNTIME + (HOST + IMAGE_COPIES * images.patches if gpu.unified else 0),
         communication=PEER * min(tp - 1, 3),
     )
 
@@ -96,10 +99,28 @@ def default_step(gpu: Gpu | None) -> tuple[int, int]:
     return (16_384 if gpu.gib >= 160 else 8_192), 1_024
 
 
-def _image(model: Model, step: Step) -> int:
-    """One image of the largest size, and what becomes of it. Tensor parallel devices measured as much as one."""
+@dataclass(frozen=True)
+class _Images:
+    """Bytes of the images that vLLM reads together to measure memory."""
+
+    activations: int = 0
+    outputs: int = 0
+    """What the tower makes of them, which stays until the step has ended."""
+    patches: int = 0
+    """The images themselves, in float32."""
+
+
+def _images(model: Model, step: Step) -> _Images:
+    """As many of the largest size as the step has tokens for. Tensor parallel devices measured as much as one."""
     tower = model.vision if step.vision else None
-    return tower.activation_bytes(model.numerics.model_bytes) if tower else 0
+    if tower is None:
+        return _Images()
+    count = max(1, min(step.tokens // tower.image_tokens, step.requests))
+    return _Images(
+        count * tower.activation_bytes(model.numerics.model_bytes),
+        count * tower.image_tokens * tower.merger[-1].outputs * model.numerics.model_bytes,
+        count * tower.patches * tower.patch_numbers * 4,
+    )
 
 
 def _forward(model: Model, step: Step, tp: int) -> int:

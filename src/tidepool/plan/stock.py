@@ -153,6 +153,14 @@ def startup_lines(memory: StockMemory, in_flight_tokens: int) -> list[str]:
     ]
 
 
+def graph_refusal(memory: StockMemory) -> str:
+    """What vLLM says instead of starting where blocks are fewer than requests, as CUDA graphs take one for each."""
+    states = any(isinstance(group.cache, State) for group in memory.groups)
+    if not states or memory.max_num_seqs <= memory.pool_blocks:
+        return ""
+    return f"max_num_seqs ({memory.max_num_seqs}) exceeds available Mamba cache blocks ({memory.pool_blocks})"
+
+
 def _longest_request(group: PlannedGroup, tokens: int, in_flight_tokens: int) -> int:
     """Blocks of a group that vLLM reckons for the longest request."""
     if isinstance(group.cache, SlidingWindow):
