@@ -103,6 +103,8 @@ def named(module: str) -> list[str]:
 GROUP_OF_128 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True}
 NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
 TENSOR_FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+MODELOPT_NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+FP8_SCHEME = {"num_bits": 8, "type": "float", "dynamic": False}
 CHANNEL_INT8 = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 QWEN_FP8 = ["lm_head", "visual", "linear_attn.in_proj_a", "linear_attn.in_proj_b"]
 
@@ -114,6 +116,35 @@ CHECKPOINTS = [
         "Qwen3.8-27B",
         {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": QWEN_FP8},
         28.51 * GIB,
+        False,
+    ),
+    # the same with the head that drafts, in FP8 as well: Checkpoint size 28.75 GiB
+    (
+        "FP8 in blocks: Qwen3.8-27B-FP8, all",
+        "Qwen3.8-27B",
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": QWEN_FP8},
+        28.75 * GIB,
+        True,
+    ),
+    # vLLM's log: Model loading took 35.02 GiB, the head that drafts included
+    (
+        "FP8 in blocks: Qwen3.6-35B-A3B-FP8",
+        "Qwen3.6-35B-A3B",
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": QWEN_FP8},
+        35.02 * GIB,
+        True,
+    ),
+    # A user's report: model loading took 27.51 GiB, since attention isn't quantized; its rules are quoted there
+    (
+        "GPTQ but for attention: raydelossantos/Qwen3.6-27B-GPTQ-Int4",
+        "Qwen3.6-27B",
+        {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "dynamic": {f"-:.*{part}.*": {} for part in ("attn", "mtp", "shared_expert", "visual")} | {"lm_head": {}},
+        },
+        27.51 * GIB,
         False,
     ),
     # vLLM's log on a GB10: Checkpoint size 21.82 GiB; the head that drafts is in it, in bfloat16
@@ -139,6 +170,14 @@ CHECKPOINTS = [
         groups(NVFP4, ["re:.*lm_head", "re:.*visual.*", "re:.*linear_attn.*", "re:.*mlp.gate$"]),
         21.88 * GIB,
         False,
+    ),
+    # vLLM's log on a 5090: Checkpoint size 23.32 GiB, the head that drafts in bfloat16 included
+    (
+        "compressed-tensors, NVFP4: RedHatAI/Qwen3.6-35B-A3B-NVFP4, all",
+        "Qwen3.6-35B-A3B",
+        groups(NVFP4, ["re:.*lm_head", "re:.*visual.*", "re:.*linear_attn.*", "re:.*mlp.gate$"]),
+        23.32 * GIB,
+        True,
     ),
     # 18.14 GiB of files, the head that drafts included; vLLM's log on an A100: Model loading took 17.71 GiB without it
     (
@@ -221,6 +260,26 @@ FOUR_BITS: list[dict[str, Any]] = [
         "global_quant_config": {"weight": {"dtype": "fp4", "qscheme": "per_group", "group_size": 32}},
         "exclude": ["lm_head"],
     },
+    {
+        "quant_method": "quark",
+        "global_quant_config": {
+            "weight": [
+                {"dtype": "fp8_e4m3", "qscheme": "per_tensor"},
+                {"dtype": "int4", "qscheme": "per_channel"},
+            ]
+        },
+        "exclude": ["lm_head"],
+    },
+    {
+        "quant_method": "quark",
+        "global_quant_config": None,
+        "layer_quant_config": {
+            f"*.{part}.*": {"weight": {"dtype": "fp4_e2m1", "qscheme": "per_group", "group_size": 32}}
+            for part in ("mlp", "linear_attn", "self_attn")
+        },
+    },
+    {"quant_method": "autoround", "bits": 4, "group_size": 128},
+    {"quant_method": "modelopt_mixed", "quant_algo": "W4A16_NVFP4", "ignore": ["lm_head"]},
 ]
 
 
@@ -241,10 +300,20 @@ def test_what_a_checkpoint_leaves_as_it_is_counts_in_full() -> None:
         assert size([pattern]) - size([]) == pytest.approx(up.parameters, rel=0.01), pattern
     assert size(["mlp.up_proj"]) - size([]) == pytest.approx(32 * up.parameters, rel=0.01)
     assert size(["model.language_model.layers.1.mlp"]) - size([]) == pytest.approx(3 * up.parameters, rel=0.01)
+    # vLLM's own name for both of these, which it makes one matrix of
+    assert size(["model.layers.1.mlp.gate_up_proj"]) - size([]) == pytest.approx(2 * up.parameters, rel=0.01)
 
 
 UNKNOWN: list[dict[str, Any]] = [
-    {"quant_method": "hqq", "nbits": 4},
+    *(
+        {"quant_method": method, "bits": 4, "group_size": 128}
+        for method in ("hqq", "exl3", "aqlm", "gguf", "torchao", "bitnet", "fp_quant", "finegrained_fp8", "mlx")
+    ),
+    {"quant_method": "fp8", "weight_block_size": "128"},
+    {"quant_method": "fp8", "weight_block_size": [128]},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    {"quant_method": "quark", "global_quant_config": {}},
+    {"quant_method": ["gptq"], "bits": 4},
     {"bits": 4},
     {"quant_method": "modelopt", "quant_algo": "NVFP2"},
     {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "X"}}},
@@ -266,6 +335,14 @@ def test_unknown_kinds_ask_for_the_weights(quantization: dict[str, Any]) -> None
     assert len(model.layer_caches(CacheOptions())) == 32, "its cache is known all the same"
 
 
+@pytest.mark.parametrize("key", ["compression_config", "quantization"])
+def test_other_keys_that_say_how_weights_are_stored_are_read_too(key: str) -> None:
+    # "quantization" is MLX's, whose checkpoints vLLM doesn't read.
+    config = {**entry("Qwen3.5-4B").config, key: {"group_size": 64, "bits": 4}}
+    with pytest.raises(ModelConfigError, match=r"isn't known here.*--weights"):
+        model_from_config(config).weight_bytes()
+
+
 def test_modelopts_own_file_is_read_beside_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(entry("Llama-3.1-8B").config))
     (tmp_path / "hf_quant_config.json").write_text(
@@ -279,13 +356,15 @@ def test_modelopts_own_file_is_read_beside_the_configuration(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("named", "expected"),
     [
-        ({"kv_cache_quant_algo": "FP8"}, "fp8"),
-        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}}, "fp8"),
-        ({"kv_cache_scheme": None}, "auto"),
+        (MODELOPT_NVFP4 | {"kv_cache_quant_algo": "FP8"}, "fp8"),
+        (MODELOPT_NVFP4 | {"kv_cache_scheme": FP8_SCHEME}, "fp8"),
+        (MODELOPT_NVFP4 | {"kv_cache_scheme": None}, "auto"),
+        (groups(NVFP4, [], kv_cache_scheme=FP8_SCHEME), "fp8"),
+        (groups(NVFP4, [], kv_cache_scheme=None), "auto"),
     ],
 )
 def test_a_checkpoint_says_what_auto_means(named: dict[str, Any], expected: str) -> None:
-    model = quantized("Qwen3.5-4B", {"quant_method": "modelopt", "quant_algo": "NVFP4", **named})
+    model = quantized("Qwen3.5-4B", named)
     plan = make_plan("x", "", model, PlanOptions(kv_bytes=9 << 30))
     assert plan.options.kv_dtype == expected
     assert [gate.split(":")[0] for gate in plan.fallbacks] == ([] if expected == "auto" else ["kv-cache-dtype"])

@@ -197,13 +197,17 @@ class Model:
         if vision and (tower := self.vision):
             stages[0] += self._bytes(tower.linears, None, tp) + tower.other * each / tp
         if drafts:
-            stages[-1] += self.draft_parameters * each / tp
+            stages[-1] += self.draft_joint * each / tp
+            stages[-1] += sum(
+                self._bytes(layer.linears, index, tp, draft=True) + layer.other * each / tp
+                for index, layer in enumerate(self.draft_layers)
+            )
         return int(max(stages))
 
-    def _bytes(self, linears: Iterable[Linear], layer: int | None, tp: int) -> float:
+    def _bytes(self, linears: Iterable[Linear], layer: int | None, tp: int, *, draft: bool = False) -> float:
         """Bytes of matrices on one of ``tp`` devices."""
         each = self.numerics.model_bytes
-        return sum(self.quantization.bytes(one, layer, each) / (1 if one.whole else tp) for one in linears)
+        return sum(self.quantization.bytes(one, layer, each, draft=draft) / (1 if one.whole else tp) for one in linears)
 
 
 def stage_bounds(layers: int, pp: int) -> list[tuple[int, int]]:

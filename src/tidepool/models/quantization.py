@@ -77,23 +77,41 @@ _LAYERS = (
     "model.language_model.layers",
 )
 """What comes before the number of a layer in a checkpoint's names."""
+_DRAFTS = ("mtp.layers",)
+"""What comes before the number of a layer that drafts."""
 _EXPERT_CLASSES = ("FusedMoE", "RoutedExperts", "MoE")
+_FUSED = {
+    "q_proj": ("qkv_proj",),
+    "k_proj": ("qkv_proj",),
+    "v_proj": ("qkv_proj",),
+    "gate_proj": ("gate_up_proj",),
+    "up_proj": ("gate_up_proj",),
+    "in_proj_qkv": ("in_proj_qkvz",),
+    "in_proj_z": ("in_proj_qkvz",),
+    "in_proj_a": ("in_proj_ba",),
+    "in_proj_b": ("in_proj_ba",),
+}
+"""Matrices that vLLM makes one of, whose name a checkpoint may list instead."""
 
 
-def names_of(linear: Linear, layer: int | None) -> list[str]:
+def names_of(linear: Linear, layer: int | None, before: Sequence[str] = _LAYERS) -> list[str]:
     """Names that a checkpoint may call a matrix by, all its parents included.
 
     Args:
         linear: the matrix.
         layer: the number of its layer; None for what lies outside of layers, which is called by its name alone.
+        before: what may come before the number.
     """
     inside = [linear.name]
+    parent, _, projection = linear.name.rpartition(".")
+    fused = _FUSED.get(projection, ())
     if linear.expert:
-        parent, projection = linear.name.rsplit(".", 1)
-        inside += [f"{parent}.0.{projection}", f"{parent}.gate_up_proj"]
+        inside.append(f"{parent}.0.{projection}")
+        fused = ("gate_up_proj",)
+    inside += [f"{parent}.{name}" for name in fused]
     if layer is None:
         return inside
-    return [f"{prefix}.{layer}.{name}" for prefix in _LAYERS for name in inside]
+    return [f"{prefix}.{layer}.{name}" for prefix in before for name in inside]
 
 
 @dataclass(frozen=True)
@@ -151,13 +169,20 @@ class Quantization:
     """Those that are left as they are."""
     beyond: bool = False
     """Whether output embedding and vision tower are quantized where nothing says otherwise."""
+    drafts: bool = False
+    """Whether layers of the head that drafts are quantized like the others."""
     unknown: str | None = None
     """The name of a kind that isn't known here."""
     kv_dtype: str | None = None
     """The KV cache dtype that vLLM takes ``auto`` for, where the checkpoint names one."""
 
-    def format_of(self, linear: Linear, layer: int | None) -> Format | None:
+    def format_of(self, linear: Linear, layer: int | None, *, draft: bool = False) -> Format | None:
         """The format of a matrix, None for the model's own type.
+
+        Args:
+            linear: the matrix.
+            layer: the number of its layer; None for what lies outside of layers.
+            draft: whether the layer is one of the head that drafts.
 
         Raises:
             ModelConfigError: it is of a kind that isn't known here.
@@ -167,9 +192,9 @@ class Quantization:
                 f"The checkpoint is quantized in a way that isn't known here ({self.unknown}): give the weights on one "
                 "device with --weights."
             )
-        if not self.rules or linear.router or (layer is None and not self.beyond):
+        if not self.rules or linear.router or (layer is None and not self.beyond) or (draft and not self.drafts):
             return None
-        names = names_of(linear, layer)
+        names = names_of(linear, layer, _DRAFTS if draft else _LAYERS)
         if self.kept.match(names):
             return None
         for rule, chosen in self.rules:
@@ -177,9 +202,9 @@ class Quantization:
                 return chosen
         return None
 
-    def bytes(self, linear: Linear, layer: int | None, model_bytes: int) -> float:
-        """Bytes of a matrix; ``model_bytes`` is one number of the model's own type."""
-        chosen = self.format_of(linear, layer)
+    def bytes(self, linear: Linear, layer: int | None, model_bytes: int, *, draft: bool = False) -> float:
+        """Bytes of a matrix, see `format_of`; ``model_bytes`` is one number of the model's own type."""
+        chosen = self.format_of(linear, layer, draft=draft)
         return linear.parameters * model_bytes if chosen is None else chosen.bytes(linear)
 
 
@@ -188,21 +213,25 @@ def read_quantization(table: Mapping[str, Any]) -> Quantization:
     if not table:
         return Quantization()
     method = _method(table)
-    reader = _READERS.get(method)
+    reader = _modelopt if method.startswith("modelopt") else _READERS.get(method)
     try:
         found = reader(table) if reader else None
     except (TypeError, ValueError, AttributeError, KeyError):
         found = None
     found = found or Quantization(unknown=str(method or "no quant_method"))
-    return replace(found, kv_dtype=_kv_dtype(table)) if method.startswith("modelopt") else found
+    if method.startswith("modelopt"):
+        return replace(found, kv_dtype=_modelopt_kv_dtype(table))
+    # vLLM takes any scheme of these for fp8.
+    named = method == "compressed-tensors" and table.get("kv_cache_scheme") is not None
+    return replace(found, kv_dtype="fp8") if named else found
 
 
-def _kv_dtype(table: Mapping[str, Any]) -> str | None:
+def _modelopt_kv_dtype(table: Mapping[str, Any]) -> str | None:
     """The KV cache dtype of a ModelOpt checkpoint."""
     inner = table.get("quantization") if isinstance(table.get("quantization"), Mapping) else table
     named = (inner or {}).get("kv_cache_scheme") or (inner or {}).get("kv_cache_quant_algo")
     if isinstance(named, Mapping):
-        named = {"8": "fp8", "4": "nvfp4"}.get(str(named.get("num_bits")))
+        named = {"8": "fp8", "4": "nvfp4"}.get(str(named.get("num_bits"))) if named.get("type") == "float" else None
     return {"fp8": "fp8", "nvfp4": "nvfp4"}.get(str(named).lower())
 
 
@@ -253,6 +282,8 @@ def _compressed_tensors(table: Mapping[str, Any]) -> Quantization | None:
     sparsity = table.get("sparsity_config") or {}
     if sparsity.get("format", "dense") not in ("dense", None) or "24" in str(table.get("format")):
         return None
+    if "config_groups" not in table:
+        return None
     return _groups(table, _kept(table, "ignore", "modules_to_not_convert"))
 
 
@@ -295,10 +326,16 @@ def _group_format(weights: Mapping[str, Any], name: str) -> Format | None:
     return Format(bits, shares, zero_bits=zero, input_bits=order)
 
 
-def _fp8(table: Mapping[str, Any]) -> Quantization:
-    block = table.get("weight_block_size")
-    chosen = Format(8, int(block[1]), scale_bits=32, outputs=int(block[0])) if block else MODELOPT["FP8"]
-    return Quantization(((_everything, chosen),), _kept(table, "modules_to_not_convert", "ignored_layers"))
+def _fp8(table: Mapping[str, Any]) -> Quantization | None:
+    chosen, block = MODELOPT["FP8"], table.get("weight_block_size")
+    if block:
+        if not isinstance(block, list) or len(block) != 2:
+            return None
+        rows, columns = map(int, block)
+        chosen = Format(8, columns, scale_bits=32, outputs=rows)
+    kept = _kept(table, "modules_to_not_convert", "ignored_layers")
+    # Who makes a model makes these: they have the head that drafts, too, which others leave out or as it is.
+    return Quantization(((_everything, chosen),), kept, drafts=True)
 
 
 def _mxfp4(table: Mapping[str, Any]) -> Quantization:
@@ -320,7 +357,8 @@ def _gptq(table: Mapping[str, Any]) -> Quantization:
     for pattern, change in (table.get("dynamic") or {}).items():
         # "-:" leaves modules as they are, "+:" or nothing overrides what the rest has.
         expression = f"re:(.*[.])?{pattern[2:] if pattern[:2] in ('-:', '+:') else pattern}"
-        other = int((change or {}).get("bits", bits)), max(0, int((change or {}).get("group_size", group)))
+        change = change if isinstance(change, Mapping) else {}
+        other = int(change.get("bits", bits)), max(0, int(change.get("group_size", group)))
         changed = None if pattern.startswith("-:") else Format(other[0], other[1], zero_bits=other[0], input_bits=32)
         rules.append((patterns([expression]), changed))
     inside = [name for names in table.get("modules_in_block_to_quantize") or () for name in _listed(names)]
@@ -382,17 +420,21 @@ def _quark(table: Mapping[str, Any]) -> Quantization | None:
         if (changed := _quark_format(change)) is None:
             return None
         rules.append((patterns([pattern]), changed))
-    base = _quark_format(table["global_quant_config"])
-    if base is None:
-        return None
-    return Quantization((*rules, (_everything, base)), _kept(table, "exclude"), beyond=True)
+    # Where nothing is said of the rest, it is left as it is.
+    if (table.get("global_quant_config") or {}).get("weight"):
+        base = _quark_format(table["global_quant_config"])
+        if base is None:
+            return None
+        rules.append((_everything, base))
+    return Quantization(tuple(rules), _kept(table, "exclude"), beyond=True) if rules else None
 
 
 def _quark_format(table: Mapping[str, Any]) -> Format | None:
     weight = table["weight"]
-    weight = weight[0] if isinstance(weight, list) else weight
+    # Of several one was quantized after the other, and the last is what is stored.
+    weight = weight[-1] if isinstance(weight, list) else weight
     kind, group = str(weight["dtype"]), int(weight.get("group_size") or 0)
-    if kind == "fp4":
+    if kind in ("fp4", "fp4_e2m1"):
         return MXFP4 if group == 32 else NVFP4
     bits = {"int4": 4, "uint4": 4, "int8": 8, "fp8_e4m3": 8, "fp8_e5m2": 8}.get(kind)
     if bits is None:
@@ -413,9 +455,6 @@ def _listed(value: object) -> list[str]:
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any]], Quantization | None]] = {
-    "modelopt": _modelopt,
-    "modelopt-fp4": _modelopt,
-    "modelopt-mixed": _modelopt,
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "fbgemm-fp8": _fbgemm,
@@ -425,7 +464,9 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Quantization | None]] = {
     "gptq": _gptq,
     "gptq-marlin": _gptq,
     "auto-round": _auto_round,
+    "autoround": _auto_round,
+    "inc": _auto_round,
     "bitsandbytes": _bitsandbytes,
     "quark": _quark,
 }
-"""Readers by ``quant_method``."""
+"""Readers by ``quant_method``; ModelOpt's begins with its name."""

@@ -12,7 +12,7 @@ from tidepool.models.catalogue import entry
 from tidepool.models.config import TEXT_KEYS
 from tidepool.replay.architectures import ARCHITECTURES, TEXT_TYPES
 
-_WEIGHTS = ("quantization_config", "compression_config")
+_WEIGHTS = ("quantization_config", "compression_config", "quantization")
 """How weights are stored, which are absent: layers keep the same in the cache without them."""
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from tidepool.models.config import Config, ModelConfigError
 from tidepool.models.dtypes import FLOAT_BYTES
 from tidepool.models.mixers import Attention, Numerics
@@ -23,10 +26,17 @@ def model_of(config: Config, family: str, layers: list[Layer], state_dtype: str 
         tied=config.flag("tie_word_embeddings", "tie_embedding"),
         max_tokens=config.positive("max_position_embeddings", "model_max_length", default=1 << 20),
         numerics=Numerics(FLOAT_BYTES[dtype], state_dtype or dtype),
-        quantization=read_quantization(config.table("quantization_config") or config.table("compression_config")),
+        quantization=read_quantization(_stored(config)),
         experts_per_token=config.count("num_experts_per_tok", "num_experts_per_token", "experts_per_token"),
         vision_config=dict(config.table("vision_config")),
     )
+
+
+def _stored(config: Config) -> Mapping[str, Any]:
+    """How a checkpoint says that it stores its weights; empty where it says nothing."""
+    said = config.table("quantization_config") or config.table("compression_config")
+    of_mlx = config.table("quantization")
+    return said or ({"quant_method": "mlx", **of_mlx} if of_mlx else {})
 
 
 def attention(
