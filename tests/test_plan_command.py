@@ -277,6 +277,21 @@ ERRORS = {
         ["Qwen3.5-4B", "--memory", "9GiB", "--state-dtype", "int1"],
         "no state dtype 'int1'",
     ),
+    "a dtype that begins like one": (
+        ["Qwen3.5-4B", "--memory", "9GiB", "--kv-cache-dtype", "fp8xyz"],
+        "no KV cache dtype 'fp8xyz'",
+    ),
+    "two dtypes for a layer": (
+        ["Qwen3.5-4B", "--memory", "9GiB", "--layer-kv-dtype", "3=fp8=auto"],
+        "no KV cache dtype 'fp8=auto'",
+    ),
+    "no block": (["Qwen3.5-4B", "--memory", "9GiB", "--block-size", "0"], "block-size must be positive"),
+    "a number too large for a mix": (
+        ["Qwen3.5-4B", "--memory", "9GiB", "--mix", "9" * 30 + "x1"],
+        "is no number of requests",
+    ),
+    "a device without an end": (["/dev/zero", "--memory", "9GiB"], "too large to be a configuration"),
+    "a full disk": (["Qwen3.5-4B", "--memory", "9GiB", "--html", "/dev/full"], "No space left on device"),
     "negative tp": (["Qwen3.5-4B", "--memory", "9GiB", "--tp", "-2"], "tp must be positive"),
     "negative drafts": (
         ["Qwen3.5-4B", "--memory", "9GiB", "--speculative-tokens", "-2"],
@@ -326,6 +341,17 @@ DEEP = "[" * 100_000 + "]" * 100_000
 CONFIGS: dict[str, tuple[str, str]] = {
     "deep": (f'{{"model_type": {DEEP}}}', "nested too deeply"),
     "no JSON": ("{", "isn't valid JSON"),
+    "nothing": ("", "isn't valid JSON"),
+    "not a number": ("NaN", "must hold a JSON object"),
+    "a size that isn't a number": (
+        json.dumps({**entry("Qwen3.5-4B").config, "hidden_size": float("nan")}),
+        '"hidden_size" of the config must be a positive whole number',
+    ),
+    "layers of no kind": (
+        json.dumps({**entry("Qwen3.5-4B").config, "layer_types": ["x"] * 32}),
+        "unknown kind of layer",
+    ),
+    "a model of no type": (json.dumps({**entry("Qwen3.5-4B").config, "model_type": "\ud800"}), "are unknown"),
     "no text": ("\x00", "isn't valid JSON"),
     "a list": ("[]", "must hold a JSON object"),
     "very many layers": (

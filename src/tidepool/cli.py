@@ -9,6 +9,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from tidepool import __version__
 from tidepool.command_line import NO_VLLM, fail, has_vllm
@@ -19,10 +20,30 @@ from tidepool.replay.command import replay
 from tidepool.replay.record import record
 from tidepool.verify.command import verify, verify_for
 
+_UsageError: Any = typer.BadParameter.__base__
+"""Of all that a user may mistype; typer exports no more than this one kind of it."""
+
+
+class _Commands(TyperGroup):
+    """Commands that end with one sentence where the user mistyped, in place of the usage and an error."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command, and end the process unless told otherwise."""
+        ends = extra.pop("standalone_mode", True)
+        try:
+            code = super().main(*args, **extra | {"standalone_mode": False})
+        except Exception as error:
+            if not ends or not isinstance(error, _UsageError):
+                raise
+            fail(error.format_message(), 2)
+        return sys.exit(code) if ends else code
+
+
 PASSED_ON = {"ignore_unknown_options": True}
 """For commands that take options of vLLM's."""
 app = typer.Typer(
     name="tidepool",
+    cls=_Commands,
     help="Per-group KV cache pools at natural page sizes for hybrid models on vLLM.",
     no_args_is_help=True,
     add_completion=False,

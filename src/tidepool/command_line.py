@@ -43,4 +43,4 @@ def fail(message: str, code: int) -> NoReturn:
 
 def cannot_write(error: OSError) -> str:
     """What to tell of a file that can't be written."""
-    return f"Can't write {error.filename}: {error.strerror}."
+    return f"Can't write {error.filename or 'the file'}: {error.strerror}."

@@ -57,6 +57,7 @@ _OTHER_NAMES = {
     "a100": "A100-80",
     "spark": "GB10",
     "dgxspark": "GB10",
+    "mi355": "MI355X",
     "pro6000": "RTX-PRO-6000",
     "6000pro": "RTX-PRO-6000",
     "rtx6000pro": "RTX-PRO-6000",

@@ -13,6 +13,8 @@ class ModelConfigError(ValueError):
 
 
 MAX_LAYERS = 10_000
+MAX_BYTES = 1 << 26
+"""Of a configuration; what is larger is something else."""
 TEXT_KEYS = ("text_config", "llm_config", "language_config")
 """Under which a wrapper has its language model."""
 
@@ -115,13 +117,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as stream:
+            read = stream.read(MAX_BYTES + 1)
+        content = None if len(read) > MAX_BYTES else json.loads(read.decode("utf-8-sig"))
     except OSError as error:
         raise ModelConfigError(f"Can't read {file}: {error.strerror}.") from error
     except ValueError as error:
         raise ModelConfigError(f"{file} isn't valid JSON: {error}.") from error
     except RecursionError as error:
         raise ModelConfigError(f"{file} is nested too deeply to be a configuration.") from error
+    if len(read) > MAX_BYTES:
+        raise ModelConfigError(f"{file} is too large to be a configuration.")
     if not isinstance(content, dict):
         raise ModelConfigError(f"{file} must hold a JSON object.")
     return content

@@ -23,13 +23,13 @@ TURBOQUANT_BITS = {
 }
 """Bits of a key and of a value; keys of under 8 bits come with a 2-byte norm."""
 
+_FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
+
 KV_DTYPES = (
     "auto",
     "bfloat16",
     "float16",
-    "fp8",
-    "fp8_e4m3",
-    "fp8_e5m2",
+    *_FP8,
     *PER_TOKEN_HEAD_BITS,
     *TURBOQUANT_BITS,
     "nvfp4",
@@ -60,7 +60,7 @@ def head_bytes(kv_dtype: str, key_size: int, value_size: int, model_bytes: int) 
         return numbers * model_bytes
     if kv_dtype in FLOAT_BYTES:
         return numbers * FLOAT_BYTES[kv_dtype]
-    if kv_dtype.startswith("fp8") and kv_dtype not in PER_TOKEN_HEAD_BITS:
+    if kv_dtype in _FP8:
         return numbers
     if kv_dtype in PER_TOKEN_HEAD_BITS:  # codes, then one fp32 scale for the key and one for the value
         bits = PER_TOKEN_HEAD_BITS[kv_dtype]

@@ -72,7 +72,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         for name in ("kv_bytes", "block_tokens", "tp", "pp", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) <= 0:
-                raise UsageError(f"{name.replace('_', '-')} must be positive, not {getattr(self, name):,}.")
+                option = {"block_tokens": "block-size"}.get(name, name.replace("_", "-"))
+                raise UsageError(f"{option} must be positive, not {getattr(self, name):,}.")
         if len(str(self.speculative_tokens)) > 5:
             raise UsageError(f"No drafter makes {self.speculative_tokens:,} tokens in a step.")
         if self.max_model_len is not None and self.max_model_len <= 0:
