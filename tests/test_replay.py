@@ -820,8 +820,12 @@ LINE = b'{"output_length": 1, "token_ids": [1, 2]}\n'
         (b'{"output_length": 1, "hash_ids": [1], "input_length": 1e3}\n', 'line 1: "input_length"'),
         (b'{"output_length": 300000, "token_ids": [1]}\n', "longer than the 262,144 tokens that are served"),
         (b"{" * 100_000, "line 1: not valid JSON"),
+        (b"[" * 200_000, "line 1: not valid JSON"),
+        (b"\x00" * 200_000, "line 1: not valid JSON"),
+        (b'{"prompt": "' + b"tide " * 40_000 + b'"}\n', "line 1: nothing says how long its answer is"),
+        (b"TIMESTAMP,ContextTokens,GeneratedTokens\n5," + b"9" * 200_000 + b",1\n", "line 2: 0 columns"),
     ],
-    ids=range(16),
+    ids=range(20),
 )
 def test_a_bad_trace_is_one_sentence_and_exit_code_2(tmp_path: Path, content: bytes, message: str) -> None:
     file = tmp_path / "t.jsonl"

@@ -19,18 +19,18 @@ _COLUMNS = (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), ("Timestamp", "Re
 
 def columns(header: str) -> tuple[str, str, str] | None:
     """The columns that matter of a table with this first line; None where it is none that is known."""
-    names = next(csv.reader([header.strip()]), [])
+    names = _row(header)
     return next((wanted for wanted in _COLUMNS if set(wanted) <= set(names)), None)
 
 
 def read_table(lines: Iterable[Line], header: str) -> Iterator[Recorded | Skipped]:
     """The requests behind the header."""
-    names = next(csv.reader([header.strip()]))
+    names = _row(header)
     arrival, prompt, answer = (names.index(name) for name in columns(header) or ())
     fresh = count()
     for number, line in lines:
         try:
-            row = next(csv.reader([line]), [])
+            row = _row(line)
             if len(row) != len(names):
                 raise LineError(f"{len(row)} columns where the header has {len(names)}")
             tokens, length = _tokens(row[prompt], names[prompt]), _tokens(row[answer], names[answer])
@@ -43,6 +43,13 @@ def read_table(lines: Iterable[Line], header: str) -> Iterator[Recorded | Skippe
             yield Recorded(_seconds(row[arrival]), blocks, _BLOCK, tokens, length, number)
         except LineError as error:
             yield Skipped(number, str(error))
+
+
+def _row(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line.strip()]), [])
+    except csv.Error:  # one field of it is longer than any of a table
+        return []
 
 
 def _tokens(text: str, name: str) -> int:
