@@ -23,7 +23,7 @@ from tidepool.replay.answers import with_answers, with_own_tokens, without_reaso
 from tidepool.replay.bound import attention_only
 from tidepool.replay.clock import STEP_OVERHEAD, Work, cost_model
 from tidepool.replay.command import replay
-from tidepool.replay.comparison import curves_of, gain, read_report, render_comparison
+from tidepool.replay.comparison import curves_of, gain, render_comparison
 from tidepool.replay.drafts import Drafts
 from tidepool.replay.fits import split, too_small
 from tidepool.replay.formats import read_trace
@@ -33,7 +33,7 @@ from tidepool.replay.job import MODES, USES, GroupLayout, HostFigures, Job, Mode
 from tidepool.replay.model import find_replay_model, language_config, without_weights
 from tidepool.replay.page import render_page
 from tidepool.replay.plot import round_step
-from tidepool.replay.report import Report, Setting, mean_uses, rows, verdict
+from tidepool.replay.report import Report, Setting, mean_uses, read_report, rows, verdict
 from tidepool.replay.sampling import FEWEST, Sampler
 from tidepool.replay.statistics import median, percentile, spread
 from tidepool.replay.trace import GENERATED_TOKEN, Skipped, TraceError, TraceRequest, sentences

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,12 @@ from tidepool.cache import Arena, LookupResult, Retention, Share, TokenResult
 from tidepool.metrics import METRICS, Collector, Kind
 from tidepool.observe.dashboard import PANELS, dashboard, names_in, series_of
 from tidepool.observe.explain import Evidence, evidence_of, evidence_of_replay, explain
-from tidepool.observe.look import USES, Look, look_at
+from tidepool.observe.look import USES, GroupLook, Look, look_at
 from tidepool.observe.scrape import VLLM_METRICS, Scrape
 from tidepool.observe.view import COLOURS, RESULTS, TOKENS, WORDS, cells, draw
+from tidepool.replay.job import GroupLayout, Mode, Result, Sample, Spread
+from tidepool.replay.report import Report, Setting
+from tidepool.sizes import percent
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -318,6 +321,11 @@ BASE = Evidence(
 WAITS = {"waits": 0.9, "waiting": 5.0}
 EVICTED = NOTHING | {"evicted": 500, "new": 500}
 NO_STATE = NOTHING | {"no_state": 2_000, "new": 2_000}
+OF_STATES = {
+    "tokens": EVICTED,
+    "memory": {"states": 100 << 20, "attention": 150 << 20, "cached_states": 600 << 20, "cached_attention": 150 << 20},
+    "eight_bit_bytes": 12_500 << 10,
+}
 
 
 @pytest.mark.parametrize(
@@ -342,6 +350,12 @@ NO_STATE = NOTHING | {"no_state": 2_000, "new": 2_000}
             "--kv-offloading-size 4 would help: 3.91 GiB",
         ),
         ({"tokens": NO_STATE}, "arrivals", "checkpoint_tokens", "checkpoint_tokens 256 would help"),
+        (OF_STATES | {"return_age": 1.4}, "arrivals", "checkpoint_states", "checkpoint_states int8 would help: 80%"),
+        (OF_STATES | {"return_age": None}, "arrivals", "checkpoint_states", "holds 2.5 times as much. It rounds them"),
+        (OF_STATES | {"return_age": 4.0}, "arrivals", "--kv-offloading-size", "--kv-offloading-size 4"),
+        (OF_STATES | {"eight_bit_bytes": 0}, "arrivals", "--kv-offloading-size", "hold what"),
+        (OF_STATES | WAITS, "attention", "--gpu-memory-utilization", "More memory"),
+        (OF_STATES | {"tokens": NO_STATE}, "arrivals", "checkpoint_tokens", "checkpoint_tokens 256"),
     ],
 )
 def test_what_limits_and_which_setting_helps(
@@ -382,36 +396,99 @@ def test_what_was_short_lately_counts_for_more_than_what_was_before() -> None:
     assert explain(evidence_of([first, last])).limit == "attention"
 
 
-def test_a_replay_is_explained() -> None:
-    sample = {
-        "seconds": 0.0,
-        "running": 3,
-        "waiting": 2,
-        "hit_tokens": 1,
-        "prompt_tokens": 2,
-        "uses": [500, 300, 0, 0, 0, 200],
-    }
-    content = {
-        "uses": ["states", "attention", "cached_states", "cached_attention", "padding", "idle"],
-        "setting": {"model": "M", "source": "chat", "max_num_seqs": 8},
-        "modes": {
-            "elastic": {
-                "samples": [sample, sample],
-                "groups": [
-                    {"kind": "state", "natural_bytes": 160, "block_tokens": 512},
-                    {"kind": "attention", "natural_bytes": 16, "block_tokens": 16},
-                ],
-                "hit_tokens": 30,
-                "prompt_tokens": 100,
-                "running_mean": 3.0,
-                "running_peak": 4,
-            }
-        },
-    }
-    found = explain(evidence_of_replay(content))
+SPREAD = Spread(0.1, 0.1, 0.2, 0.3)
+GROUPS = [GroupLayout("state", 24, 128, 52 << 20, 52 << 20), GroupLayout("attention", 8, 16, 512 << 10, 512 << 10)]
+
+
+def replayed(mode: Mode, hits: int, waiting: int, uses: tuple[int, ...]) -> Result:
+    """1,000 prompt tokens of Qwen3.5-4B."""
+    return Result(
+        mode=mode,
+        requests=10,
+        prompt_tokens=1_000,
+        hit_tokens=hits,
+        output_tokens=50,
+        ttft=SPREAD,
+        tpot=None,
+        e2e=SPREAD,
+        makespan=9.0,
+        preemptions=0,
+        running_mean=3.0,
+        running_peak=4,
+        extents_moved=None,
+        extents=None,
+        extent_bytes=None,
+        steps=9,
+        scheduler_mean=0.001,
+        scheduler_median=0.001,
+        wall_seconds=1.0,
+        block_tokens=16,
+        groups=GROUPS,
+        samples=[Sample(0.0, 3, waiting, hits, 1_000, tuple(use << 20 for use in uses))],
+    )
+
+
+SETTING = Setting("Qwen3.5-4B", "H100", 1_000 << 20, "chat", 1.0, 8, 2_048)
+
+
+def test_a_replay_is_explained(tmp_path: Path) -> None:
+    report = Report(SETTING, [replayed("stock", 0, 0, (0,) * 6), replayed("elastic", 30, 2, (500, 300, 0, 0, 0, 200))])
+    found = explain(evidence_of_replay(report))
     assert found.limit == "states"
-    assert any("30% of 100 prompt tokens hit" in sentence for sentence in found.sentences)
-    assert any("160 tokens" in sentence for sentence in found.sentences)
+    assert "3.00% of 1,000 prompt tokens hit." in found.sentences
+    assert any("as much as the attention of 1,664 tokens" in sentence for sentence in found.sentences)
+    (tmp_path / "replay.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
+    told = CliRunner().invoke(cli.app, ["explain", str(tmp_path / "replay.json"), "--json"])
+    assert json.loads(told.output) == asdict(found) | {"sentences": list(found.sentences)}
+
+
+CACHE_OF_STATES, CACHE_OF_ATTENTION = (100, 100, 600, 200, 0, 0), (100, 100, 100, 700, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("hits", "uses", "setting", "advised"),
+    [
+        (400, CACHE_OF_STATES, SETTING, True),
+        (590, CACHE_OF_STATES, SETTING, False),
+        (400, CACHE_OF_ATTENTION, SETTING, False),
+        (400, CACHE_OF_STATES, replace(SETTING, checkpoint_states="bfloat16"), False),
+        (400, CACHE_OF_STATES, replace(SETTING, model="LFM2-1.2B"), False),
+        (400, CACHE_OF_STATES, replace(SETTING, model="a/model/that/is/gone"), False),
+    ],
+    ids=["states cost hits", "hardly any", "attention fills the cache", "packed", "never smaller", "unknown model"],
+)
+def test_smaller_states_are_advised_where_states_cost_hits(
+    hits: int, uses: tuple[int, ...], setting: Setting, advised: bool
+) -> None:
+    report = Report(setting, [replayed("elastic", hits, 0, uses), replayed("bound", 600, 0, uses)])
+    found = explain(evidence_of_replay(report))
+    assert found.limit == "arrivals"
+    assert f"{percent((600 - hits) / 1_000)} more would hit if states took no memory." in found.sentences
+    assert (found.setting == "checkpoint_states") == advised
+    # 13.5 of 49.1 MiB a state in 8 bits, as plan counts them: 60% of the cache take 17%.
+    assert ("75% of what is cached are states of 52 MiB, which take 14.3 MiB" in found.advice) == advised
+    assert ("2.2 times as much. It rounds them" in found.advice) == advised
+    alone = explain(evidence_of_replay(Report(setting, [replayed("elastic", hits, 0, uses)])))
+    assert (alone.setting, alone.advice[:27]) == (None, "No setting is known to help")
+    assert (found.setting is None) == (hits == 590), "where states cost hits and can't be smaller, memory helps"
+
+
+def test_a_partition_that_packs_nothing_is_not_advised_to() -> None:
+    report = Report(SETTING, [replayed("fixed", 400, 0, CACHE_OF_STATES), replayed("bound", 600, 0, CACHE_OF_STATES)])
+    assert explain(evidence_of_replay(report)).setting == "--gpu-memory-utilization"
+
+
+def test_a_server_knows_how_small_its_states_would_be() -> None:
+    def told(look: Look) -> int:
+        return evidence_of([look]).eight_bit_bytes
+
+    look = look_of()
+    assert told(look) == 0, "a model that nobody knows"
+    known = replace(look, model="Qwen/Qwen3.5-4B")
+    assert told(known) == round(490 * 14_155_776 / 51_511_296)
+    assert told(replace(known, partition="fixed")) == 0
+    packed = GroupLook("packed", 0, 140, 7)
+    assert told(replace(known, groups=(*look.groups, packed))) == 0
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"modes": {}, "setting": {}}', "no json"])

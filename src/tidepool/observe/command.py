@@ -6,7 +6,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from tidepool.observe.dashboard import dashboard as make_dashboard
 from tidepool.observe.explain import Evidence, evidence_of, evidence_of_replay, explain as explain_evidence
 from tidepool.observe.look import Look, look_at
 from tidepool.observe.scrape import scrape
+from tidepool.replay.report import read_report
 
 _LOOKS = 10
 """That `explain` takes of a server."""
@@ -74,7 +75,7 @@ def explain(
             raise UsageError(f"The time to look must not be below 0 seconds, not {seconds:g}.")
         path = Path(what)
         is_file = path.is_file() or path.suffix == ".json"
-        evidence = evidence_of_replay(_read(path)) if is_file else _watch(what, seconds)
+        evidence = evidence_of_replay(read_report(path)) if is_file else _watch(what, seconds)
     except UsageError as error:
         fail(str(error), 1)
     found = explain_evidence(evidence)
@@ -82,13 +83,6 @@ def explain(
         typer.echo(json.dumps(asdict(found), indent=2))
         return
     typer.echo("\n".join([f"{evidence.what}:", *found.sentences, found.advice]))
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Can't read {path} as JSON: {error}.") from None
 
 
 def _watch(url: str, seconds: float) -> Evidence:

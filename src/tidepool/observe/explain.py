@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
-from tidepool.cache import TokenResult
+from tidepool.cache import State, TokenResult
+from tidepool.capacity.memory import Memory
 from tidepool.command_line import UsageError
+from tidepool.models import CacheOptions, Model, ModelConfigError, entry, find_model, names
 from tidepool.observe.look import Look
+from tidepool.replay.job import USES
+from tidepool.replay.report import Report
 from tidepool.sizes import percent, size
 
 _MORE = 1.25
@@ -18,8 +21,8 @@ _BUSY = 0.1
 """Requests wait if they do in at least this share of looks."""
 _MANY_MISSED = 0.05
 """Tokens missed for one reason are worth a setting from this share on."""
-_FULL = 0.9
-"""Memory is full, cached contents included, if so much of it is taken."""
+_MANY_STATES = 1 / 3
+"""Smaller states are worth their rounding where they are at least this share of what is cached."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class Evidence:
     token_bytes: int
     cached_state_bytes: int = 0
     """Of a cached state, where that is known; it may be packed."""
+    eight_bit_bytes: int = 0
+    """Of one that is packed in 8 bits, where that is known and the setting for it has any effect."""
+    hits_without_states: int = 0
+    """Tokens of a replay that hit where states take no memory; 0 where that isn't known."""
     checkpoint_tokens: int = 0
     requests: int = 0
     """That were looked up."""
@@ -76,6 +83,7 @@ def evidence_of(looks: Sequence[Look]) -> Evidence:
         tokens=last.tokens,
         state_bytes=last.state_bytes,
         cached_state_bytes=last.cached_state_bytes,
+        eight_bit_bytes=_eight_bits(_served(last.model), last.state_bytes) if last.packs else 0,
         token_bytes=last.token_bytes,
         checkpoint_tokens=last.checkpoint_tokens,
         requests=sum(last.lookups.values()),
@@ -85,38 +93,59 @@ def evidence_of(looks: Sequence[Look]) -> Evidence:
     )
 
 
-def evidence_of_replay(content: Mapping[str, Any]) -> Evidence:
-    """From what ``tidepool replay --json`` printed: its first mode of tidepool's, or else its first.
+def evidence_of_replay(report: Report) -> Evidence:
+    """From a replay: its elastic mode, or else its first.
 
     Raises:
-        UsageError: it isn't that.
+        UsageError: nobody looked at its memory.
     """
+    by_mode = {result.mode: result for result in report.results}
+    result, setting = by_mode.get("elastic", report.results[0]), report.setting
+    samples, states = result.samples, [group for group in result.groups if group.kind == "state"]
+    if not samples:
+        raise UsageError("The replay has no look at its memory.")
+    state_bytes = sum(group.natural_bytes for group in states)
+    packs = result.mode == "elastic" and setting.prefix_caching and setting.checkpoint_states == "same"
+    return Evidence(
+        what=f"{setting.model}, replay of {setting.source}, {result.mode}",
+        waits=sum(each.waiting > 0 for each in samples) / len(samples),
+        waiting=sum(each.waiting for each in samples) / len(samples),
+        running=result.running_mean,
+        running_most=result.running_peak,
+        max_num_seqs=setting.max_num_seqs,
+        memory={use: sum(each.uses[index] for each in samples) / len(samples) for index, use in enumerate(USES)},
+        host_bytes=setting.host_bytes,
+        refused={},
+        tokens={TokenResult.DEVICE: result.hit_tokens, TokenResult.NEW: result.prompt_tokens - result.hit_tokens},
+        state_bytes=state_bytes,
+        eight_bit_bytes=_eight_bits(_replayed(setting.model), state_bytes) if packs else 0,
+        hits_without_states=by_mode["bound"].hit_tokens if "bound" in by_mode else 0,
+        token_bytes=sum(
+            group.natural_bytes // group.block_tokens for group in result.groups if group.kind == "attention"
+        ),
+    )
+
+
+def _served(name: str) -> Model | None:
+    """The shapes of a model that is served under a name of the catalogue, as by default it is."""
+    known = name.rsplit("/", 1)[-1]
+    return entry(known).model() if known in names() else None
+
+
+def _replayed(name_or_path: str) -> Model | None:
+    """The shapes of a replay's model, if it is there."""
     try:
-        modes, setting = content["modes"], content["setting"]
-        name = next((name for name in modes if name.startswith("elastic")), next(iter(modes)))
-        result, uses = modes[name], content["uses"]
-        samples = result["samples"]
-        groups = result["groups"]
-        memory = {use: sum(each["uses"][index] for each in samples) / len(samples) for index, use in enumerate(uses)}
-        hits, prompts = result["hit_tokens"], result["prompt_tokens"]
-        return Evidence(
-            what=f"{setting['model']}, replay of {setting['source']}, {name}",
-            waits=sum(each["waiting"] > 0 for each in samples) / len(samples),
-            waiting=sum(each["waiting"] for each in samples) / len(samples),
-            running=result["running_mean"],
-            running_most=result["running_peak"],
-            max_num_seqs=setting["max_num_seqs"],
-            memory=memory,
-            host_bytes=0,
-            refused={},
-            tokens={TokenResult.DEVICE: hits, TokenResult.NEW: prompts - hits},
-            state_bytes=sum(group["natural_bytes"] for group in groups if group["kind"] == "state"),
-            token_bytes=sum(
-                group["natural_bytes"] // group["block_tokens"] for group in groups if group["kind"] == "attention"
-            ),
-        )
-    except (KeyError, TypeError, IndexError, StopIteration, ZeroDivisionError, AttributeError):
-        raise UsageError("This isn't what tidepool replay --json prints.") from None
+        return find_model(name_or_path)[2]
+    except ModelConfigError:
+        return None
+
+
+def _eight_bits(model: Model | None, state_bytes: int) -> int:
+    """Bytes of a state packed in 8 bits, of all that ``state_bytes`` are as it runs; 0 where it wouldn't be packed."""
+    caches = model.layer_caches(CacheOptions(checkpoint_states="int8")).values() if model else ()
+    packed = [cache for cache in caches if isinstance(cache, State) and cache.packed_bytes]
+    share = sum(cache.packed_bytes for cache in packed) / max(sum(cache.bytes for cache in packed), 1)
+    return round(state_bytes * share)
 
 
 @dataclass(frozen=True)
@@ -201,6 +230,8 @@ def _hit_sentences(evidence: Evidence) -> Iterator[str]:
         yield f"{percent(share)} had been cached and were evicted before the prompt came back.{ages}"
     if share := shares.get(TokenResult.NO_STATE):
         yield f"{percent(share)} had their attention cached, and no state at its end."
+    if (more := _lost_to_states(evidence)) > 0:
+        yield f"{percent(more / total)} more would hit if states took no memory."
 
 
 def _advice(evidence: Evidence, limit: str) -> tuple[str | None, str]:
@@ -208,6 +239,8 @@ def _advice(evidence: Evidence, limit: str) -> tuple[str | None, str]:
         return _more_seqs(evidence)
     if limit in ("states", "attention", "reserve"):
         return "--gpu-memory-utilization", _more_memory(evidence)
+    if text := _smaller_states(evidence):
+        return "checkpoint_states", text
     total = sum(evidence.tokens.values())
     evicted = evidence.tokens.get(TokenResult.EVICTED, 0)
     if total and evicted > _MANY_MISSED * total:
@@ -228,7 +261,40 @@ def _advice(evidence: Evidence, limit: str) -> tuple[str | None, str]:
             f"checkpoint_tokens {spacing // 2} would help: a prompt misses {each:,.0f} tokens on average behind its "
             f"last checkpoint, which lie {spacing:,} apart. Each checkpoint kept takes {size(kept)}."
         )
+    if _lost_to_states(evidence) > _MANY_MISSED * total:
+        return "--gpu-memory-utilization", _more_memory(evidence)
+    if TokenResult.EVICTED not in evidence.tokens and not evidence.hits_without_states:
+        return None, (
+            "No setting is known to help: all requests run at once, and which prompts had been cached isn't told. "
+            "Replayed with the mode bound, too, it is."
+        )
     return None, "No setting would help: all requests run at once, and what misses was never there."
+
+
+def _smaller_states(evidence: Evidence) -> str | None:
+    """What packing cached states would bring; None unless they are much of a cache that forgets too early.
+
+    Where prompts come back later than a cache so much larger would keep them, packing doesn't help enough.
+    """
+    cached = {kind: evidence.memory.get(f"cached_{kind}", 0) for kind in ("states", "attention")}
+    share = cached["states"] / max(sum(cached.values()), 1)
+    lost = max(evidence.tokens.get(TokenResult.EVICTED, 0), _lost_to_states(evidence))
+    if not evidence.eight_bit_bytes or share < _MANY_STATES or lost <= _MANY_MISSED * sum(evidence.tokens.values()):
+        return None
+    larger = 1 / (1 - share * (1 - evidence.eight_bit_bytes / evidence.state_bytes))
+    if evidence.return_age is not None and evidence.return_age > larger:
+        return None
+    return (
+        f"checkpoint_states int8 would help: {percent(share)} of what is cached are states of "
+        f"{size(evidence.state_bytes)}, which take {size(evidence.eight_bit_bytes)} in 8 bits, so that the cache holds "
+        f"{larger:.1f} times as much. It rounds them, so answers behind a hit may differ."
+    )
+
+
+def _lost_to_states(evidence: Evidence) -> int:
+    """Tokens of a replay that would hit if states took no memory."""
+    hits = sum(evidence.tokens.get(part, 0) for part in (TokenResult.DEVICE, TokenResult.HOST))
+    return max(0, evidence.hits_without_states - hits)
 
 
 def _more_seqs(evidence: Evidence) -> tuple[str | None, str]:
@@ -257,6 +323,6 @@ def _more_memory(evidence: Evidence) -> str:
     return f"{text} Of requests of {tokens:,} tokens, as they run now, with one state each {fit}."
 
 
-def _requests_of(memory: Any, tokens: int) -> int:
+def _requests_of(memory: Memory, tokens: int) -> int:
     """As `Memory.requests_of`, without a limit on requests but the memory itself."""
-    return int(memory.most(memory.budget_bytes, tokens, ()))
+    return memory.most(memory.budget_bytes, tokens, ())

@@ -94,6 +94,12 @@ class Look:
         return packed or self.state_bytes
 
     @property
+    def packs(self) -> bool:
+        """Whether cached states could be packed and aren't."""
+        packed = any(group.kind == "packed" for group in self.groups)
+        return self.partition == "elastic" and bool(self.state_bytes) and not packed
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of a token's attention, all groups together."""
         return sum(group.block_bytes // group.block_tokens for group in self.groups if group.block_tokens)

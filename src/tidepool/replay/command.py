@@ -26,7 +26,7 @@ from tidepool.replay.generate import MOST_REQUESTS, WORKLOADS
 from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_modes, require_folder, require_positive
 from tidepool.replay.job import MODES, Job, Mode
 from tidepool.replay.model import ReplayModel, find_replay_model
-from tidepool.replay.report import Report, Setting, versions
+from tidepool.replay.report import Report, Setting, read_report, versions
 from tidepool.replay.trace import TraceError
 from tidepool.replay.workload import Workload, leave_out_long, load_workload
 from tidepool.running.unpacked import UnpackError, environment_with
@@ -214,7 +214,7 @@ def replay(
 
 
 def _compare(files: list[Path], console: Console, json_file: Path | None, html: Path | None) -> None:
-    from tidepool.replay.comparison import comparison_to_dict, print_comparison, read_report, render_comparison
+    from tidepool.replay.comparison import comparison_to_dict, print_comparison, render_comparison
 
     if not files:
         raise UsageError("Name the files that --json wrote: tidepool replay --compare A.json B.json --html PAGE.html.")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tidepool.command_line import UsageError
 from tidepool.page import cells, document, keys, table
 from tidepool.replay.job import Result
 from tidepool.replay.plot import curve_plot
@@ -97,20 +94,6 @@ def comparison_to_dict(reports: Sequence[Report]) -> dict[str, list[dict[str, An
         series: [{"kv_bytes": run.setting.kv_bytes, **_figures(run.result)} for run in runs]
         for series, runs in curves_of(reports).items()
     }
-
-
-def read_report(file: Path) -> Report:
-    """What a replay wrote with ``--json``.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    try:
-        return Report.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UsageError(f"Can't read {file}: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{file} isn't what tidepool replay --json of this version writes.") from error
 
 
 def curves_of(reports: Sequence[Report]) -> dict[str, list[Run]]:

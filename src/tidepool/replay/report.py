@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import distributions
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from tidepool import __version__
+from tidepool.command_line import UsageError
 from tidepool.replay.job import TITLES, USES, GroupLayout, HostFigures, Job, Mode, Result, Spread
 from tidepool.replay.trace import Skipped, sentences
 from tidepool.sizes import size
@@ -99,6 +102,23 @@ class Report:
             [Skipped(**each) for each in content["skipped"]],
             content["notes"],
         )
+
+
+def read_report(file: Path) -> Report:
+    """What a replay wrote with ``--json``.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        report = Report.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"Can't read {file}: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{file} isn't what tidepool replay --json of this version writes.") from error
+    if not report.results:
+        raise UsageError(f"{file} isn't what tidepool replay --json of this version writes.")
+    return report
 
 
 SPREADS = {"ttft": "time to the first token", "tpot": "time per output token", "e2e": "end to end"}
