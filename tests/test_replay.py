@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import typer
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from typer.testing import CliRunner
 
 from tidepool.gpus import GPUS
@@ -180,6 +180,7 @@ def shared(one: list[int], other: list[int]) -> int:
 turns = st.lists(st.tuples(st.integers(1, 3 * SIZE), st.integers(1, 3 * SIZE), st.integers(0, 5)), max_size=12)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2 * SIZE), turns, st.booleans())
 def test_what_a_conversation_recorded_is_found_again(
     tmp_path_factory: pytest.TempPathFactory, system: int, turns: list[Turn], plain: bool

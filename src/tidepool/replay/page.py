@@ -38,7 +38,7 @@ _COLOURS = """
 .rows td { white-space: nowrap; }
 .rows td:first-child { white-space: normal; }
 .rows td:first-child.inner { padding-left: 1.2em; }
-.groups { margin: 8px 0 0; padding: 0; list-style: none; font-size: .9rem; }
+.groups { margin: 8px 0; padding: 0; list-style: none; font-size: .9rem; }
 """
 """Beside the style sheet of all pages: modes and uses that only a replay has."""
 _GIB = 1 << 30
@@ -60,7 +60,7 @@ def render_page(report: Report) -> str:
             f'<p class="verdict">{escape(verdict(report.results))}</p>',
             f"<p>{first.prompt_tokens:,} prompt tokens, {first.output_tokens:,} to generate.</p>",
             f'<p class="quiet">{escape(describe(report.setting))}.</p></header>',
-            *(f"<p>{escape(line)}</p>" for line in missing(report)),
+            _missing(report),
             facts((result.mode, title(result), _figures(result)) for result in report.results),
             '<div class="two">',
             _lines(
@@ -81,6 +81,11 @@ def render_page(report: Report) -> str:
         ],
         _COLOURS,
     )
+
+
+def _missing(report: Report) -> str:
+    lines = "".join(f"<li>{escape(line)}</li>" for line in missing(report))
+    return f'<ul class="lines">{lines}</ul>' if lines else ""
 
 
 def _figures(result: Result) -> list[tuple[str, str]]:
