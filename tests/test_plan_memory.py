@@ -1,7 +1,7 @@
 """What a plan makes of a card, against vLLM's public start-up logs; docs/plan.md names the source of each."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -201,27 +201,33 @@ def test_start_up_lines_are_those_of_the_log(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "gpu", "utilization", "quantization", "blocks"),
+    ("model", "gpu", "utilization", "quantization", "drafts", "blocks"),
     # As users reported with default options: "max_num_seqs (1024) exceeds available Mamba cache blocks (856)"
-    [("Qwen3.6-27B", "H100", 0.95, FP8, 856), ("Qwen3.8-27B", "RTX-PRO-6000", 0.90, None, 635)],
+    [
+        ("Qwen3.6-27B", "H100", 0.95, FP8, 0, 856),
+        ("Qwen3.8-27B", "RTX-PRO-6000", 0.90, None, 0, 635),
+        ("Qwen3.5-27B", "A800", 0.92, None, 0, 348),
+        ("Qwen3.8-27B", "H100-NVL", 0.92, FP8, 1, 983),
+    ],
 )
 def test_what_keeps_vllm_from_starting_is_said(
-    model: str, gpu: str, utilization: float, quantization: dict[str, Any] | None, blocks: int
+    model: str, gpu: str, utilization: float, quantization: dict[str, Any] | None, drafts: int, blocks: int
 ) -> None:
     shapes = Log(model, gpu, utilization, 0, 0, 0, "", quantization).shapes()
     known, card = find_gpu(gpu)
     tokens, requests = default_step(card)
-    weights = shapes.weight_bytes(1, 1, vision=True, drafts=False)
-    memory = Card(known, card.total_bytes, utilization, weights, reserve(shapes, card, Step(tokens, requests)).total)
-    plan = make_plan("x", "", shapes, PlanOptions(kv_bytes=memory.kv_bytes, max_num_seqs=requests), memory)
+    weights = shapes.weight_bytes(1, 1, vision=True, drafts=drafts > 0)
+    needed = reserve(shapes, card, Step(tokens, requests), draft_tokens=drafts).total
+    memory = Card(known, card.total_bytes, utilization, weights, needed)
+    options = PlanOptions(memory.kv_bytes, max_num_seqs=requests, speculative_tokens=drafts, mtp=drafts > 0)
+    plan = make_plan("x", "", shapes, options, memory)
     said = re.fullmatch(r"max_num_seqs \(1024\) exceeds available Mamba cache blocks \((\d+)\)", plan.refusal)
     assert said
     assert int(said[1]) == pytest.approx(blocks, rel=0.05)
     assert not plan.starts("stock")
-    fewer = make_plan("x", "", shapes, PlanOptions(kv_bytes=memory.kv_bytes, max_num_seqs=int(said[1])), memory)
+    fewer = make_plan("x", "", shapes, replace(options, max_num_seqs=int(said[1])), memory)
     assert (fewer.refusal, fewer.starts("stock")) == ("", True)
-    eager = PlanOptions(kv_bytes=memory.kv_bytes, max_num_seqs=requests, enforce_eager=True)
-    assert make_plan("x", "", shapes, eager, memory).refusal == ""
+    assert make_plan("x", "", shapes, replace(options, enforce_eager=True), memory).refusal == ""
 
 
 @pytest.mark.parametrize(
@@ -236,6 +242,9 @@ def test_what_keeps_vllm_from_starting_is_said(
         ("NVIDIA GeForce RTX 4080", "4080"),
         ("h100-sxm", "H100"),
         ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("h100-nvl-94gb", "H100-NVL"),
+        ("NVIDIA A800 80GB PCIe", "A800"),
         ("h200-141gb", "H200"),
         ("NVIDIA B300", "B300"),
         ("RTX PRO 6000", "RTX-PRO-6000"),

@@ -44,7 +44,9 @@ GPUS = {
     "RTX-PRO-6000": Gpu(94.97, 503.8e12, 1_792e9, many=True, blackwell=True),
     "A100-40": Gpu(39.49, 312e12, 1_555e9),
     "A100-80": Gpu(79.25, 312e12, 2_039e9),
+    "A800": Gpu(79.25, 312e12, 2_039e9, many=True),
     "H100": Gpu(79.19, 989.4e12, 3_350e9, many=True),
+    "H100-NVL": Gpu(93.10, 835e12, 3_900e9, many=True),
     "H200": Gpu(139.81, 989.4e12, 4_800e9, many=True),
     "B200": Gpu(178.35, 2_250e12, 7_700e9, many=True, graph_tokens=1024, blackwell=True),
     "B300": Gpu(267.69, 2_250e12, 8_000e9, many=True, graph_tokens=1024, blackwell=True),
@@ -99,5 +101,5 @@ def _plain(name: str) -> str:
 
 def _nominal(gpu: Gpu) -> int:
     """The size that it is sold by, in GB, as far as its name may carry it."""
-    sizes = (16, 24, 32, 40, 48, 80, 96, 128, 141, 180, 192, 288)
+    sizes = (16, 24, 32, 40, 48, 80, 94, 96, 128, 141, 180, 192, 288)
     return min((size for size in sizes if size >= gpu.gib), default=0)
