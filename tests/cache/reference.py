@@ -326,8 +326,21 @@ class ReturnAccount:
                 wait.over = now
 
     def index(self, age: int, turn: TurnClass, now: int) -> float:
-        """Hits for the time that memory is taken, at best, as the head of `tidepool.cache.reuse` defines it."""
-        edges = [0, *(2**power for power in range(reuse._BINS))]
+        """The index at an age: on a straight line between those at the ends of its bin."""
+        edges: list[int] = [0, *(1 << power for power in range(reuse._BINS))]
+        units = age / self.unit
+        for start, stop in list(pairwise(edges))[:-1]:
+            if units < stop:
+                first, last = self.index_from(start, turn, now), self.index_from(stop, turn, now)
+                return first + (last - first) * (units - start) / (stop - start)
+        return self.index_from(2 ** (reuse._BINS - 2), turn, now)
+
+    def index_from(self, units: int, turn: TurnClass, now: int) -> float:
+        """Hits for the time that memory is taken, at best, from the start of a bin on.
+
+        The head of `tidepool.cache.reuse` defines it.
+        """
+        edges: list[int] = [0, *(1 << power for power in range(reuse._BINS))]
         bins = list(pairwise(edges))
         later = (TurnClass.SECOND, TurnClass.LATER)
         risks = []
@@ -340,7 +353,7 @@ class ReturnAccount:
                 returned += reuse._SHARED_WEIGHT
                 time += reuse._SHARED_WEIGHT / prior
             risks.append(returned / time)
-        first = next((i for i, (_, stop) in enumerate(bins) if age // self.unit < stop), len(bins) - 1)
+        first = edges.index(units)
         ratios = []
         for last in range(first, len(bins)):
             alive, hits, taken = 1.0, 0.0, 0.0
