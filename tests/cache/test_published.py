@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, strategies as st
 
@@ -19,12 +21,13 @@ from tidepool.cache import (
     Retention,
     ReuseModel,
     TurnClass,
+    published,
     seglen,
     tail_optimized,
 )
-from tidepool.cache.published import MARCONI_WEIGHTS, Came, Served, Weighed, hits
+from tidepool.cache.published import MARCONI_WEIGHTS, Came, Served, Size, Weighed, hits, saved_for_each_byte
 
-SIZES = PrefixSizes(token_bytes=1.0, state_bytes=1_000)
+SIZES = PrefixSizes(token_bytes=2.0, state_bytes=1_000)
 
 
 def prefix(tokens: int, since: int, states: int = 1) -> CachedPrefix:
@@ -32,13 +35,14 @@ def prefix(tokens: int, since: int, states: int = 1) -> CachedPrefix:
     made = CachedPrefix(PriorityClass.FIRST, running=False)
     made.since = since
     made.state_bytes = 1_000 * states
-    made.bytes = tokens + made.state_bytes
+    made.bytes = 2 * tokens + made.state_bytes
     return made
 
 
 def test_what_a_prefix_saves_is_its_attention() -> None:
-    assert SIZES.of(prefix(320, 0, states=2)) == (320, 320 + 2_000)
-    assert SIZES.of_tokens(320) == (320, 320 + 1_000)
+    assert SIZES.of(prefix(320, 0, states=2)) == (320, 640 + 2_000)
+    assert SIZES.of_tokens(320) == (320, 640 + 1_000)
+    assert saved_for_each_byte(Size(300, 3 * 2**20)) == 100.0, "tokens for each MiB"
 
 
 @given(
@@ -166,6 +170,46 @@ def test_marconi_stays_with_recency_where_nothing_is_gained() -> None:
     assert policy.weight == 0.0
 
 
+def test_marconi_serves_a_window_of_the_past_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was served before the first eviction fills the memory, and tells how long a window is."""
+    simulated: list[tuple[list[Came | Served], int, float]] = []
+
+    def spy(past: Sequence[Came | Served], capacity: int, weight: float) -> int:
+        simulated.append((list(past), capacity, weight))
+        return int(weight == 2.0)
+
+    monkeypatch.setattr(published, "hits", spy)
+    reuse = ReuseModel(1)
+    policy = Marconi(SIZES, reuse)
+    for number in range(3):
+        told(reuse, f"before-{number}", 1_000, number, PrefixMatch(TurnClass.FIRST))
+    policy.victim(3)
+    policy.victim(3)
+    nothing, shared = PrefixMatch(TurnClass.FIRST), PrefixMatch(TurnClass.FIRST, shared="s", place="s")
+    for observer in reuse.observers:
+        for match in (nothing, shared, PrefixMatch(TurnClass.SECOND, place="before-0")):
+            observer.came(match)
+    points = [ResumePoint("end", 0, True), ResumePoint("no state", 0, False), ResumePoint("far", 512, True)]
+    reuse.ended(points, 4, nothing, 500)
+    reuse.ended(points[1:], 4, nothing, 500)
+    for number in range(25):
+        told(reuse, f"after-{number}", 1_000, 5, nothing)
+    assert not simulated, "29 of 30 prompts"
+    told(reuse, "last", 1_000, 6, nothing)
+    assert [weight for _, _, weight in simulated] == list(MARCONI_WEIGHTS)
+    past, capacity, _ = simulated[0]
+    assert capacity == 3 * (2_000 + 1_000)
+    assert [event for event in past if isinstance(event, Came)] == [Came("s", True), Came("before-0", False)]
+    assert Served(("end",), SIZES.of_tokens(500), 4) in past
+    assert len(past) == 30 + 2
+    assert policy.weight == 2.0
+    for number in range(30):
+        assert len(simulated) == len(MARCONI_WEIGHTS)
+        told(reuse, f"later-{number}", 1_000, 7, nothing)
+    assert len(simulated) == 2 * len(MARCONI_WEIGHTS), "the next window is as long, and begins anew"
+    assert len(simulated[-1][0]) == 30
+
+
 def test_the_simulation_counts_tokens_that_a_cache_of_that_size_hits() -> None:
     past: list[Came | Served] = [
         Served(("a",), SIZES.of_tokens(1_600), 1),
@@ -178,5 +222,5 @@ def test_the_simulation_counts_tokens_that_a_cache_of_that_size_hits() -> None:
         Came("nobody's", shared=False),
     ]
     assert hits(past, 100_000, 0.0) == 1_600 + 3_200 + 3_200, "what a turn continues is gone once it has come"
-    assert hits(past, 3_000, 0.0) == 0 + 0, "a is evicted for b, and c never fits"
-    assert hits(past, 4_500, 0.0) == 1_600 + 3_200 + 3_200
+    assert hits(past, 4_200, 0.0) == 0, "a goes for b, and c is larger than all"
+    assert hits(past, 7_400, 0.0) == 1_600 + 3_200 + 3_200, "b goes for c, which fills all"
