@@ -252,6 +252,25 @@ def test_failed_and_forgotten_copies_leave_nothing(failed: bool) -> None:
     assert tier.arena.usage().cached == tier.arena.usage().in_use == 0
 
 
+def test_what_is_left_anew_after_it_was_forgotten_is_copied_anew() -> None:
+    """Whichever of the two copies ends first."""
+    for first, second in (0, 1), (1, 0):
+        tier = make_tier(4)
+        copies = [tier.store("a", TurnClass.FIRST, left("x"))]
+        tier.forget_all()
+        copies.append(tier.store("b", TurnClass.FIRST, left("x")))
+        before, anew = copies
+        assert before
+        assert anew, "it has other contents now"
+        ends = (before, anew)
+        tier.ended(ends[first].number)
+        assert tier.store("c", TurnClass.FIRST, left("x")) is None, "it is on its way, or there"
+        tier.ended(ends[second].number)
+        held = tier.find(1, "x")
+        assert held
+        assert held.block == anew.blocks[0].host
+
+
 def test_ages_by_the_clock_it_is_given() -> None:
     now = 5
     tier = HostTier([SIZE, SIZE])

@@ -6,6 +6,7 @@ import os
 import random
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def windows(specs: dict[str, Any]) -> dict[str, Any]:
     return specs | {name: SlidingWindowSpec(**common[name], sliding_window=1000) for name in list(attention)[::2]}
 
 
-PACKED = "packed states"
+PACKED, HOST = "packed states", "host memory"
 ENGINES: dict[str, tuple[str, Any, Any]] = {
     "Qwen3.5-4B": ("Qwen3.5-4B", "elastic", None),
     "Qwen3.5-4B, fixed": ("Qwen3.5-4B", "fixed", None),
@@ -44,6 +45,8 @@ ENGINES: dict[str, tuple[str, Any, Any]] = {
     "blocks of two sizes": ("Qwen3.5-4B", "elastic", wider_blocks),
     "windows": ("Qwen3.5-4B", "elastic", windows),
     PACKED: ("Qwen3.5-4B", "elastic", None),
+    HOST: ("Qwen3.5-4B", "elastic", None),
+    f"{HOST}, blocks of two sizes": ("Qwen3.5-4B", "elastic", wider_blocks),
 }
 
 
@@ -124,6 +127,8 @@ class Load:
     random: random.Random
     reports: bool
     """Whether some requests want to be told what they found."""
+    back: int
+    """Prompts that come back are of so many last ones."""
     names: int = 0
     prompts: list[list[int]] = field(default_factory=list)
 
@@ -131,7 +136,7 @@ class Load:
         dice = self.random.random()
         prompt: list[int] = []
         if self.prompts and dice < 0.7:
-            earlier = self.random.choice(self.prompts[-12:])
+            earlier = self.random.choice(self.prompts[-self.back :])
             # The same again, one that goes on, or one that parts from it.
             prompt = earlier[: len(earlier) if dice < 0.35 else self.random.randrange(len(earlier))]
         if not prompt or dice > 0.1:
@@ -165,18 +170,34 @@ def engine(request: pytest.FixtureRequest) -> Any:
     name, side, change_specs = ENGINES[request.param]
     # Little memory, so that requests are preempted and much is evicted.
     memory = {"elastic": 9 << 28, "fixed": 10 << 28}[side]
-    return make_engine(
+    engine = make_engine(
         EngineShape(
             entry(name).config,
             memory,
             side,
-            max_num_seqs={"elastic": 16, "fixed": 8}[side],
+            # A load never preempts, so it needs memory that few requests leave.
+            max_num_seqs=4 if HOST in request.param else {"elastic": 16, "fixed": 8}[side],
             max_model_len=10_000,
             options={"kv_events_config": KVEventsConfig(True, "null")},
             change_specs=change_specs,
             checkpoint_states="int8" if request.param == PACKED else "same",
+            host_bytes=3 << 30 if HOST in request.param else 0,
         )
     )
+    if engine.scheduler.kv_cache_manager.host:
+        link_to_host(engine)
+    return engine
+
+
+def link_to_host(engine: Any) -> None:
+    """Host memory whose contents are always worth loading; copies take about a step or some."""
+    from tidepool.replay.link import Link
+
+    steps = count()
+    executor, host = engine.model_executor, engine.scheduler.kv_cache_manager.host
+    host.clock = lambda: float(next(steps))
+    host.speeds.worth_loading = lambda *_: True
+    executor.link = Link(2e8, 1, host.clock)
 
 
 @pytest.mark.parametrize("reports", [False, True])
@@ -202,7 +223,8 @@ def test_the_cache_can_be_rebuilt_from_events_alone(
         return events
 
     monkeypatch.setattr(manager, "take_events", watched)
-    load = Load(engine, random.Random(reports), reports)
+    # The device forgets what the host still holds.
+    load = Load(engine, random.Random(reports), reports, back=40 if manager.host else 12)
     resets = preempted = twice = 0
     for _ in range(STEPS):
         if load.random.random() < 0.4:
@@ -231,9 +253,14 @@ def test_the_cache_can_be_rebuilt_from_events_alone(
         assert any(prompt[: len(text)] == text for prompt in load.prompts), "nobody asked that"
     assert resets
     assert preempted
+    host = manager.host
+    assert host is None or host.traffic.loads >= 8
     assert consumer.told["BlockRemoved"] > 500
     assert consumer.told["AllBlocksCleared"] == resets
     assert twice, "no two blocks had the same hash"
     assert bool(consumer.repeats) == reports, "only what is asked for is told again"
+    while host and host.busy:
+        engine.step()
+    watched()
     assert engine.reset_prefix_cache()
     watched()

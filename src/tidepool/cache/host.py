@@ -127,6 +127,8 @@ class HostTier:
             (group, block on the host) of contents that nobody copies.
         """
         self._forgotten.update(number for number, (_, store) in self._copies.items() if store)
+        # What is left anew has other contents.
+        self._coming.clear()
         gone: list[tuple[int, int]] = []
         for group, held in enumerate(self._held):
             cached = [each.block for each in held.values()]
@@ -231,11 +233,13 @@ class HostTier:
                 kept = Retention.KEEP if each.host in self._keys[each.group] else Retention.DROP
                 self.arena.release(each.group, [each.host], [kept])
             return copy
-        lost = failed or number in self._forgotten
+        forgotten = number in self._forgotten
         self._forgotten.discard(number)
         for left, block in zip(store.left, copy.blocks, strict=True):
+            if forgotten:
+                continue
             self._coming.discard((left.group, left.key))
-            if not lost:
+            if not failed:
                 self._held[left.group][left.key] = Held(block.host, left.tokens)
                 self._keys[left.group][block.host] = left.key
         self._file(store)

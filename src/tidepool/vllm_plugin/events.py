@@ -66,6 +66,17 @@ class ExactEvents(BlockPool if TYPE_CHECKING else object):  # type: ignore[misc]
         with self._retold(request, self.hash_block_size, kv_cache_group_id):
             return super().cache_partial_block(*arguments)
 
+    def cache_loaded(self, request: Request, loaded: Iterable[tuple[BlockHashWithGroupId, KVCacheBlock, int]]) -> None:
+        """Blocks now have the contents of a request's hashes, each up to so many tokens; with events."""
+        entered: list[int] = []
+        self._entered = entered if self.enable_kv_cache_events else None
+        for key, block, tokens in loaded:
+            self._insert_block_hash(key, block, tokens)
+        self._entered = None
+        unit = self.event_tokens
+        self._tell_stored(request, [end for end in entered if not end % unit], unit)
+        self._tell_stored(request, [end for end in entered if end % unit], self.hash_block_size)
+
     def tell_found(self, request: Request, blocks: Iterable[KVCacheBlock], block_size: int, hit_tokens: int) -> None:
         """Tell of the blocks that a lookup found for a request, if it wants that: the last one may hold a part only."""
         ends = [(index + 1) * block_size for index, block in enumerate(blocks) if not block.is_null]

@@ -10,10 +10,11 @@ Each block of a copy is referenced on both sides until the copy has ended on all
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.logger import init_logger
@@ -78,8 +79,8 @@ class _Departure:
 class _Load:
     """A prefix on its way to the device."""
 
-    name: str
-    """Of the request that waits for it."""
+    request: Request
+    """The one that waits for it."""
     tokens: int
     """Of the prefix."""
     new_tokens: int
@@ -90,6 +91,8 @@ class _Load:
     loaded: list[tuple[OnHost, KVCacheBlock]] = field(default_factory=list)
     ended: bool = False
     """Whether the request has ended meanwhile."""
+    forgotten: bool = False
+    """Whether the cache was reset meanwhile: nobody may find what is loaded."""
 
 
 @dataclass
@@ -243,7 +246,7 @@ class HostMemory:
         extents = manager.coordinator.extents_beside_others(name, tokens, needs, idle, sum(charges) + pinned)
         if extents > memory.arena.available:
             return False
-        load = _Load(name, tokens, tokens - computed, held, self.clock())
+        load = _Load(request, tokens, tokens - computed, held, self.clock())
         self._hold(held)
         memory.arena.reserve(charges)
         with Serving(memory, RequestContext(name)):
@@ -316,32 +319,48 @@ class HostMemory:
             self._release(self._held.pop(number))
             return
         load = self._loads.pop(number)
+        name = load.request.request_id
         self._loading_bytes -= copy.bytes
         self.traffic.wait_seconds += self.clock() - load.began
         if failed and not load.ended:
-            self._settled.add(load.name)
+            self._settled.add(name)
         if not failed:
             self.speeds.loaded(copy.bytes, seconds)
-            for on, block in load.loaded:
-                block.pool._insert_block_hash(on.key, block, on.tokens)
+        if arrived := not (failed or load.forgotten):
+            self._cache(load)
         blocks = [block for _, block in load.loaded]
         if load.ended:
             self._release(blocks)
         else:
-            del self._loading[load.name]
-            self._reached[load.name] = load.tokens
-            if not failed:
-                self._loaded[load.name] = self._loaded.get(load.name, 0) + load.new_tokens
-            with Serving(self._memory, RequestContext(load.name)):
+            del self._loading[name]
+            if arrived:
+                self._reached[name] = load.tokens
+                self._loaded[name] = self._loaded.get(name, 0) + load.new_tokens
+            with Serving(self._memory, RequestContext(name)):
                 self._release(blocks)
         self._release(load.held)
+
+    def _cache(self, load: _Load) -> None:
+        """What was loaded can be found in the device's cache from now on."""
+        for pool, loaded in groupby(load.loaded, lambda each: each[1].pool):
+            pool.cache_loaded(load.request, [(on.key, block, on.tokens) for on, block in loaded])
 
     def _release(self, blocks: Iterable[KVCacheBlock]) -> None:
         # The last block of a prefix is to go first.
         self._memory.free_blocks(list(blocks)[::-1])
 
+    def copied_alone(self) -> list[KVCacheBlock]:
+        """Blocks on the device that are referenced by copies and by nothing else."""
+        held = [block for blocks in self._held.values() for block in blocks]
+        for load in self._loads.values():
+            held += [*load.held, *(block for _, block in load.loaded)]
+        references = Counter(map(id, held))
+        return [block for block in {id(each): each for each in held}.values() if block.ref_cnt == references[id(block)]]
+
     def reset(self) -> None:
-        """Forget all contents."""
+        """Forget all contents, and those of copies under way, in either direction."""
+        for load in self._loads.values():
+            load.forgotten = True
         self._departures.clear()
         self._settled.clear()
         self._reached.clear()
