@@ -16,6 +16,8 @@ import quick_kernels
 from asking import ask
 
 SYSTEM, ADDED, ANSWER, TURNS = 150, 300, 12, 4
+SHORT = 270
+"""Tokens of a prompt that has its last checkpoint shortly before its end."""
 
 
 def swapped() -> None:
@@ -39,14 +41,14 @@ def dropped() -> None:
     HostBytes.pieces = lambda self, copy: pieces(self, copy) if copy.to_host else iter(())  # type: ignore[method-assign]
 
 
-def slow() -> None:
+def slow(seconds: float) -> None:
     """Copies take a while, so that steps, ends and preemptions fall into them."""
     from tidepool.vllm_plugin.host_copies import HostBytes
 
     pieces = HostBytes.pieces
 
     def late(self: HostBytes, copy: Any) -> Any:
-        time.sleep(0.02)
+        time.sleep(seconds)
         yield from pieces(self, copy)
 
     HostBytes.pieces = late  # type: ignore[method-assign]
@@ -87,7 +89,7 @@ def main() -> None:
     if job["fault"]:
         {"swapped": swapped, "dropped": dropped}[job["fault"]]()
     if job["slow"]:
-        slow()
+        slow(job["slow"])
     llm = LLM(
         model=job["model"],
         max_model_len=4096,
@@ -107,27 +109,11 @@ def main() -> None:
     if manager.host:
         # Whatever this machine's speeds are.
         manager.host.speeds.worth_loading = lambda *args: True
-    rng = random.Random(0)
-
-    def some(count: int) -> list[int]:
-        return [rng.randrange(5, 500) for _ in range(count)]
-
-    system = some(SYSTEM)
-    chats = [system + some(ADDED) for _ in range(job["chats"])]
-    added = [[some(ADDED) for _ in chats] for _ in range(TURNS)]
-    answers: list[Any] = []
-    cached = 0
-    for turn in range(TURNS):
-        found = ask(llm, chats, output_tokens=ANSWER)
-        cached += sum(found["cached"])
-        answers += found["answers"]
-        # The same continuation on every side, whatever was answered.
-        chats = [chat + more for chat, more in zip(chats, added[turn], strict=True)]
-    result: dict[str, Any] = {"answers": answers, "cached": cached, "served": hasattr(manager.block_pool, "arena")}
+    result = new_weights(llm, job) if job["reset"] else conversations(llm, job)
+    result["served"] = hasattr(manager.block_pool, "arena")
     if manager.host:
+        settle(llm)
         host = manager.host
-        while host.busy:
-            llm.llm_engine.step()
         result |= {
             "traffic": vars(host.traffic),
             "held": len(host.tier),
@@ -137,6 +123,105 @@ def main() -> None:
         }
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(result, file)
+
+
+def prompts(chats: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """First prompts of some chats, and by turn what is added to each."""
+    rng = random.Random(0)
+
+    def some(count: int) -> list[int]:
+        return [rng.randrange(5, 500) for _ in range(count)]
+
+    system = some(SYSTEM)
+    return [system + some(ADDED) for _ in range(chats)], [[some(ADDED) for _ in range(chats)] for _ in range(TURNS)]
+
+
+def conversations(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """All turns of all chats."""
+    answers: list[Any] = []
+    cached = 0
+    chats, added = prompts(job["chats"])
+    for more in added:
+        found = ask(llm, chats, output_tokens=ANSWER)
+        cached += sum(found["cached"])
+        answers += found["answers"]
+        # The same continuation on every side, whatever was answered.
+        chats = [chat + each for chat, each in zip(chats, more, strict=True)]
+    return {"answers": answers, "cached": cached}
+
+
+def new_weights(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Weights change while copies of both directions are under way, and the cache is reset or the engine sleeps.
+
+    Afterwards everything is asked twice: once at once, and once when nothing is cached anywhere.
+    """
+    from vllm import SamplingParams
+
+    from tidepool.running.engine import core_of
+
+    engine = llm.llm_engine
+    manager = core_of(engine).scheduler.kv_cache_manager
+    host = manager.host
+    long, _ = prompts(job["chats"])
+    # Nearly all of each is loaded.
+    chats, stored = [chat[:SHORT] for chat in long], [chat[::-1] for chat in long[-2:]]
+    before = ask(llm, stored, output_tokens=ANSWER)["answers"]
+    settle(llm)
+    assert engine.reset_prefix_cache()
+    ask(llm, chats, output_tokens=ANSWER)
+    settle(llm)
+    # What the device forgets is loaded.
+    for pool in manager.block_pool.pools:
+        pool.reset_prefix_cache()
+    # One of the chats is being loaded when others have ended, and what they leave is being stored.
+    sampling = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+    for number, chat in enumerate(chats):
+        engine.add_request(str(number), {"prompt_token_ids": chat}, sampling)
+        while engine.has_unfinished_requests() and not host._loading:
+            engine.step()
+        if host._loading:
+            break
+    loaded = [list(load.request.prompt_token_ids) for load in host._loading.values()]
+    for number, prompt in enumerate(stored):
+        engine.add_request(f"stored {number}", {"prompt_token_ids": prompt}, sampling)
+    ended = 0
+    while ended < len(stored) or not any(copy.to_host for copy, _ in host.tier._copies.values()):
+        ended += sum(output.finished for output in engine.step())
+    under_way = [copy.to_host for copy, _ in host.tier._copies.values()]
+    if job["reset"] == "sleep":
+        engine.sleep(1, "keep")
+        engine.wake_up()
+        done = True
+    else:
+        done = engine.reset_prefix_cache(reset_running_requests=True)
+    held = len(host.tier)
+    llm.apply_model(other_words)
+    while engine.has_unfinished_requests() or host.busy:
+        engine.step()
+    asked = stored + loaded
+    answers = ask(llm, asked, output_tokens=ANSWER)["answers"]
+    settle(llm)
+    assert engine.reset_prefix_cache()
+    fresh = ask(llm, asked, output_tokens=ANSWER)["answers"]
+    return {"before": before, "answers": answers, "fresh": fresh, "under_way": under_way, "done": done, "kept": held}
+
+
+def other_words(model: Any) -> None:
+    """New weights: every token means another."""
+    for name, weights in model.named_parameters():
+        if "embed_tokens" in name:
+            weights.data.copy_(weights.data.roll(7, 0))
+            return
+    raise AssertionError("no embedding")
+
+
+def settle(llm: Any) -> None:
+    """Let all copies end."""
+    from tidepool.running.engine import core_of
+
+    host = core_of(llm.llm_engine).scheduler.kv_cache_manager.host
+    while host.busy:
+        llm.llm_engine.step()
 
 
 main()
