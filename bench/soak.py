@@ -2,13 +2,16 @@
 
     python bench/soak.py [--requests 5000] [--side elastic] [--memory 28] [--json FILE]
     python bench/soak.py --side fixed --memory 32
+    python bench/soak.py --host-memory 60
 
 One engine in this process serves the shipped model (docs/trained-model.md), whose answers are right or wrong. Memory is
 so small that requests are preempted, extents change hands and cached memory is evicted all the time. Every so often
-the prefix cache is reset under load, and the engine is sent to sleep and woken. Checked at the end:
+the prefix cache is reset under load, and the engine is sent to sleep and woken. Host memory behind the pools holds less
+than the requests leave, and whatever it has is loaded, however long that takes. Checked at the end:
 
  - every request that wasn't aborted was answered right;
- - nothing is in use, every byte of the arena is accounted for, and no request is known any more;
+ - nothing is in use on the device or the host, every byte of both arenas is accounted for, and no request is known any
+   more;
  - memory of the process hasn't grown since the warm-up;
  - the questions asked at the start get the same answers again.
 
@@ -50,8 +53,9 @@ DISTURB_EVERY = 400
 """Requests between two disturbances."""
 SAMPLE_EVERY = 50
 """Requests between two looks at the memory of the process."""
-WARM_UP = 2_000
-"""Requests after which the process must not grow any more; with fewer requests in all that isn't judged."""
+WARM_UP = 2_400
+"""Requests after which the process must not grow any more, all caches being full again after a reset; with fewer in all
+that isn't judged."""
 FLAT_SHARE = 0.01
 """Share of itself by which the process may grow in 1,000 requests: kernels and malloc have their own ways."""
 FLAT_OBJECTS = 1.0
@@ -96,7 +100,7 @@ def prompts_of(seed: int, count: int) -> list[Prompt]:
     return made[:count]
 
 
-def make_engine(side: str, memory: int) -> Any:
+def make_engine(side: str, memory: int, host_memory: int) -> Any:
     """An engine in this process."""
     os.environ |= {
         "TIDEPOOL": "off" if side == "stock" else side,
@@ -112,19 +116,24 @@ def make_engine(side: str, memory: int) -> Any:
 
     # The record of returns grows up to a bound, which these requests would take to their end to reach.
     reuse._REMEMBERED = 256
-    return LLMEngine.from_engine_args(
+    engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=str(MODEL),
             max_model_len=1_024,
             max_num_seqs=RUNNING // 4 if side == "fixed" else RUNNING,
             max_num_batched_tokens=STEP_TOKENS,
             kv_cache_memory_bytes=memory,
+            kv_offloading_size=host_memory / (1 << 30) or None,
             enable_prefix_caching=True,
             enforce_eager=True,
             disable_log_stats=True,
             additional_config={"tidepool": {"checkpoint_tokens": CHECKPOINT_TOKENS}},
         )
     )
+    if host := host_of(engine):
+        # Whatever this machine's speeds are.
+        host.speeds.worth_loading = lambda *_: True
+    return engine
 
 
 def send(engine: Any, name: str, prompt: Prompt) -> None:
@@ -237,6 +246,11 @@ def scheduler_of(engine: Any) -> Any:
     return engine.engine_core.engine_core.scheduler
 
 
+def host_of(engine: Any) -> Any:
+    """Host memory behind the pools; None without."""
+    return getattr(scheduler_of(engine).kv_cache_manager, "host", None)
+
+
 def managers_of(engine: Any) -> Any:
     """vLLM's bookkeeping of each group's blocks."""
     return scheduler_of(engine).kv_cache_manager.coordinator.single_type_managers
@@ -254,26 +268,40 @@ def left_behind(engine: Any) -> list[str]:
     arena = getattr(scheduler.kv_cache_manager.block_pool, "arena", None)
     if arena is None:
         return found
-    usage = arena.usage()
-    parts = usage.in_use + usage.cached + usage.free + usage.unowned + usage.padding + usage.null
-    if parts != usage.total:
-        found.append(f"the parts of the arena add up to {parts:,} of {usage.total:,} bytes")
-    if usage.in_use:
-        found.append(f"{usage.in_use:,} bytes are in use")
-    if any(any(pool.refs) for pool in arena.pools):
-        found.append("blocks are referenced")
+    found += unaccounted(arena, "the device")
     for group, pool in enumerate(arena.pools):
         kept = list(pool.kept())
         if len(kept) != pool.cached or any(pool.prefixes[block] is None for block in kept):
             found.append(f"group {group} has cached blocks that no prefix names")
         if any(scheduler.kv_cache_manager.block_pool.pools[group].blocks[b].block_hash is None for b in kept):
             found.append(f"group {group} keeps blocks that nobody can find")
-    if arena._prefixes:
-        found.append(f"the arena still knows {len(arena._prefixes)} requests")
+    if host := host_of(engine):
+        found += unaccounted(host.tier.arena, "the host")
+        known = {**host._loading, **host._reached, **host._loaded, **dict.fromkeys(host._settled)}
+        if known or host.busy:
+            found.append(f"host memory still knows {len(known)} requests and {host.tier.copies} copies")
+        if host.traffic.failed:
+            found.append(f"{host.traffic.failed} copies failed")
     if known := scheduler.kv_cache_manager._lookups:
         found.append(f"the manager still knows {len(known)} lookups")
     if known := scheduler.kv_cache_manager.block_pool.retention.requests:
         found.append(f"the policy still knows {len(known)} requests")
+    return found
+
+
+def unaccounted(arena: Any, where: str) -> list[str]:
+    """What is wrong with an arena that nobody uses; a sentence each."""
+    usage = arena.usage()
+    found = []
+    parts = usage.in_use + usage.cached + usage.free + usage.unowned + usage.padding + usage.null
+    if parts != usage.total:
+        found.append(f"the parts of {where}'s arena add up to {parts:,} of {usage.total:,} bytes")
+    if usage.in_use:
+        found.append(f"{usage.in_use:,} bytes of {where}'s memory are in use")
+    if any(any(pool.refs) for pool in arena.pools):
+        found.append(f"blocks of {where} are referenced")
+    if arena._prefixes:
+        found.append(f"{where}'s arena still knows {len(arena._prefixes)} requests")
     return found
 
 
@@ -293,6 +321,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=5_000)
     parser.add_argument("--side", choices=SIDES, default="elastic")
     parser.add_argument("--memory", type=int, default=28, help="megabytes of KV memory")
+    parser.add_argument("--host-memory", type=int, default=0, help="megabytes of host memory behind the pools")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -303,7 +332,7 @@ def main() -> None:
     prompts = prompts_of(options.seed, options.requests)
     fresh = make_prompts(options.seed + 77, length=500, stories=4, questions=2)
     with console.status("Starting vLLM"):
-        engine = make_engine(options.side, options.memory * 1_000_000)
+        engine = make_engine(options.side, options.memory * 1_000_000, options.host_memory * 1_000_000)
     from tidepool.vllm_plugin.served import NotServedError, require_served
 
     try:
@@ -319,6 +348,9 @@ def main() -> None:
         soak = run(engine, prompts, options.seed, lambda ended: progress.update(task, completed=ended))
         progress.update(task, completed=options.requests)
     seconds = time.perf_counter() - began
+    host = host_of(engine)
+    while host and host.busy:
+        engine.step()
     found = left_behind(engine)
     found += [f"{len(soak.wrong)} answers are wrong"] * bool(soak.wrong)
     megabytes, pieces = growth(soak)
@@ -346,6 +378,12 @@ def main() -> None:
     ]
     if len(late) < 3:
         rows[-2:] = [("memory", f"not judged with so few requests, {resident_mb():,.0f} MB")]
+    if host:
+        traffic, lost = host.traffic, sum(pool.evictions for pool in host.tier.arena.pools)
+        rows += [
+            ("loaded from the host", f"{traffic.loads:,} times, {traffic.loaded_tokens:,} tokens"),
+            ("stored on the host", f"{traffic.stored_bytes / 1e6:,.0f} MB; {lost:,} blocks were evicted there"),
+        ]
     rows += [
         ("asked again at the end", f"{sum(right)} of {len(right)} right, {sum(map(_equal, before, after))} the same"),
         ("left behind", "; ".join(found) or "nothing"),

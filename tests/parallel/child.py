@@ -23,6 +23,7 @@ def main() -> None:
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
     quick_kernels.install()
+    note_copies()
     results = {name: run(job, shape) for name, shape in job["engines"].items()}
     with open(job["answer"], "w", encoding="utf-8") as file:
         json.dump(results, file)
@@ -47,16 +48,29 @@ def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         # Prompts are never layout, so that every engine computes the same chunks.
         max_num_batched_tokens=65_536,
         enable_prefix_caching=shape.get("caching", False),
+        kv_offloading_size=shape.get("host_gib"),
         enforce_eager=True,
         seed=0,
         disable_log_stats=False,
     )
     core = core_of(llm.llm_engine)
+    host = getattr(core.scheduler.kv_cache_manager, "host", None)
+    if host:
+        # Whatever this machine's speeds are.
+        host.speeds.worth_loading = lambda *_: True
     result: dict[str, Any] = {"in_flight": core.batch_queue_size}
     for workload in shape["workloads"]:
         result[workload] = ask(llm, **job["workloads"][workload])
     metrics = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     result["preemptions"] = metrics["vllm:num_preemptions"]
+    while host and host.busy:
+        llm.llm_engine.step()
+    if host:
+        result |= {
+            "traffic": vars(host.traffic),
+            "host_in_use_at_end": host.tier.arena.usage().in_use,
+            "copies": core.model_executor.collective_rpc(copies_made),
+        }
     if arena := getattr(core.scheduler.kv_cache_manager.block_pool, "arena", None):
         config = core.scheduler.kv_cache_config
         result |= {
@@ -73,6 +87,26 @@ def run(job: dict[str, Any], shape: dict[str, Any]) -> dict[str, Any]:
         }
     llm.llm_engine.engine_core.shutdown()
     return result
+
+
+def note_copies() -> None:
+    """Have this process and those that it starts remember the copies that they make from and to the host."""
+    from tidepool.vllm_plugin.host_copies import HostBytes
+
+    pieces = HostBytes.pieces
+
+    def noted(self: HostBytes, copy: Any) -> Any:
+        vars(self).setdefault("made", []).append([copy.number, copy.to_host, sorted(copy.blocks)])
+        yield from pieces(self, copy)
+
+    HostBytes.pieces = noted  # type: ignore[method-assign]
+
+
+def copies_made(worker: Any) -> list[Any]:
+    """On a worker: what it has copied from and to the host."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    return list(get_kv_transfer_group()._memory.made)
 
 
 def check_rank(worker: Any) -> dict[str, Any]:
@@ -126,3 +160,4 @@ if __name__ == "__main__":
     main()
 else:  # a worker imports this file
     quick_kernels.install()
+    note_copies()
