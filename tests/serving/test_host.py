@@ -114,7 +114,7 @@ def apart(answers: list[Any], others: list[Any]) -> float:
     """How far the log-probabilities of answers' first tokens are apart at most. Tokens alone don't tell: tiny models
     hardly look at what lies far back."""
     pairs = [(a["logprobs"][0], b["logprobs"][0]) for a, b in zip(answers, others, strict=True)]
-    return max(abs(a[token] - b[token]) for a, b in pairs for token in a.keys() & b.keys())
+    return max(abs(float(a[token]) - float(b[token])) for a, b in pairs for token in a.keys() & b.keys())
 
 
 @pytest.mark.parametrize("reset", ["reset", "sleep"])

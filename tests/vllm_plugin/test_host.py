@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -217,6 +218,24 @@ def test_a_request_that_is_aborted_while_it_is_loaded_leaves_nothing_in_use(benc
     assert bench.hits["once more"] == 3_584, "what was loaded is in the device's cache"
 
 
+def test_a_state_that_a_running_request_has_left_goes_to_the_host_at_once(bench: Bench) -> None:
+    """It may be evicted before the request ends, and the rest is of no use without it."""
+    prompt = text()
+    bench.ask("long", prompt, answer=200)
+    for _ in range(12):
+        bench.now += 1
+        bench.step()
+    assert bench.scheduler.running
+    assert sum(bench.host.tier.find(0, key) is not None for key in bench.host.tier._held[0]) == 1
+    arena = bench.manager.block_pool.arena
+    (state,) = arena.pools[0].kept()
+    bench.manager.block_pool.at(0, state).pool.evict_blocks({state})
+    bench.settle()
+    bench.lose_on_device()
+    assert bench.answer("again", [*prompt, *text(100)]) == 3_584
+    assert bench.in_use == 0
+
+
 def test_memory_that_is_being_stored_is_not_taken_by_others(bench: Bench) -> None:
     """A prompt that needs it waits for the copy, and is served then."""
     bench.leave("first", text())
@@ -229,3 +248,46 @@ def test_memory_that_is_being_stored_is_not_taken_by_others(bench: Bench) -> Non
     bench.settle()
     assert bench.hits["large"] == 0
     assert bench.in_use == 0
+
+
+def test_more_memory_than_there_is_ends_in_one_sentence(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from tidepool.cache import CacheConfigError
+    from tidepool.vllm_plugin.host_copies import HostBytes
+
+    config = bench.scheduler.kv_cache_config
+    view = torch.empty(config.arena_bytes, dtype=torch.uint8)
+    assert not HostBytes(config, view).bytes.is_shared(), "it would outlive an engine that is killed"
+    assert HostBytes(replace(config, host_extents=1 << 40), None).bytes.numel() == 0, "a stage without layers"
+    with pytest.raises(CacheConfigError, match=r"and [\d,]+ are available here. Lower --kv-offloading-size"):
+        HostBytes(replace(config, host_extents=1 << 40), view)
+
+    size, empty = config.host_extents * config.host_geometry.extent_bytes, torch.empty
+
+    def refuse(*shape: Any, **options: Any) -> Any:
+        if shape == (size,):
+            raise RuntimeError("no such memory\nand a long trace")
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(CacheConfigError, match=r"doesn't give tidepool .* host_memory\). no such memory$"):
+        HostBytes(config, view)
+
+
+def test_a_copy_that_fails_in_the_thread_is_told_and_the_next_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    from tidepool.cache import Copy
+    from tidepool.vllm_plugin.host_copies import ThreadCopier
+
+    class Memory:
+        def pieces(self, copy: Copy) -> Any:
+            if copy.number == 1:
+                raise RuntimeError("the bus is broken")
+            return iter(())
+
+    copier = ThreadCopier(Memory())  # type: ignore[arg-type]
+    with caplog.at_level("ERROR", logger="vllm.tidepool"):
+        copier.begin([Copy(1, False, (), 0), Copy(2, True, (), 0)])
+        copier.close()
+    assert [(each.number, each.failed) for each in copier.ended()] == [(1, True), (2, False)]
+    assert [record.message for record in caplog.records] == ["tidepool: a copy from host memory failed."]

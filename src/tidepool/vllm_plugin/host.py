@@ -134,6 +134,10 @@ class HostMemory:
         """Seconds."""
         self.traffic = Traffic()
         self._departures: deque[_Departure] = deque()
+        self._early: dict[str, list[Left]] = {}
+        """By running request, the states that it has left so far."""
+        self._new_early: dict[str, list[Left]] = {}
+        """Those of them since the last step."""
         self._stores = 0
         self._held: dict[int, list[KVCacheBlock]] = {}
         """By number of a copy to the host, its blocks on the device."""
@@ -153,17 +157,52 @@ class HostMemory:
 
     # To the host.
 
+    def leave_early(self, name: str, states: Iterable[KVCacheBlock]) -> None:
+        """A request that may go on has released these states: they go to the host with the next step.
+
+        What running requests have left goes first where memory is tight, so they may be gone when the request ends,
+        and what else it leaves is of no use without them.
+        """
+        retention = self._memory.retention
+        record = retention.requests.get(name) if retention else None
+        if record is None:
+            return
+        left = [self._left(block) for block in states if block.block_hash is not None]
+        # An answer's states are left anew every few tokens.
+        left = [e for e in left if e.tokens <= record.checkpoints.last and not self.tier.find(e.group, e.key)]
+        if left:
+            self._early.setdefault(name, []).extend(left)
+            self._new_early.setdefault(name, []).extend(left)
+
     def leave(self, name: str, turn: TurnClass) -> None:
         """A request has released its blocks: note what it leaves in the cache."""
-        memory = self._memory
-        left = []
-        for group, index in memory.arena.left_by(name):
-            block = memory.at(group, index)
-            if block.block_hash is not None:
-                shared = bool(memory.arena.pools[group].shared[index])
-                left.append(Left(group, index, block.block_hash, block.block_hash_num_tokens or 0, shared))
+        at = self._memory.at
+        blocks = [at(group, index) for group, index in self._memory.arena.left_by(name)]
+        left = [self._left(block) for block in blocks if block.block_hash is not None]
+        self._new_early.pop(name, None)
+        groups, keys = {each.group for each in left}, {each.key for each in left}
+        for each in self._early.pop(name, ()):
+            if each.group not in groups:
+                left.insert(0, each)
+            elif each.key not in keys and not each.shared:
+                self.tier.lower(each.group, each.key)
         if left:
             self._departures.append(_Departure(turn, left))
+
+    def _left(self, block: KVCacheBlock) -> Left:
+        """A cached block, as it may be copied to the host."""
+        group, index = block.pool.place(block)
+        shared = bool(self._memory.arena.pools[group].shared[index])
+        assert block.block_hash is not None
+        return Left(group, index, block.block_hash, block.block_hash_num_tokens or 0, shared)
+
+    def _depart_early(self) -> None:
+        """What running requests have left since the last step goes to the host."""
+        new, self._new_early = self._new_early, {}
+        retention = self._memory.retention
+        for name, left in new.items():
+            if retention and (record := retention.requests.get(name)):
+                self._departures.append(_Departure(record.match.turn, left))
 
     def _store(self, departure: _Departure) -> None:
         """Begin to copy what is still there."""
@@ -187,6 +226,8 @@ class HostMemory:
             return left
         # A packed state may have been relocated.
         found = block.pool.cached_block_hash_to_block.get_one_block(left.key)
+        if found is None and self.tier.find(left.group, left.key):
+            return left  # it was copied before it went
         if found is None or block.pool.place(found).group != left.group:
             return None
         return left._replace(block=block.pool.place(found).block)
@@ -270,6 +311,8 @@ class HostMemory:
 
     def forget(self, name: str) -> None:
         """A request has ended, or begins anew."""
+        self._early.pop(name, None)
+        self._new_early.pop(name, None)
         self._settled.discard(name)
         self._reached.pop(name, None)
         self._loaded.pop(name, None)
@@ -293,6 +336,7 @@ class HostMemory:
 
     def copies(self) -> list[Copy]:
         """Copies to make from now on."""
+        self._depart_early()
         while self._departures and (not self._held or self.tier.bytes_under_way < self._limit):
             self._store(self._departures.popleft())
         copies, self._to_send = self._to_send, []
@@ -362,6 +406,8 @@ class HostMemory:
         for load in self._loads.values():
             load.forgotten = True
         self._departures.clear()
+        self._early.clear()
+        self._new_early.clear()
         self._settled.clear()
         self._reached.clear()
         self._loaded.clear()

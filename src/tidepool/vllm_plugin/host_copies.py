@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import psutil
 import torch
 from vllm.logger import init_logger
 
@@ -49,14 +50,19 @@ class HostBytes:
         self.strides = tuple(layout.stride for layout in config.host_geometry.layouts)
         size = config.host_extents * config.host_geometry.extent_bytes
         self.pinned = self.device.arena.is_cuda
+        size = size if any_view is not None else 0
+        what = f"{size:,} bytes of {'pinned ' if self.pinned else ''}host memory"
+        advice = "Lower --kv-offloading-size (or the setting host_memory)."
+        # The machine gives addresses for more than it has, and ends a process that uses them.
+        if size > (available := psutil.virtual_memory().available):
+            raise CacheConfigError(f"tidepool is to take {what}, and {available:,} are available here. {advice}")
         try:
-            self.bytes = torch.empty(size if any_view is not None else 0, dtype=torch.uint8)
+            self.bytes = torch.empty(size, dtype=torch.uint8)
             if self.pinned:
                 _pin(self.bytes)
         except RuntimeError as error:
             raise CacheConfigError(
-                f"This machine doesn't give tidepool {size:,} bytes of {'pinned ' if self.pinned else ''}host memory: "
-                f"lower --kv-offloading-size (or the setting host_memory). {str(error).splitlines()[0]}"
+                f"This machine doesn't give tidepool {what}. {advice} {str(error).splitlines()[0]}"
             ) from error
 
     def pieces(self, copy: Copy) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

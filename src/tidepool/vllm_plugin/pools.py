@@ -261,6 +261,9 @@ class GroupBlockPool(ExactEvents, BlockPool):
         for group, same in groupby(((self.place(block), keep) for block, keep in kept), lambda each: each[0].group):
             places, keeps = zip(*same, strict=True)
             self._release(group, [place.block for place in places], keeps)
+        request, host = self.memory.serving, self.memory.host
+        if host and request:
+            host.leave_early(request.name, [block for block, keep in kept if keep == Retention.KEEP])
 
     def _packing(self, state: KVCacheBlock, keep: Retention) -> list[tuple[KVCacheBlock, Retention]]:
         """A state without references, and the block that it is packed into, with what becomes of each."""
