@@ -112,10 +112,11 @@ def make_engine(side: str, memory: int, host_memory: int) -> Any:
     }
     from vllm import EngineArgs, LLMEngine
 
-    from tidepool.cache import reuse
+    from tidepool.cache import arena, branches, lookups, retention, reuse
 
-    # The record of returns grows up to a bound, which these requests would take to their end to reach.
-    reuse._REMEMBERED = 256
+    # Records grow up to bounds, which these requests would take to their end to reach.
+    branches._REMEMBERED = lookups._REMEMBERED = reuse._REMEMBERED = 256
+    retention.LEFT = retention.BRANCH_POINTS = arena.AGES = 256
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=str(MODEL),
@@ -163,7 +164,7 @@ def resident_mb() -> float:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def run(engine: Any, prompts: list[Prompt], seed: int, advance: Any) -> Soak:
+def run(engine: Any, prompts: list[Prompt], seed: int, disturb_every: int, advance: Any) -> Soak:
     """Keep `AT_ONCE` requests under way until all have been asked and have ended."""
     rng = random.Random(seed)
     soak = Soak()
@@ -172,7 +173,7 @@ def run(engine: Any, prompts: list[Prompt], seed: int, advance: Any) -> Soak:
     abort_at: dict[str, int] = {}
     preemptions: dict[str, int] = {}
     step = ended = 0
-    next_disturbance, next_sample = DISTURB_EVERY, 0
+    next_disturbance, next_sample = disturb_every, 0
     while soak.asked < len(prompts) or under_way:
         while soak.asked < len(prompts) and len(under_way) < AT_ONCE:
             name = str(soak.asked)
@@ -201,8 +202,8 @@ def run(engine: Any, prompts: list[Prompt], seed: int, advance: Any) -> Soak:
             soak.aborted += len(going)
             ended += len(going)
         if ended >= next_disturbance:
-            next_disturbance += DISTURB_EVERY
-            lost = disturb(engine, soak, sorted(under_way), ended // DISTURB_EVERY)
+            next_disturbance += disturb_every
+            lost = disturb(engine, soak, sorted(under_way), ended // disturb_every)
             soak.lost_to_sleep += len(lost)
             ended += len(lost)
             for name in lost:
@@ -322,6 +323,7 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, default="elastic")
     parser.add_argument("--memory", type=int, default=28, help="megabytes of KV memory")
     parser.add_argument("--host-memory", type=int, default=0, help="megabytes of host memory behind the pools")
+    parser.add_argument("--disturb-every", type=int, default=DISTURB_EVERY, help="requests between two disturbances")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -345,7 +347,13 @@ def main() -> None:
     began = time.perf_counter()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=options.requests)
-        soak = run(engine, prompts, options.seed, lambda ended: progress.update(task, completed=ended))
+        soak = run(
+            engine,
+            prompts,
+            options.seed,
+            options.disturb_every,
+            lambda ended: progress.update(task, completed=ended),
+        )
         progress.update(task, completed=options.requests)
     seconds = time.perf_counter() - began
     host = host_of(engine)
@@ -392,6 +400,8 @@ def main() -> None:
     if options.json:
         content = vars(soak) | {"side": options.side, "seconds": seconds, "found": found}
         content |= {"megabytes_per_request": megabytes, "pieces_per_request": pieces}
+        if host:
+            content |= {"loads": traffic.loads, "host_evictions": lost}
         content |= {"moves": arena.moves if arena else 0, "right_at_end": sum(right), "same_at_end": after == before}
         options.json.write_text(json.dumps(content, indent=1), encoding="utf-8")
     sys.exit(bool(found))
