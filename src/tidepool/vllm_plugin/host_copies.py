@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from vllm.logger import init_logger
 
