@@ -54,8 +54,8 @@ class CachedPrefix:
 
     @property
     def quarter_octaves(self) -> int:
-        """The share of attention, as prefixes are compared by it: shares under a 64th are one."""
-        return round(4 * log2(max(self.attention, 1 / 64)))
+        """The share of attention, as prefixes are compared by it: shares under a 64th are one, and none counts as all."""
+        return round(4 * log2(max(self.attention, 1 / 64))) if self.attention else 0
 
 
 class Account:

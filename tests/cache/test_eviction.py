@@ -20,10 +20,10 @@ def left(policy: ExpectedReturn, since: int, attention: int, state: int, priorit
     [
         ((1_000, 10_000), 0),
         ((10_000, 1_000), 1),
-        ((0, 1_000), 0),
+        ((0, 1_000), 1),
         ((9_000, 10_000), 0),
     ],
-    ids=["short first", "short last", "a state alone", "about as long: the oldest"],
+    ids=["short first", "short last", "states alone say nothing of length", "about as long: the oldest"],
 )
 def test_of_the_same_age_goes_what_saves_less_for_each_byte(attention: tuple[int, int], goes: int) -> None:
     policy = ExpectedReturn(ReuseModel(1_000))

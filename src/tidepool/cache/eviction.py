@@ -181,7 +181,9 @@ class ExpectedReturn(FinishedFirst):
         """See `FinishedFirst`."""
         turn = TURN_OF_PRIORITY[prefix.priority]
         attention = 1 - prefix.state_bytes / prefix.bytes
-        number = round(_PER_OCTAVE * log2(max(attention, _LEAST_SHARE))) if turn != TurnClass.NONE else 0
+        # What is states alone says nothing of its length: to host memory they go before their attention.
+        weighs = attention and turn != TurnClass.NONE
+        number = round(_PER_OCTAVE * log2(max(attention, _LEAST_SHARE))) if weighs else 0
         return self._queues.setdefault((turn, number), OrderedDict())
 
     def next_finished(self, now: int) -> CachedPrefix | None:
