@@ -54,7 +54,7 @@ class CachedPrefix:
 
     @property
     def quarter_octaves(self) -> int:
-        """The share of attention, as prefixes are compared by it: shares under a 64th are one, and none counts as all."""
+        """The share of attention, as prefixes are compared by it: less than a 64th counts as one, nothing as all."""
         return round(4 * log2(max(self.attention, 1 / 64))) if self.attention else 0
 
 
