@@ -28,7 +28,7 @@ LAYERS: dict[str, set[str]] = {
     "compare": {"running", "vllm_plugin", "testing", *SHARED},
     "verify": {"cache", "certificates", "running", "vllm_plugin", "testing", *SHARED},
     "replay": {"cache", "models", "plan", "running", "vllm_plugin", *SHARED},
-    "observe": {"cache", "capacity", "metrics", *SHARED},
+    "observe": {"cache", "capacity", "metrics", "models", "replay", *SHARED},
     "cli": {"plan", "compare", "verify", "replay", "observe", "vllm_plugin", *SHARED},
     "__main__": {"cli"},
 }
