@@ -1,8 +1,8 @@
 """Eviction policies that others have published, for comparison with `tidepool.cache.eviction`.
 
-Each is written from its paper or description. All evict whole cached prefixes here, for half of one is of no use. The
-third of this kind, one LRU order for each state by its own last use, as in SGLang and Jenga (SOSP 2025), is
-`LeastRecentlyUsed` with ``low_together=False``.
+Each is written from its paper or description. All evict whole cached prefixes here, for half of one is of no use. An
+order by the last use of each state, as in SGLang and Jenga (SOSP 2025), is `LeastRecentlyUsed` with
+``low_together=False``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _WINDOW = 10
 """Prompts served from one choice to the next, for each one served before the first eviction; the paper has 5 to 15."""
 _LONGEST_WINDOW = 1_000
 """Prompts in a window at most."""
+_EVENTS = 4 * _LONGEST_WINDOW
+"""Prompts that came and that ended, which are remembered at most."""
 _SOON = 8_192
 """Tokens that are read soon enough: some 0.2 s, the paper's target, for a model of 4 billion parameters on an H100."""
 
@@ -121,19 +123,19 @@ class Marconi(Weighed):
     def __init__(self, sizes: PrefixSizes, reuse: ReuseModel) -> None:
         super().__init__(lambda prefix: saved_for_each_byte(sizes.of(prefix)), 0.0)
         self._sizes = sizes
-        self._past: deque[Served | Came] = deque()
+        self._past: deque[Served | Came] = deque(maxlen=_EVENTS)
         self._served = 0
         """Prompts in the window."""
         self._window: int | None = None
         """Prompts after which it ends; None before the first eviction."""
         self._cached_bytes = 0
+        """Of all that was served before the first eviction: what the memory holds."""
         reuse.observers.append(self)
 
     def next_finished(self, now: int) -> CachedPrefix | None:
         """See `FinishedFirst`."""
         if self._window is None:
             self._window = min(_WINDOW * max(self._served, 1), _LONGEST_WINDOW)
-            self._cached_bytes = sum(each.size.bytes for each in self._past if isinstance(each, Served))
         return super().next_finished(now)
 
     def came(self, match: PrefixMatch) -> None:
@@ -145,8 +147,11 @@ class Marconi(Weighed):
         """See `tidepool.cache.reuse.Observer`."""
         keys = tuple(place.key for place in places if place.kept and not place.distance)
         if keys:
-            self._past.append(Served(keys, self._sizes.of_tokens(tokens), now))
+            size = self._sizes.of_tokens(tokens)
+            self._past.append(Served(keys, size, now))
             self._served += 1
+            if self._window is None:
+                self._cached_bytes += size.bytes
         if self._window is not None and self._served >= self._window:
             self.weight = max(MARCONI_WEIGHTS, key=lambda weight: hits(self._past, self._cached_bytes, weight))
             self._past.clear()
