@@ -2,10 +2,10 @@
 
 Read in this order: `spec` (what layers keep), `state_format` (how cached states may be packed), `geometry` (how memory
 is divided), `pool` (one group's blocks), `arena` (who owns which extent), `eviction` (which cached memory goes first;
-`published`: by other policies), `reuse` (when prompts are continued), `prompt_ends` and `branches` (from where), `checkpoints` (where a prompt leaves
-states), `retention` (what requests leave, and what of it is kept), `waiting` (what requests that wait will find),
-`lookups` (why prompts hit or miss), `growth` (what running requests will still need), `host` (what lies in host memory
-behind it) and `speeds` (whether that is worth loading).
+`published`: by other policies), `reuse` (when prompts are continued), `prompt_ends` and `branches` (from where),
+`checkpoints` (where a prompt leaves states), `retention` (what requests leave, and what of it is kept), `waiting` (what
+requests that wait will find), `lookups` (why prompts hit or miss), `growth` (what running requests will still need),
+`host` (what lies in host memory behind it) and `speeds` (whether that is worth loading).
 """
 
 from tidepool.cache.arena import Arena, GroupUsage, OutOfBlocksError, Retention, Usage
