@@ -194,7 +194,7 @@ def main() -> None:
     print(f"{'model':<20} {'prefix cache':<13}" + 2 * f" {'stock':>8} {'tidepool':>9} {'ratio':>7}  ")
     results = []
     for model in MODELS:
-        for caching in (False, True)[args.workload == "agents" :]:
+        for caching in (True,) if args.workload == "agents" else (False, True):
             made = compare(args, model, caching)
             results.append(made)
             print(

@@ -39,6 +39,15 @@ def prefix(tokens: int, since: int, states: int = 1) -> CachedPrefix:
     return made
 
 
+def drained(policy: Weighed) -> list[CachedPrefix]:
+    """All that is cached, in the order in which it goes."""
+    order = []
+    while (victim := policy.victim(4)) is not None:
+        order.append(victim)
+        policy.drop(victim)
+    return order
+
+
 def test_what_a_prefix_saves_is_its_attention() -> None:
     assert SIZES.of(prefix(320, 0, states=2)) == (320, 640 + 2_000)
     assert SIZES.of_tokens(320) == (320, 640 + 1_000)
@@ -96,11 +105,7 @@ def test_t_lru_gives_up_what_is_read_again_soon_and_then_the_oldest() -> None:
     longest, long, short = prefix(30_000, 1), prefix(10_000, 2), prefix(8_000, 3)
     for each in (longest, long, short):
         policy.keep(each)
-    order = []
-    while (victim := policy.victim(4)) is not None:
-        order.append(victim)
-        policy.drop(victim)
-    assert order == [short, longest, long], "length says no more about those that are slow"
+    assert drained(policy) == [short, longest, long], "length says no more about those that are slow"
 
 
 def test_what_runs_goes_last_and_what_is_broken_first() -> None:
@@ -109,11 +114,7 @@ def test_what_runs_goes_last_and_what_is_broken_first() -> None:
     running.running = broken.broken = True
     for each in (running, finished, broken):
         policy.keep(each)
-    order = []
-    while (victim := policy.victim(4)) is not None:
-        order.append(victim)
-        policy.drop(victim)
-    assert order == [broken, finished, running]
+    assert drained(policy) == [broken, finished, running]
 
 
 @pytest.mark.parametrize("low_together", [True, False])

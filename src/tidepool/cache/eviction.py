@@ -42,9 +42,20 @@ PRIORITY_OF_TURN = {
 """The class of a cached prefix, by the turn whose return times it is judged by; nothing is expected of LOW."""
 TURN_OF_PRIORITY = {priority: turn for turn, priority in PRIORITY_OF_TURN.items()}
 _PER_OCTAVE = 4
-"""Classes of shares of attention between one and its double. In each the oldest and the youngest are compared."""
+"""Classes of values between one and its double. In a class values count as equal, and only ages are compared."""
 _LEAST_SHARE = 1 / 64
 """Lower shares of attention count as this one."""
+
+
+def value_class(value: float, least: float) -> int:
+    """The class of a value; what is below ``least``, a positive one, counts as that."""
+    return round(_PER_OCTAVE * log2(max(value, least)))
+
+
+def value_of_class(number: int) -> float:
+    """The value that all of a class count as."""
+    value: float = 2.0 ** (number / _PER_OCTAVE)
+    return value
 
 
 class CachedPrefix:
@@ -183,7 +194,7 @@ class ExpectedReturn(FinishedFirst):
         attention = 1 - prefix.state_bytes / prefix.bytes
         # What is states alone says nothing of its length: to host memory they go before their attention.
         weighs = attention and turn != TurnClass.NONE
-        number = round(_PER_OCTAVE * log2(max(attention, _LEAST_SHARE))) if weighs else 0
+        number = value_class(attention, _LEAST_SHARE) if weighs else 0
         return self._queues.setdefault((turn, number), OrderedDict())
 
     def next_finished(self, now: int) -> CachedPrefix | None:
@@ -192,7 +203,7 @@ class ExpectedReturn(FinishedFirst):
         for (turn, number), queue in self._queues.items():
             ends = [*islice(queue, 1), *islice(reversed(queue), int(turn != TurnClass.NONE))]
             for prefix in ends:
-                index = self._reuse.reuse_index(now - prefix.since, turn) * 2.0 ** (number / _PER_OCTAVE)
+                index = self._reuse.reuse_index(now - prefix.since, turn) * value_of_class(number)
                 if least is None or index < least[0]:
                     least = index, prefix
         return least and least[1]

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
-from math import log2
 from typing import NamedTuple
 
-from tidepool.cache.eviction import CachedPrefix, FinishedFirst, PriorityClass
+from tidepool.cache.eviction import CachedPrefix, FinishedFirst, PriorityClass, value_class, value_of_class
 from tidepool.cache.reuse import PrefixMatch, ResumePoint, ReuseModel
 
-_PER_OCTAVE = 4
-"""Classes of values between one and its double. Of a class only the oldest prefix can have the lowest score."""
 SEGLEN_WEIGHT = 0.85 / 0.15
 """Of length beside recency in SegLen, its default."""
 MARCONI_WEIGHTS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -80,15 +77,14 @@ class Weighed(FinishedFirst):
 
     def queue_of(self, prefix: CachedPrefix) -> OrderedDict[CachedPrefix, None]:
         """See `FinishedFirst`."""
-        number = round(_PER_OCTAVE * log2(max(self._value(prefix), 1.0)))
-        return self._classes.setdefault(number, OrderedDict())
+        return self._classes.setdefault(value_class(self._value(prefix), 1.0), OrderedDict())
 
     def next_finished(self, now: int) -> CachedPrefix | None:
-        """See `FinishedFirst`. Costs O(classes)."""
+        """See `FinishedFirst`. Costs O(classes): only the oldest of a class can have the lowest sum."""
         heads = [(number, next(iter(queue))) for number, queue in self._classes.items() if queue]
         if not heads:
             return None
-        values = [2.0 ** (number / _PER_OCTAVE) for number, _ in heads]
+        values = [value_of_class(number) for number, _ in heads]
         least, spread = min(values), max(values) - min(values) or 1.0
         oldest = max(now - min(prefix.since for _, prefix in heads), 1)
         scores = [

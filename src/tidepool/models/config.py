@@ -119,15 +119,16 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             read = stream.read(MAX_BYTES + 1)
-        content = None if len(read) > MAX_BYTES else json.loads(read.decode("utf-8-sig"))
     except OSError as error:
         raise ModelConfigError(f"Can't read {file}: {error.strerror}.") from error
+    if len(read) > MAX_BYTES:
+        raise ModelConfigError(f"{file} is too large to be a configuration.")
+    try:
+        content = json.loads(read.decode("utf-8-sig"))
     except ValueError as error:
         raise ModelConfigError(f"{file} isn't valid JSON: {error}.") from error
     except RecursionError as error:
         raise ModelConfigError(f"{file} is nested too deeply to be a configuration.") from error
-    if len(read) > MAX_BYTES:
-        raise ModelConfigError(f"{file} is too large to be a configuration.")
     if not isinstance(content, dict):
         raise ModelConfigError(f"{file} must hold a JSON object.")
     return content

@@ -112,12 +112,12 @@ def read_report(file: Path) -> Report:
     """
     try:
         report = Report.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        if not report.results:
+            raise ValueError("no mode was replayed")
     except OSError as error:
         raise UsageError(f"Can't read {file}: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} isn't what tidepool replay --json of this version writes.") from error
-    if not report.results:
-        raise UsageError(f"{file} isn't what tidepool replay --json of this version writes.")
     return report
 
 

@@ -108,16 +108,20 @@ class TidepoolKVCacheConfig(KVCacheConfig):
         return tuple(share.first + share.blocks for share in self.shares)
 
     @property
+    def packed_numbers(self) -> dict[int, int]:
+        """By group of states, the group of the arena that has its packed ones: behind vLLM's groups, in their order."""
+        return {group: number for number, group in enumerate(self.packed, len(self.kv_cache_groups))}
+
+    @property
     def state_groups(self) -> tuple[int, ...]:
         """The groups whose blocks are states, packed ones behind the others."""
         specs = enumerate(group.kv_cache_spec for group in self.kv_cache_groups)
-        packed = range(len(self.kv_cache_groups), len(self.strides))
-        return (*(group for group, spec in specs if isinstance(spec, MambaSpec)), *packed)
+        return (*(group for group, spec in specs if isinstance(spec, MambaSpec)), *self.packed_numbers.values())
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one cached state in each group of states."""
-        packed = dict(zip(self.packed, range(len(self.kv_cache_groups), len(self.strides)), strict=True))
+        packed = self.packed_numbers
         running = self.state_groups[: len(self.state_groups) - len(packed)]
         return sum(self.strides[packed.get(group, group)] for group in running)
 

@@ -445,7 +445,7 @@ class ArenaBlockPool:
             on_evict=self._on_evict,
             on_move=self._on_move,
             on_relocate=self._on_relocate,
-            relocatable=range(len(config.kv_cache_groups), self.groups),
+            relocatable=tuple(config.packed_numbers.values()),
         )
         self.retention: RetentionPolicy | None = None
         """With prefix caching, what is kept."""
@@ -458,8 +458,7 @@ class ArenaBlockPool:
         self.block_bytes = config.block_bytes
         """Of one block of each group, without padding."""
         packed = {
-            group: PackedBlocks(number, config.pool_blocks[number])
-            for number, group in enumerate(config.packed, len(specs))
+            group: PackedBlocks(number, config.pool_blocks[number]) for group, number in config.packed_numbers.items()
         }
         self.pools = tuple(
             pool_class(
