@@ -159,7 +159,7 @@ def first_tokens(
 
 
 def asked_twice(side: str, *, model: str, memory: int, requests: int = 36) -> Figures:
-    """All requests at once, and once more when they have ended: what is preempted, and what is hit.
+    """All requests at once, and once more when they have ended: what is preempted, and what is left to compute.
 
     Prompts are of 20 to 700 tokens, every second one behind the same 700.
     """
@@ -168,10 +168,9 @@ def asked_twice(side: str, *, model: str, memory: int, requests: int = 36) -> Fi
 
     engine = make(model, memory, side, max_num_seqs=64, max_model_len=2_048, max_num_batched_tokens=2_048)
     scheduler, preempt = engine.scheduler, engine.scheduler._preempt_request
-    figures: Figures = {"preemptions": 0, "preempted": 0, "peak": 0, "hits": 0}
+    figures: Figures = {"preempted": 0, "peak": 0, "computed": 0}
 
     def preempt_request(request: Any, *args: Any, **kwargs: Any) -> None:
-        figures["preemptions"] += 1
         figures["preempted"] += request.num_computed_tokens
         preempt(request, *args, **kwargs)
 
@@ -183,13 +182,10 @@ def asked_twice(side: str, *, model: str, memory: int, requests: int = 36) -> Fi
     for again in range(2):
         for number, prompt in enumerate(prompts):
             add_request(engine, f"{number} {again}", prompt, 16 + number % 48)
-        seen = set()
         while scheduler.has_unfinished_requests():
-            output = take_step(engine).output
-            figures["peak"] = max(figures["peak"], len(output.num_scheduled_tokens))
-            for new in output.scheduled_new_reqs:
-                figures["hits"] += new.num_computed_tokens if new.req_id not in seen else 0
-                seen.add(new.req_id)
+            tokens = take_step(engine).output.num_scheduled_tokens.values()
+            figures["peak"] = max(figures["peak"], len(tokens))
+            figures["computed"] += sum(tokens)
     return figures
 
 
@@ -366,7 +362,7 @@ def tight(model: str, megabytes: int) -> Case:
         (
             Check("preempted", f"{model}, {megabytes} MiB, 36 requests twice: tokens preempted", not_above),
             Check("peak", "most requests at once", not_below),
-            Check("hits", "tokens hit", not_below),
+            Check("computed", "tokens computed: what isn't hit, and what was preempted again", not_above),
         ),
     )
 

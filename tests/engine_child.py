@@ -31,7 +31,7 @@ def main() -> None:
     quick_kernels.install()
     if job["fault"]:
         FAULTS[job["fault"]]()
-    packed = count_packed()
+    packed, given_up = count_packed(), count_given_up()
     llm = LLM(
         model=job["model"],
         max_num_seqs=job["max_num_seqs"],
@@ -64,6 +64,7 @@ def main() -> None:
         "extents": scheduler.kv_cache_config.num_blocks,
         "pool_blocks": [pool.num_gpu_blocks for pool in scheduler.kv_cache_manager.block_pool.pools] if arena else [],
         **packed,
+        **given_up,
         "in_use_at_end": arena.usage().in_use if arena else 0,
     }
     with open(job["answer"], "w", encoding="utf-8") as file:
@@ -185,6 +186,21 @@ def count_packed() -> dict[str, int]:
         unpack(self, packed, state)
 
     StatePacker.pack, StatePacker.unpack = counted_pack, counted_unpack  # type: ignore[method-assign]
+    return counts
+
+
+def count_given_up() -> dict[str, int]:
+    """How many requests went on without a checkpoint for want of memory; counted as the engine runs."""
+    from tidepool.cache import RetentionPolicy
+
+    counts = {"given_up": 0}
+    give_up = RetentionPolicy.give_up
+
+    def counted(self: RetentionPolicy, *args: Any) -> None:
+        counts["given_up"] += 1
+        give_up(self, *args)
+
+    RetentionPolicy.give_up = counted  # type: ignore[method-assign]
     return counts
 
 

@@ -12,6 +12,8 @@ CUTS = CheckpointRules(unit=16, spacing=SPACING, stock_block=528)
 """Layers that keep a state at a step's end only, where stock vLLM's block is of 528 tokens."""
 WITHIN = CheckpointRules(unit=16, spacing=SPACING, within=1, column=128)
 """Layers that can save a state inside a step."""
+DRAFTS = CheckpointRules(unit=16, spacing=SPACING, stock_block=528, answers=False)
+"""As the first, with drafts."""
 
 
 def known(prompt_tokens: int, from_end: int = 0, from_checkpoint: int = 0, never: int = 0) -> PromptEnds:
@@ -79,6 +81,47 @@ def test_where_states_are_left(
 def test_a_conversation_is_cut_at_its_end_from_its_second_turn_on() -> None:
     assert plan_checkpoints(CUTS, NOTHING, 400, 128, resumed=Resumed.END).cuts == (384,)
     assert plan_checkpoints(CUTS, NOTHING, 1_000, 400, resumed=Resumed.END).cuts == (992,)
+
+
+def answered(prompt_tokens: int, *, from_answer: int, from_end: int = 0) -> PromptEnds:
+    """Prompts of a length that were continued from their answers, and from their ends."""
+    ends = PromptEnds(SPACING, lifetime=1)
+    for number in range(from_answer + from_end):
+        ends.ended(prompt_tokens, ("end", number), None, 0, ("answer", number))
+        assert ends.began(("answer" if number < from_answer else "end", number)) >= Resumed.END
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("rules", "ends", "computed", "resumed", "cuts", "why"),
+    [
+        (CUTS, answered(400, from_answer=20), 0, Resumed.NOWHERE, (384,), "it has no state that could move on"),
+        (
+            CUTS,
+            answered(400, from_answer=20),
+            256,
+            Resumed.ANSWER,
+            (),
+            "that of the last turn moves on into its answer",
+        ),
+        (CUTS, answered(400, from_answer=20), 256, Resumed.NOWHERE, (), "likewise, whatever it continues"),
+        (CUTS, answered(400, from_answer=20), 256, Resumed.END, (384,), "its like may be asked for another answer"),
+        (
+            CUTS,
+            answered(400, from_answer=20, from_end=20),
+            256,
+            Resumed.ANSWER,
+            (384,),
+            "answers don't come back so often",
+        ),
+        (CUTS, answered(400, from_answer=4), 256, Resumed.ANSWER, (384,), "it isn't known well enough"),
+        (DRAFTS, answered(400, from_answer=20), 256, Resumed.ANSWER, (384,), "there are no states in answers"),
+    ],
+)
+def test_a_prompt_isnt_cut_at_its_end_where_its_answer_will_have_the_state(
+    rules: CheckpointRules, ends: PromptEnds, computed: int, resumed: Resumed, cuts: tuple[int, ...], why: str
+) -> None:
+    assert plan_checkpoints(rules, ends, 400, computed, (), resumed).cuts == cuts, why
 
 
 def test_the_end_has_low_priority_where_it_saves_little() -> None:

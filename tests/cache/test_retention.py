@@ -12,6 +12,7 @@ from tidepool.cache import (
     AnswerState,
     Arena,
     CheckpointRules,
+    Checkpoints,
     ExpectedReturn,
     ExtentLayout,
     Geometry,
@@ -315,6 +316,34 @@ def test_a_prompt_is_expected_where_its_answer_ends() -> None:
     ((points, _),) = retention.reuse.told  # type: ignore[attr-defined]
     assert {point.key: point.kept for point in points} == {"a 624": True, "a 512": True, "a 800": True}
     assert retention.begin("again", keys("b", 960, after="a", shared=800)).resumed == Resumed.ANSWER
+
+
+@pytest.mark.parametrize(
+    ("place", "checkpoints", "last"),
+    [
+        (688, Checkpoints((256, 512), 0, frozenset(), 128), 512),
+        (512, Checkpoints((256,), 0, frozenset(), 128), 256),
+        (256, Checkpoints((), 0, frozenset(), 128), 128),
+        (704, Checkpoints((256, 512), 688, frozenset(), 128), 688),
+    ],
+)
+def test_no_state_is_left_from_a_place_on(place: int, checkpoints: Checkpoints, last: int) -> None:
+    retention = policy()
+    retention.plan("request", keys("a", 704), 704, 128, 0)
+    retention.requests["request"].checkpoints = Checkpoints((256, 512), 688, frozenset(), 128)
+    retention.state_at("request", 688)
+    retention.give_up("request", place)
+    assert retention.checkpoints("request") == checkpoints
+    assert retention.release("request") == last
+    retention.give_up("nobody", place)
+
+
+def test_a_request_that_gives_up_all_states_has_none() -> None:
+    retention = policy()
+    retention.plan("request", keys("a", 704), 704, 0, 0)
+    retention.state_at("request", 512)
+    retention.give_up("request", 512)
+    assert retention.release("request") is None
 
 
 # What is kept.

@@ -69,6 +69,15 @@ def test_without_poison(serve: Serve) -> None:
     assert tokens(serve("nemotron-h", "elastic")) == tokens(serve("nemotron-h", "elastic", poison=True))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_given_up_for_want_of_memory(serve: Serve, family: Family) -> None:
+    """Many requests at once in the same memory: some go on in the block of a state that they had left; under poison."""
+    result = serve(family, "elastic", poison=True, max_num_seqs=32)
+    assert result["given_up"] >= 5
+    reference = asked_twice(serve, family)
+    assert all(gap <= BFLOAT16_GAP for gap in gaps(reference, result)), gaps(reference, result)
+
+
 @pytest.mark.parametrize(("family", "interval"), [("qwen3.5", None), ("nemotron-h", 1_024)])
 def test_retained_states_give_the_same_answers(serve: Serve, family: Family, interval: int | None) -> None:
     """States kept on the way through a prompt as well, with its steps cut short; under poison."""

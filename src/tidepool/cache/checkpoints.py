@@ -51,6 +51,8 @@ class CheckpointRules:
     layers can't save states inside steps, one cut of longer prompts is free."""
     interval: int = 0
     """The user wants states at multiples of it, wherever a step of a prompt ends anyway; 0 for none."""
+    answers: bool = True
+    """Whether states are kept in answers, too."""
 
     @property
     def answer_spacing(self) -> int:
@@ -164,7 +166,10 @@ def plan_checkpoints(
     """
     end, checkpoint = rules.last_places(prompt_tokens)
     from_end, from_checkpoint = ends.from_end(prompt_tokens), ends.from_checkpoint(prompt_tokens)
-    if resumed >= Resumed.END:
+    if rules.answers and computed and resumed != Resumed.END and ends.answer_pays(prompt_tokens, computed, end):
+        # The state that this prompt continues from will move on into its answer, from where later ones continue.
+        from_end -= ends.from_answer(prompt_tokens)
+    elif resumed >= Resumed.END:
         from_end = max(from_end, LIKELY)
     elif resumed == Resumed.CHECKPOINT:
         from_checkpoint = max(from_checkpoint, LIKELY)

@@ -106,9 +106,14 @@ class PromptEnds:
         return resumed
 
     def from_end(self, prompt_tokens: int) -> float:
-        """The share of prompts of this length that are continued from their very end, 0 to 1."""
+        """The share of prompts of this length that are continued from their very end, or their answer's, 0 to 1."""
         kind = self._class(prompt_tokens)
         return self._from_end[kind] / (self._settled[kind] + _DOUBT)
+
+    def from_answer(self, prompt_tokens: int) -> float:
+        """The share that is continued from the end of the answer, 0 to 1."""
+        kind = self._class(prompt_tokens)
+        return self._from_answer[kind] / (self._settled[kind] + _DOUBT)
 
     def from_checkpoint(self, prompt_tokens: int) -> float:
         """The share that is continued from the last checkpoint and no further, 0 to 1."""

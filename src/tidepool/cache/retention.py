@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import NamedTuple
 
@@ -183,6 +183,17 @@ class RetentionPolicy:
         if record is not None:
             record.last_checkpoint = max(tokens, record.last_checkpoint or 0)
 
+    def give_up(self, name: Hashable, place: int) -> None:
+        """Memory is short: a request keeps no state at this place, nor behind it."""
+        record = self.requests.get(name)
+        if record is None:
+            return
+        left = record.checkpoints
+        cuts = tuple(cut for cut in left.cuts if cut < place)
+        record.checkpoints = replace(left, cuts=cuts, within=left.within if left.within < place else 0)
+        if record.last_checkpoint and record.last_checkpoint >= place:
+            record.last_checkpoint = max((*cuts, left.found)) or None
+
     def admitted(
         self, name: Hashable, keys: Sequence[Hashable], prompt: Sequence[int], found: int, attention: int, loaded: int
     ) -> None:
@@ -241,7 +252,7 @@ class RetentionPolicy:
         at_either = any(left(place) for place in places) or (last_checkpoint or 0) > prompt_tokens
         # The last place from where a prompt can continue that has the answer in it.
         answer = min(computed // self.rules.unit * self.rules.unit, len(keys) * self._key_tokens)
-        if answer > prompt_tokens and not self.rules.ahead:
+        if answer > prompt_tokens and self.rules.answers:
             places[answer] = self._key(keys, answer)
         points = [ResumePoint(key, 0, at_either) for key in places.values()]
         far = {checkpoint - each: each for each in self.branches.distances if each < checkpoint}
@@ -302,7 +313,7 @@ class RetentionPolicy:
         if tokens % self._answer_spacing or not prompt_tokens < tokens <= len(keys) * self._key_tokens:
             return NO_ANSWER_STATE
         record = self.requests.get(name)
-        if record is None or self.rules.ahead:
+        if record is None or not self.rules.answers:
             return NO_ANSWER_STATE
         last = record.last_checkpoint or 0
         if last and last == record.answer_state:

@@ -24,7 +24,7 @@ from tidepool.replay.clock import cost_model
 from tidepool.replay.fits import split, too_small
 from tidepool.replay.generate import MOST_REQUESTS, WORKLOADS
 from tidepool.replay.inputs import LINKS, parse_bandwidth, parse_modes, require_folder, require_positive
-from tidepool.replay.job import MODES, Job, Mode
+from tidepool.replay.job import GPU_KERNEL_BLOCK, MODES, Job, Mode
 from tidepool.replay.model import ReplayModel, find_replay_model
 from tidepool.replay.report import Report, Setting, read_report, versions
 from tidepool.replay.trace import TraceError
@@ -85,6 +85,7 @@ def replay(
     checkpoint_states: Annotated[
         str, typer.Option(help=f"How tidepool keeps states that are only cached: {', '.join(STATE_FORMATS)}.")
     ] = STATE_FORMATS[0],
+    block_size: Annotated[int, typer.Option(help="Tokens of an attention block, a multiple of 16.")] = GPU_KERNEL_BLOCK,
     kv_cache_dtype: Annotated[
         str, typer.Option(help=f"How attention keeps keys and values: {', '.join(KV_DTYPES)}.")
     ] = "auto",
@@ -135,7 +136,10 @@ def replay(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            block_size=block_size,
         )
+        if block_size % GPU_KERNEL_BLOCK:
+            raise UsageError(f"--block-size must be a multiple of {GPU_KERNEL_BLOCK}, as GPUs' kernels ask for.")
         if len(traces or ()) + (generate is not None) != 1:
             raise TraceError("Name a trace, or a workload with --generate, and not both.")
         if generate is not None and (requests or 0) > MOST_REQUESTS:
@@ -164,6 +168,7 @@ def replay(
             eviction=parse_choice("--eviction", eviction, EVICTIONS),
             queue=parse_choice("--queue", queue, QUEUE_ORDERS),
             checkpoint_states=parse_choice("--checkpoint-states", checkpoint_states, STATE_FORMATS),
+            block_size=block_size,
             layer_kv_dtypes=parse_layer_dtypes(layer_kv_dtype),
             host_bytes=parse_size(host_memory) if host_memory else 0,
             host_bandwidth=parse_bandwidth(host_bandwidth),

@@ -46,6 +46,7 @@ _WORDS: dict[str, Callable[[Setting], str]] = {
     "eviction": lambda s: f"evicts by {s.eviction}",
     "queue": lambda s: "hits go first" if s.queue == "hits-first" else "first come, first served",
     "checkpoint_states": lambda s: f"cached states {s.checkpoint_states}",
+    "block_size": lambda s: f"blocks of {s.block_size} tokens",
     "host_bytes": lambda s: f"{size(s.host_bytes)} of host memory" if s.host_bytes else "no host memory",
     "host_bandwidth": lambda s: f"{s.host_bandwidth / 1e9:g} GB/s" if s.host_bytes else "",
     "prefix_caching": lambda s: "" if s.prefix_caching else "no prefix caching",

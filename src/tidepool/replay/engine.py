@@ -36,15 +36,13 @@ from tidepool.models import WINDOWS
 from tidepool.models.dtypes import head_bytes
 from tidepool.replay.architectures import ARCHITECTURES
 from tidepool.replay.drafts import Drafts
+from tidepool.replay.job import GPU_KERNEL_BLOCK
 from tidepool.replay.link import Link
 from tidepool.replay.trace import GENERATED_TOKEN
 from tidepool.running.engine import require_side
 from tidepool.sides import Side, switch
 from tidepool.vllm_plugin.deciding import layer_specs_of
 from tidepool.vllm_plugin.settings import Eviction, QueueOrder
-
-GPU_KERNEL_BLOCK = 16
-"""Tokens; the smallest block of vLLM's GPU attention kernels."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,8 @@ class EngineShape:
     eviction: Eviction = "returns"
     queue: QueueOrder = "fcfs"
     checkpoint_states: StateFormat = "same"
+    block_size: int = GPU_KERNEL_BLOCK
+    """Tokens of an attention block; stock vLLM with states enlarges it."""
     change_specs: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     """Makes other layers of the model's, both given as layer name to vLLM's KVCacheSpec."""
     tp: int = 1
@@ -205,7 +205,7 @@ def make_engine(shape: EngineShape) -> EngineCore:
             "enable_chunked_prefill": True,
             "enforce_eager": True,
             "async_scheduling": False,
-            "block_size": GPU_KERNEL_BLOCK,
+            "block_size": shape.block_size,
             "additional_config": {
                 "tidepool": {
                     "eviction": shape.eviction,

@@ -16,6 +16,9 @@ Mode = Literal["stock", "fixed", "elastic", "bound"]
 """``bound`` is stock vLLM with a model of the same attention and no states."""
 MODES: tuple[Mode, ...] = get_args(Mode)
 
+GPU_KERNEL_BLOCK = 16
+"""Tokens; the smallest block of vLLM's GPU attention kernels."""
+
 TITLES: dict[Mode, str] = {mode: "attention only" if mode == "bound" else sides.TITLES[mode] for mode in MODES}
 """How modes are called in tables."""
 
@@ -47,6 +50,8 @@ class Job:
     """Who goes first with tidepool of requests that wait."""
     checkpoint_states: StateFormat = "same"
     """In which format tidepool's elastic partition keeps states that are only cached."""
+    block_size: int = GPU_KERNEL_BLOCK
+    """Tokens of an attention block; stock vLLM with states enlarges it."""
     layer_kv_dtypes: tuple[tuple[int | str, str], ...] = ()
     """How single attention layers keep their tokens, see `tidepool.models.CacheOptions`."""
     host_bytes: int = 0

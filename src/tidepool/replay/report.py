@@ -13,7 +13,7 @@ from typing import Any
 
 from tidepool import __version__
 from tidepool.command_line import UsageError
-from tidepool.replay.job import TITLES, USES, GroupLayout, HostFigures, Job, Mode, Result, Spread
+from tidepool.replay.job import GPU_KERNEL_BLOCK, TITLES, USES, GroupLayout, HostFigures, Job, Mode, Result, Spread
 from tidepool.replay.trace import Skipped, sentences
 from tidepool.sizes import size
 
@@ -37,6 +37,8 @@ class Setting:
     """Who goes first with tidepool of requests that wait."""
     checkpoint_states: str = "same"
     """In which format the elastic partition keeps states that are only cached."""
+    block_size: int = GPU_KERNEL_BLOCK
+    """Tokens of an attention block; stock vLLM with states enlarges it."""
     drop_reasoning: float = 0.0
     """Share of the answers that later prompts lack."""
     seed: int = 0
@@ -274,6 +276,7 @@ def describe(setting: Setting) -> str:
     devices = "" if setting.tp == 1 else f"{setting.tp} x "
     options = [
         f"KV cache {setting.kv_dtype}" if setting.kv_dtype != "auto" else "",
+        f"attention blocks of {setting.block_size} tokens" if setting.block_size != GPU_KERNEL_BLOCK else "",
         "" if setting.prefix_caching else "no prefix caching",
         f"{setting.draft_tokens} draft tokens, {setting.acceptance:.0%} accepted" if setting.draft_tokens else "",
         f"{size(setting.host_bytes)} of host memory at {setting.host_bandwidth / 1e9:g} GB/s"

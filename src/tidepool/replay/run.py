@@ -187,6 +187,7 @@ def _shape(job: Job, requests: Sequence[TraceRequest]) -> EngineShape:
         prefix_caching=job.prefix_caching,
         eviction=job.eviction,
         queue=job.queue,
+        block_size=job.block_size,
         checkpoint_states=job.checkpoint_states if job.side == "elastic" else "same",
         change_specs=partial(typed_layers, kv_dtype=job.kv_dtype, layer_kv_dtypes=job.layer_kv_dtypes),
         host_bytes=0 if job.mode == "bound" else job.host_bytes,

@@ -298,6 +298,23 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         """One behind the state that the step leaves, and one for a state saved inside the last step."""
         return 1 + (tokens <= self.retention.checkpoints(request_id).within)
 
+    def give_up_checkpoint(self, request_id: str, *, running: bool) -> bool:
+        """Let a request that found no memory go on without a checkpoint that it would leave.
+
+        Args:
+            request_id: the request.
+            running: whether it is; it may then have left one in the block that it goes on in.
+
+        Returns:
+            Whether there was one: it now needs less.
+        """
+        within = self.retention.checkpoints(request_id).within
+        places = [manager.give_up_checkpoint(request_id) for manager in self._states] if running else []
+        place = max(places, default=0) or within
+        if place:
+            self.retention.give_up(request_id, place)
+        return place > 0
+
     def find_in_both_tiers(self, block_hashes: Sequence[BlockHash], tokens: int) -> tuple[tuple[list[Any], ...], int]:
         """The longest prefix of up to so many tokens that the device and the host hold together.
 
@@ -449,7 +466,10 @@ class TidepoolKVCacheManager(KVCacheManager):
         name, pool = request.request_id, self.block_pool
         if request.status == RequestStatus.RUNNING:
             with Serving(pool, RequestContext(name)):
-                return super().allocate_slots(request, *args, **kwargs)
+                slots = super().allocate_slots(request, *args, **kwargs)
+                if slots is None and self._gives_up_checkpoint(name, running=True):
+                    slots = super().allocate_slots(request, *args, **kwargs)
+                return slots
         answer = min(request.max_tokens, max(self._answers.expected(), request.num_output_tokens))
         self.coordinator.growth.expect(name, request.num_prompt_tokens, request.num_prompt_tokens + answer)
         if self.refused_before(name):
@@ -461,6 +481,8 @@ class TidepoolKVCacheManager(KVCacheManager):
             context = RequestContext(name)
         with Serving(pool, context):
             slots = super().allocate_slots(request, *args, **kwargs)
+            if slots is None and self._gives_up_checkpoint(name, running=False):
+                slots = super().allocate_slots(request, *args, **kwargs)
         if slots is not None:
             self._waits_no_more(name)
         lookup = self._lookups.pop(name, None)
@@ -469,6 +491,12 @@ class TidepoolKVCacheManager(KVCacheManager):
         if lookup and slots is None and not self.coordinator.need.postponed:
             self._lookups[name] = lookup._replace(released=pool.arena.released)
         return slots
+
+    def _gives_up_checkpoint(self, name: str, *, running: bool) -> bool:
+        """Whether a request that found no memory needs less without a checkpoint, which it then doesn't leave."""
+        if not self.enable_caching or self.coordinator.need.postponed:
+            return False
+        return bool(self.coordinator.give_up_checkpoint(name, running=running))
 
     def _count_lookup(self, request: Request, lookup: Lookup) -> None:
         """A request was admitted; one that was preempted finds what it has left itself, and doesn't count."""

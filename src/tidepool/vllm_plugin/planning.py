@@ -245,6 +245,8 @@ def checkpoint_rules(
         column=max(spec.block_size for spec in states),
         stock_block=stock_block_tokens,
         interval=unit if interval is None else interval,
+        # It isn't known which drafts will have been accepted when a step's state could be copied.
+        answers=not drafter and not any(spec.num_speculative_blocks for spec in states),
     )
 
 

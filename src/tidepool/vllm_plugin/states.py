@@ -68,7 +68,7 @@ class StateManager(MambaManager):
             apply_admission_cap=apply_admission_cap,
             prefill_end=prefill_end,
         )
-        if self.mamba_cache_mode != "align":
+        if self.mamba_cache_mode != "align" or need > self.block_pool.num_gpu_blocks:
             return need
         saved = self._checkpoints.get(request_id)
         if saved is not None and not apply_admission_cap:
@@ -188,6 +188,21 @@ class StateManager(MambaManager):
         if num_tokens % self.block_size:
             # The request continues in this block: before the next step its contents are copied to one of the cache's.
             self._partial_hit_reqs[name] = column, self.req_to_blocks[name][column]
+
+    def give_up_checkpoint(self, request_id: str) -> int:
+        """Take the state that a running request has left in its block out of the cache, so that it can stay there.
+
+        Returns:
+            Up to which token it is; 0 if there is none that only this request has.
+        """
+        blocks = self.req_to_blocks[request_id]
+        state = blocks[-1] if blocks else self._null_block
+        tokens = state.block_hash_num_tokens
+        if self.num_speculative_blocks or state.is_null or state.ref_cnt > 1 or not tokens or self._hits_packed(blocks):
+            return 0
+        self.block_pool.evict_blocks({state.block_id})
+        self._partial_hit_reqs.pop(request_id, None)
+        return int(tokens)
 
     def spare_state(self, request: Request, place: int) -> KVCacheBlock | None:
         """The block of a state that a request has left, if nobody else wants it; None if there is none."""
