@@ -1,7 +1,7 @@
 """Processor time of vLLM's scheduler per step, stock against tidepool, on the real engine core without a model.
 
     python bench/scheduler_cpu.py [--rounds 7] [--running 64] [--memory 16GiB] [--json FILE] [--profile DIRECTORY]
-    python bench/scheduler_cpu.py --workload agents [--sessions 16] [--memory 40GiB]
+    python bench/scheduler_cpu.py --workload agents [--sessions 16] [--memory 40GiB] [--block-size 16]
 
 Each side is an engine in a process of its own. The sides take turns: one serves a round of requests while the other
 waits, so that both see the same machine. Counted is the processor time of `Scheduler.schedule` and
@@ -87,6 +87,7 @@ def child(args: argparse.Namespace, memory: int) -> None:
         max_num_seqs=args.running,
         max_model_len=131_072 if agents else 32_768,
         prefix_caching=caching,
+        block_size=args.block_size,
     )
     try:
         engine = make_checked_engine(shape)
@@ -116,7 +117,7 @@ class Side:
     def __init__(self, args: argparse.Namespace, model: str, side: str, caching: bool) -> None:
         command = [sys.executable, __file__, "--child", model, side, str(int(caching))]
         command += ["--running", str(args.running), "--memory", args.memory]
-        command += ["--workload", args.workload, "--sessions", str(args.sessions)]
+        command += ["--workload", args.workload, "--sessions", str(args.sessions), "--block-size", str(args.block_size)]
         command += ["--profile", args.profile] if args.profile else []
         self.process = subprocess.Popen(
             command,
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--memory", default="16GiB")
     parser.add_argument("--workload", choices=("chats", "agents"), default="chats")
     parser.add_argument("--sessions", type=int, default=16, help="of agents")
+    parser.add_argument("--block-size", type=int, default=16, help="tokens in an attention block")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--profile", help="a directory for cProfile's figures; times are worth nothing then")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)

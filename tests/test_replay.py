@@ -776,6 +776,8 @@ def test_modes_are_known_and_once_each() -> None:
         (["--generate", "hot-prefix", "--memory", "220MiB"], "that the memory holds, and so are all others"),
         (["--generate", "chat", "--max-num-batched-tokens", "100"], "must be at least --max-num-seqs (256)"),
         (["--generate", "chat", "--json", "."], "it is a directory"),
+        (["--generate", "chat", "--block-size", "0"], "--block-size must be above zero"),
+        (["--generate", "chat", "--block-size", "40"], "--block-size must be a multiple of 16"),
         (["--generate", "chat", "--tp", "0"], "--tp must be above zero"),
         (["--generate", "chat", "--tp", "3"], "3"),
         (["--generate", "chat", "--kv-cache-dtype", "fp3"], "There is no KV cache dtype 'fp3'"),

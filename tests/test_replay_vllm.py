@@ -149,14 +149,15 @@ def test_packed_states_leave_room_for_more(state_format: StateFormat) -> None:
 
 
 def test_devices_and_formats_are_planned_as_asked() -> None:
-    """Of two devices each keeps half the states, and of the attention half in half the bytes."""
-    asked = replace(job("elastic"), tp=2, kv_dtype="fp8", prefix_caching=False)
+    """Of two devices each keeps half the states, and of attention half in half the bytes, in blocks of 32 tokens."""
+    asked = replace(job("elastic"), tp=2, kv_dtype="fp8", prefix_caching=False, block_size=32)
     (made,), failures = run_all([asked])
     assert not failures
     caches = find_replay_model("Qwen3.5-0.8B").shapes.layer_caches(asked.cache_options()).values()
     states = sum(cache.bytes for cache in caches if isinstance(cache, State))
     token = sum(cache.bytes_per_token for cache in caches if isinstance(cache, FullAttention))
-    assert [group.natural_bytes for group in made.groups] == [states, 16 * token]
+    assert [group.natural_bytes for group in made.groups] == [states, 32 * token]
+    assert made.block_tokens == 32
     assert made.hit_tokens == 0
 
 

@@ -335,7 +335,8 @@ class Twins:
         counts = Counter(names.values())
         for filed, count in counts.items():
             assert filed.live == count
-            assert set(filed.blocks) >= {name for name, of in names.items() if of is filed}
+            entries = {self.arena._named(entry) for entry in filed.blocks}
+            assert entries >= {name for name, of in names.items() if of is filed}
         assert sum(filed.live for filed in counts) == sum(pool.cached for pool in pools)
         assert len(counts) == len(set(account.cached.values())), "leaves were mixed up"
         assert len({(names[name], prefix) for name, prefix in account.cached.items()}) == len(counts)

@@ -12,8 +12,6 @@ CUTS = CheckpointRules(unit=16, spacing=SPACING, stock_block=528)
 """Layers that keep a state at a step's end only, where stock vLLM's block is of 528 tokens."""
 WITHIN = CheckpointRules(unit=16, spacing=SPACING, within=1, column=128)
 """Layers that can save a state inside a step."""
-DRAFTS = CheckpointRules(unit=16, spacing=SPACING, stock_block=528, answers=False)
-"""As the first, with drafts."""
 
 
 def known(prompt_tokens: int, from_end: int = 0, from_checkpoint: int = 0, never: int = 0) -> PromptEnds:
@@ -93,35 +91,18 @@ def answered(prompt_tokens: int, *, from_answer: int, from_end: int = 0) -> Prom
 
 
 @pytest.mark.parametrize(
-    ("rules", "ends", "computed", "resumed", "cuts", "why"),
+    ("ends", "moves", "cuts", "why"),
     [
-        (CUTS, answered(400, from_answer=20), 0, Resumed.NOWHERE, (384,), "it has no state that could move on"),
-        (
-            CUTS,
-            answered(400, from_answer=20),
-            256,
-            Resumed.ANSWER,
-            (),
-            "that of the last turn moves on into its answer",
-        ),
-        (CUTS, answered(400, from_answer=20), 256, Resumed.NOWHERE, (), "likewise, whatever it continues"),
-        (CUTS, answered(400, from_answer=20), 256, Resumed.END, (384,), "its like may be asked for another answer"),
-        (
-            CUTS,
-            answered(400, from_answer=20, from_end=20),
-            256,
-            Resumed.ANSWER,
-            (384,),
-            "answers don't come back so often",
-        ),
-        (CUTS, answered(400, from_answer=4), 256, Resumed.ANSWER, (384,), "it isn't known well enough"),
-        (DRAFTS, answered(400, from_answer=20), 256, Resumed.ANSWER, (384,), "there are no states in answers"),
+        (answered(400, from_answer=20), True, (), "the state of the last turn moves on into its answer"),
+        (answered(400, from_answer=20), False, (384,), "it can't"),
+        (answered(400, from_answer=20, from_end=20), True, (384,), "answers don't come back so often"),
+        (answered(400, from_answer=4), True, (384,), "it isn't known well enough"),
     ],
 )
 def test_a_prompt_isnt_cut_at_its_end_where_its_answer_will_have_the_state(
-    rules: CheckpointRules, ends: PromptEnds, computed: int, resumed: Resumed, cuts: tuple[int, ...], why: str
+    ends: PromptEnds, moves: bool, cuts: tuple[int, ...], why: str
 ) -> None:
-    assert plan_checkpoints(rules, ends, 400, computed, (), resumed).cuts == cuts, why
+    assert plan_checkpoints(CUTS, ends, 400, 256, (), Resumed.ANSWER, moves=moves).cuts == cuts, why
 
 
 def test_the_end_has_low_priority_where_it_saves_little() -> None:

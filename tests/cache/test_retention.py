@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -306,6 +307,35 @@ def test_the_state_of_a_branch_point_stays_beside_that_of_an_answer() -> None:
     retention.plan("request", text, 640, 0, 320)
     retention.state_at("request", 320)
     assert retention.answer_state("request", text, 640, 800) == AnswerState(0, True)
+
+
+@pytest.mark.parametrize(
+    ("rules", "branch", "back_at", "computed", "cuts", "why"),
+    [
+        (CUTS, False, 160, 160, (), "its answer will have the state that it continues from"),
+        (CUTS, True, 160, 160, (384,), "that one stays, for prompts branch there"),
+        (CUTS, False, 96, 96, (384,), "it doesn't continue an answer"),
+        (CUTS, False, 160, 0, (384,), "the state is gone"),
+        (replace(CUTS, answers=False), False, 160, 160, (384,), "answers keep no states beside drafts"),
+        (replace(CUTS, stored=True), False, 160, 160, (384,), "one at its end goes to the host while it answers"),
+    ],
+)
+def test_a_turn_isnt_cut_at_its_end_where_its_answer_keeps_a_state(
+    rules: CheckpointRules, branch: bool, back_at: int, computed: int, cuts: tuple[int, ...], why: str
+) -> None:
+    retention = policy(rules)
+    for number in range(20):
+        text, name = keys(f"q{number}", 160), f"q{number}"
+        retention.plan(name, text, 100, 0, 0)
+        retention.end(name, text, 100, 160, retention.release(name))
+        if number:
+            again = keys(f"r{number}", 208, after=f"q{number}", shared=160)
+            retention.begin(f"again {number}", again)
+    prompt = keys("r", 400, after="q0", shared=back_at)
+    if branch:
+        retention.remember_branch_point(prompt[160 // UNIT - 1])
+    retention.plan("request", prompt, 400, computed, 0)
+    assert retention.checkpoints("request").cuts == cuts, why
 
 
 def test_a_prompt_is_expected_where_its_answer_ends() -> None:

@@ -148,6 +148,27 @@ def ends(pool: Any) -> list[int]:
     return sorted(block.block_hash_num_tokens for block in pool.blocks if block.block_hash is not None)
 
 
+@pytest.mark.parametrize("lost", [None, 0, 63, 64, 70, 124])
+@pytest.mark.parametrize("most", [0, 15, 16, 1_024, 1_040, 2_000])
+def test_a_run_of_blocks_is_found_as_single_ones_are(engine: Any, lost: int | None, most: int) -> None:
+    """Up to the first that isn't cached, and no further than asked for; of prompts longer than a run."""
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    manager = make_manager(engine)
+    request = make_request(engine, "request", list(range(2_000)))
+    read_prompt(manager, request)
+    ours = manager.coordinator.single_type_managers[1]
+    assert isinstance(ours, FullAttentionManager)
+    assert type(ours) is not FullAttentionManager
+    pool, spec = ours.block_pool, ours.kv_cache_spec
+    if lost is not None:
+        pool.evict_blocks({ours.req_to_blocks["request"][lost].block_id})
+    arguments = (request.block_hashes, most, [1], pool, spec, False, 16)
+    found, tokens = ours.find_longest_cache_hit(*arguments)
+    assert (found, tokens) == FullAttentionManager.find_longest_cache_hit(*arguments)
+    assert tokens == min(most // 16, 125 if lost is None else lost) * 16
+
+
 @pytest.mark.parametrize("drafter", [False, True])
 def test_attention_behind_the_last_state_is_dropped(engine: Any, drafter: bool) -> None:
     """No hit can end there, so it is clean at once, and whoever listens to events is told. With a drafter a lookup has

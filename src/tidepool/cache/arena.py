@@ -436,7 +436,9 @@ class Arena:
         """(group, block) of what a request under way has in the cache, but for what is of low priority; in the order in
         which it goes."""
         for prefix in self._prefixes.get(request, ()):
-            yield from (entry for entry in prefix.blocks if self._holds(prefix, *entry))
+            for entry in prefix.blocks:
+                if self._holds(prefix, entry):
+                    yield self._named(entry)
 
     def forget(self, group: int, blocks: Sequence[int]) -> None:
         """Turn those of ``blocks`` that are cached free; the caller has dropped their contents already."""
@@ -493,9 +495,10 @@ class Arena:
         if len(prefix.blocks) > 2 * prefix.live + STALE_ENTRIES:
             # The last entry of each block that is still the prefix's; paid for by the stale ones.
             entries = reversed(prefix.blocks)
-            true = dict.fromkeys(entry for entry in entries if self._holds(prefix, *entry))
+            true = dict.fromkeys(entry for entry in entries if self._holds(prefix, entry))
             prefix.blocks = deque(reversed(true))
-        prefix.blocks.extend(zip(repeat(group), blocks))
+        groups = len(self.pools)
+        prefix.blocks.extend([block * groups + group for block in blocks])
 
     def _leave(self, prefix: CachedPrefix | None, group: int, count: int = 1) -> None:
         """Cached blocks leave their cached prefix."""
@@ -607,10 +610,10 @@ class Arena:
         """Take a block from the policy's victim. Returns False if nothing is cached."""
         prefix = self._policy.victim(self.now)
         while prefix is not None:
-            group, block = prefix.blocks.popleft()
-            if self._holds(prefix, group, block):
+            entry = prefix.blocks.popleft()
+            if self._holds(prefix, entry):
                 self._break(prefix)
-                self._evict(group, block)
+                self._evict(*self._named(entry))
                 return True
         return False
 
@@ -625,8 +628,14 @@ class Arena:
             prefix.broken = True
             self._policy.keep(prefix)
 
-    def _holds(self, prefix: CachedPrefix, group: int, block: int) -> bool:
+    def _named(self, entry: int) -> tuple[int, int]:
+        """(group, block) of an entry of a cached prefix."""
+        block, group = divmod(entry, len(self.pools))
+        return group, block
+
+    def _holds(self, prefix: CachedPrefix, entry: int) -> bool:
         """Whether an entry of a cached prefix is true."""
+        group, block = self._named(entry)
         pool = self.pools[group]
         return pool.prefixes[block] is prefix and not pool.refs[block]
 

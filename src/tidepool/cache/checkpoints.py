@@ -53,6 +53,8 @@ class CheckpointRules:
     """The user wants states at multiples of it, wherever a step of a prompt ends anyway; 0 for none."""
     answers: bool = True
     """Whether states are kept in answers, too."""
+    stored: bool = False
+    """Whether there is host memory, to which a prompt's states go while its answer is still under way."""
 
     @property
     def answer_spacing(self) -> int:
@@ -153,6 +155,8 @@ def plan_checkpoints(
     computed: int,
     branches: Iterable[int] = (),
     resumed: Resumed = Resumed.NOWHERE,
+    *,
+    moves: bool = False,
 ) -> Checkpoints:
     """Where a prompt leaves states, of which ``computed`` tokens are cached.
 
@@ -163,11 +167,12 @@ def plan_checkpoints(
         computed: tokens that needn't be read.
         branches: where this prompt branches from others, or others are expected to branch from it: always cut.
         resumed: from where it continues an earlier one.
+        moves: whether the state that it continues from can move on into its answer.
     """
     end, checkpoint = rules.last_places(prompt_tokens)
     from_end, from_checkpoint = ends.from_end(prompt_tokens), ends.from_checkpoint(prompt_tokens)
-    if rules.answers and computed and resumed != Resumed.END and ends.answer_pays(prompt_tokens, computed, end):
-        # The state that this prompt continues from will move on into its answer, from where later ones continue.
+    if moves and ends.answer_pays(prompt_tokens, computed, end):
+        # Later prompts will continue from the answer.
         from_end -= ends.from_answer(prompt_tokens)
     elif resumed >= Resumed.END:
         from_end = max(from_end, LIKELY)

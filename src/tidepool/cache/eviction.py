@@ -75,8 +75,8 @@ class CachedPrefix:
         """Some of it was evicted, so the rest is of little use."""
         self.since = 0
         """When its request finished; see `Arena.now`. Meaningless while that runs."""
-        self.blocks: deque[tuple[int, int]] = deque()
-        """(group, block) in the order in which they go."""
+        self.blocks: deque[int] = deque()
+        """In the order in which they go, each one number: ``block x groups + group``. A pair takes longer to make."""
         self.live = 0
         self.bytes = 0
         """Of those that are cached."""

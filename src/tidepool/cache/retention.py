@@ -156,8 +156,16 @@ class RetentionPolicy:
         _, checkpoint = self.rules.last_places(prompt_tokens)
         place = branch or self._branch_checkpoint(checkpoint, computed)
         record.branch = (place, self._key(keys, place)) if place else None
+        moves = self.rules.answers and not self.rules.stored and record.resumed == Resumed.ANSWER and computed > 0
         record.checkpoints = plan_checkpoints(
-            self.rules, self.prompt_ends, prompt_tokens, computed, (place,) if place else (), record.resumed
+            self.rules,
+            self.prompt_ends,
+            prompt_tokens,
+            computed,
+            (place,) if place else (),
+            record.resumed,
+            # At a branch point it stays for others, too.
+            moves=moves and self._key(keys, computed) not in self._branch_points,
         )
         record.far = FarPlaces(checkpoint, self.branches.distances[-1])
         return branch

@@ -236,6 +236,7 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
                 drafter=finds_one_more(self),
                 stock_block_tokens=self.kv_cache_config.stock_block_tokens,
                 interval=self.retention_interval,
+                host=pool.host is not None,
             ),
             pool.reuse,
             pool.arena,
@@ -493,8 +494,11 @@ class TidepoolKVCacheManager(KVCacheManager):
         return slots
 
     def _gives_up_checkpoint(self, name: str, *, running: bool) -> bool:
-        """Whether a request that found no memory needs less without a checkpoint, which it then doesn't leave."""
-        if not self.enable_caching or self.coordinator.need.postponed:
+        """Whether a request that found no memory needs less without a checkpoint, which it then doesn't leave.
+
+        Behind host memory it waits for it: there the state lasts.
+        """
+        if not self.enable_caching or self.coordinator.need.postponed or self.host:
             return False
         return bool(self.coordinator.give_up_checkpoint(name, running=running))
 

@@ -48,6 +48,11 @@ class OnHost(NamedTuple):
 class TieredBlockPool(GroupBlockPool):
     """The blocks of one group, with host memory behind them."""
 
+    def cached_run(self, hashes: Sequence[Any], most: int, groups: Sequence[int]) -> list[KVCacheBlock] | None:
+        """As the device's; while `HostMemory.looking` blocks need be looked up singly."""
+        host = self.memory.host
+        return None if host is not None and host.looking else super().cached_run(hashes, most, groups)
+
     def get_cached_block(self, block_hash: Any, kv_cache_group_ids: list[int]) -> list[Any] | None:
         """As vLLM's; while `HostMemory.looking`, what only the host holds is found, too."""
         found: list[Any] | None = super().get_cached_block(block_hash, kv_cache_group_ids)

@@ -5,9 +5,14 @@ docs/design.md shows this table, and docs/versions.md says how to take it to ano
 
 from __future__ import annotations
 
-from tidepool.vllm_plugin import states, wrappers
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from tidepool.vllm_plugin import wrappers
+from tidepool.vllm_plugin.attention import AttentionManager
 from tidepool.vllm_plugin.compat import WORKAROUNDS
 from tidepool.vllm_plugin.patching import Patch, apply, check, needed_here
+from tidepool.vllm_plugin.planning import ATTENTION_ROLE, STATES_ROLE
+from tidepool.vllm_plugin.states import StateManager
 
 _OLD, _NEW = ("0.32",), ("0.33",)
 _BUILDER = "0.33, which asks the builder"
@@ -375,7 +380,8 @@ def install() -> None:
         PatchError: a target isn't as the table says. Nothing has been patched.
     """
     apply(needed_here(PATCHES))
-    states.register()
+    for role, manager in ((STATES_ROLE, StateManager), (ATTENTION_ROLE, AttentionManager)):
+        KVCacheSpecRegistry.register_role_manager(role, manager)
 
 
 def is_installed() -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
+    FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
@@ -60,6 +61,8 @@ PROFILING_EXTENTS = 64
 request of a captured step, it thinks, which would take gigabytes."""
 STATES_ROLE = "tidepool-states"
 """The role by which vLLM finds the manager of a group of states, `tidepool.vllm_plugin.states.StateManager`."""
+ATTENTION_ROLE = "tidepool-attention"
+"""The same of full attention, `tidepool.vllm_plugin.attention.AttentionManager`."""
 
 
 @dataclass
@@ -222,6 +225,7 @@ def checkpoint_rules(
     drafter: bool,
     stock_block_tokens: int = 0,
     interval: int | None = 0,
+    host: bool = False,
 ) -> CheckpointRules:
     """What decides where an engine's prompts can leave checkpoints: the same for scheduler and workers.
 
@@ -233,6 +237,7 @@ def checkpoint_rules(
             more than they give.
         stock_block_tokens: the block that vLLM alone would have; only the scheduler asks for it, as for
         interval: the user's retention interval in tokens; None for the ends of all steps.
+        host: whether there is host memory behind the pools.
     """
     within = 0
     if all(spec.num_prefill_checkpoint_blocks and spec.prefill_checkpoint_alignment for spec in states):
@@ -247,6 +252,7 @@ def checkpoint_rules(
         interval=unit if interval is None else interval,
         # It isn't known which drafts will have been accepted when a step's state could be copied.
         answers=not drafter and not any(spec.num_speculative_blocks for spec in states),
+        stored=host,
     )
 
 
@@ -348,6 +354,8 @@ def _name_managers(groups: Sequence[KVCacheGroupSpec]) -> None:
     for group in groups:
         if isinstance(group.kv_cache_spec, MambaSpec):
             group.role = STATES_ROLE
+        elif type(group.kv_cache_spec) is FullAttentionSpec:
+            group.role = ATTENTION_ROLE
 
 
 def _fixed_partition(

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.tidepool")
 
+RUN = 64
+"""Blocks of a prompt that are looked up at once: so many are looked up for nothing at most."""
 REUSE_UNITS = 16
 """Ages up to this part of the memory aren't told apart; see `ReuseModel`."""
 
@@ -186,6 +188,19 @@ class GroupBlockPool(ExactEvents, BlockPool):
         key = BlockHashWithGroupId(block_hash + self._key_end)
         block = self.cached_block_hash_to_block.get_one_block(key)
         return None if block is None else [block]
+
+    def cached_run(self, hashes: Sequence[BlockHash], most: int, groups: Sequence[int]) -> list[KVCacheBlock] | None:
+        """The blocks of the first ``most`` hashes, as far as they are cached; None if they need be looked up singly."""
+        if groups != self._group_ids:
+            return None
+        end, find = self._key_end, self.cached_block_hash_to_block.get_one_block
+        run: list[KVCacheBlock] = []
+        for start in range(0, most, RUN):
+            found = [find(BlockHashWithGroupId(key + end)) for key in hashes[start : min(start + RUN, most)]]
+            if None in found:
+                return run + found[: found.index(None)]
+            run += found
+        return run
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """Blocks with one reference each; evicts what the arena's policy says."""

@@ -15,7 +15,6 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.request import Request
 
 from tidepool.cache import Retention, RetentionPolicy
-from tidepool.vllm_plugin.planning import STATES_ROLE
 
 
 class StateManager(MambaManager):
@@ -258,10 +257,3 @@ class StateManager(MambaManager):
             self.retention.state_at(request.request_id, place)
         if low:
             self.block_pool.low.add(block.block_id)
-
-
-def register() -> None:
-    """Let vLLM make a `StateManager` for groups of states that we planned."""
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-
-    KVCacheSpecRegistry.register_role_manager(STATES_ROLE, StateManager)
