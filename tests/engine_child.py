@@ -196,9 +196,9 @@ def count_given_up() -> dict[str, int]:
     counts = {"given_up": 0}
     give_up = RetentionPolicy.give_up
 
-    def counted(self: RetentionPolicy, *args: Any) -> None:
+    def counted(self: RetentionPolicy, name: Any, place: int) -> None:
         counts["given_up"] += 1
-        give_up(self, *args)
+        give_up(self, name, place)
 
     RetentionPolicy.give_up = counted  # type: ignore[method-assign]
     return counts

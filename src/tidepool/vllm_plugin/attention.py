@@ -31,6 +31,7 @@ class AttentionManager(FullAttentionManager):
         """As vLLM's; one run of hashes where blocks, hashes and hits have one size and nothing is dropped."""
         tokens = kv_cache_spec.block_size
         plain = alignment_tokens == tokens == block_pool.hash_block_size and not drop_eagle_block
+        plain &= max(parallel.values(), default=1) == 1
         run = block_pool.cached_run(block_hashes, max_length // tokens, kv_cache_group_ids) if plain else None
         if run is not None:
             return (run,), len(run) * tokens
