@@ -142,6 +142,25 @@ def test_a_running_request_saves_no_state_inside_its_step(engines: dict[Family, 
     assert hit_tokens(manager, engine) == (688 if left == 2 else 0)
 
 
+def test_what_has_been_left_is_kept(engines: dict[Family, Any]) -> None:
+    """Also where an answer finds no memory, and its request is preempted."""
+    engine = engines["nemotron-h"]
+    manager = make_manager(engine)
+    request = make_request(engine, "request", PROMPT)
+    assert begin(manager, request, 700)
+    request.append_output_token_ids([1])
+    assert manager.allocate_slots(request, 1) is not None
+    go_on(manager, request, 701)
+    arena = manager.block_pool.arena
+    arena.touch(STATES, list(arena.pools[STATES].kept()))
+    leave_states(manager, 0)
+    arena.allocate(ATTENTION, arena.pools[ATTENTION].usable)
+    request.append_output_token_ids([1] * 8)
+    assert manager.allocate_slots(request, 8) is None
+    assert manager.coordinator.retention.checkpoints("request").within == 688
+    assert manager.coordinator.retention.release("request") == 688
+
+
 @pytest.mark.parametrize("left", [0, 1, 2])
 def test_a_waiting_request_doesnt_wait_for_the_sake_of_a_checkpoint(engines: dict[Family, Any], left: int) -> None:
     engine = engines["nemotron-h"]
