@@ -409,9 +409,10 @@ class Arena:
         pair = None if request is None else self._prefixes[request]
         low = self._low if self._policy.low_together else CachedPrefix(PriorityClass.LOW, running=False)
         joining: dict[CachedPrefix, list[int]] = {}
+        at_low = Retention.LOW  # Looked up once: a prompt has thousands of blocks.
         for block, kept in cached:
             shared, prefix = pool.shared[block], pool.prefixes[block]
-            if kept == Retention.LOW:
+            if kept == at_low:
                 prefix = low
             elif request is not None or prefix is None or shared != (prefix.priority == PriorityClass.SHARED):
                 pair = pair or _prefix_pair(TurnClass.FIRST, running=False)

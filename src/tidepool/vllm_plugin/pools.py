@@ -344,14 +344,15 @@ class GroupBlockPool(ExactEvents, BlockPool):
             return [Retention.DROP] * len(blocks)
         end = policy.attention_end(request.last_checkpoint if request else None)
         kept: list[Retention] = []
+        drop, keep = Retention.DROP, Retention.KEEP  # Looked up once: a prompt has thousands of blocks.
         for block in blocks:
             if block.block_hash is None:
-                kept.append(Retention.DROP)
+                kept.append(drop)
             elif (block.block_hash_num_tokens or 0) <= end:
-                kept.append(Retention.KEEP)
+                kept.append(keep)
             else:
                 self._maybe_evict_cached_block(block)
-                kept.append(Retention.DROP)
+                kept.append(drop)
         return kept
 
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
