@@ -31,7 +31,7 @@ def main() -> None:
     quick_kernels.install()
     if job["fault"]:
         FAULTS[job["fault"]]()
-    packed, given_up = count_packed(), count_given_up()
+    packed = count_packed()
     llm = LLM(
         model=job["model"],
         max_num_seqs=job["max_num_seqs"],
@@ -52,7 +52,8 @@ def main() -> None:
         for key, values in ask(llm, job["prompts"], output_tokens=job["output_tokens"]).items():
             result[key] += values
         drafts.append(spec_counts(llm))
-    arena = getattr(scheduler.kv_cache_manager.block_pool, "arena", None)
+    pool = scheduler.kv_cache_manager.block_pool
+    arena, retention = getattr(pool, "arena", None), getattr(pool, "retention", None)
     result |= held | {
         "cached_tokens": sum(result["cached"]),
         "drafted": drafts[-1][0],
@@ -61,10 +62,10 @@ def main() -> None:
         "preemptions": metrics_of(llm)["vllm:num_preemptions"],
         "served": arena is not None,
         "moves": arena.moves if arena else 0,
+        "given_up": retention.given_up if retention else 0,
         "extents": scheduler.kv_cache_config.num_blocks,
-        "pool_blocks": [pool.num_gpu_blocks for pool in scheduler.kv_cache_manager.block_pool.pools] if arena else [],
+        "pool_blocks": [each.num_gpu_blocks for each in pool.pools] if arena else [],
         **packed,
-        **given_up,
         "in_use_at_end": arena.usage().in_use if arena else 0,
     }
     with open(job["answer"], "w", encoding="utf-8") as file:
@@ -186,21 +187,6 @@ def count_packed() -> dict[str, int]:
         unpack(self, packed, state)
 
     StatePacker.pack, StatePacker.unpack = counted_pack, counted_unpack  # type: ignore[method-assign]
-    return counts
-
-
-def count_given_up() -> dict[str, int]:
-    """How many requests went on without a checkpoint for want of memory; counted as the engine runs."""
-    from tidepool.cache import RetentionPolicy
-
-    counts = {"given_up": 0}
-    give_up = RetentionPolicy.give_up
-
-    def counted(self: RetentionPolicy, name: Any, place: int) -> None:
-        counts["given_up"] += 1
-        give_up(self, name, place)
-
-    RetentionPolicy.give_up = counted  # type: ignore[method-assign]
     return counts
 
 

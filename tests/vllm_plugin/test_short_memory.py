@@ -122,6 +122,7 @@ def test_a_running_request_gives_up_the_state_that_it_left_in_its_block(
     assert manager.allocate_slots(request, 700 - place) is not None
     (*_, after) = states_of(manager)
     assert (after == before, removed(manager)) == (short, short), "it goes on in its block, and consumers are told"
+    assert manager.coordinator.retention.given_up == short
     assert not manager.take_kv_cache_block_copies()[0] or not short, "there is nothing to copy"
     assert hit_tokens(manager, engine, prompt) == (0 if short else place)
     go_on(manager, request, 700)

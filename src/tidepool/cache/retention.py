@@ -106,6 +106,8 @@ class RetentionPolicy:
         self.branches = BranchStatistics([rules.spacing * steps for steps in BRANCH_DISTANCES])
         self.lookups = LookupStatistics(rules.unit)
         self.branch_checkpoints = BranchCheckpoints()
+        self.given_up = 0
+        """Times so far that a request went on without a checkpoint for want of memory."""
         self.requests: dict[Hashable, RequestRecord] = {}
         """By name, those that were offered memory and haven't ended."""
         self._arena = arena
@@ -196,6 +198,7 @@ class RetentionPolicy:
         record = self.requests.get(name)
         if record is None:
             return
+        self.given_up += 1
         left = record.checkpoints
         cuts = tuple(cut for cut in left.cuts if cut < place)
         record.checkpoints = replace(left, cuts=cuts, within=left.within if left.within < place else 0)

@@ -128,6 +128,7 @@ class Collector:
             yield table.LOOKUP_TOKENS, (part.value,), retention.lookups.tokens[part]
         yield table.BRANCH_CHECKPOINTS, ("left",), retention.branch_checkpoints.left
         yield table.BRANCH_CHECKPOINTS, ("used",), retention.branch_checkpoints.used
+        yield table.GIVEN_UP, (), retention.given_up
 
     def _labels(self) -> list[tuple[str, str]]:
         """Number and kind of each group."""

@@ -95,6 +95,9 @@ BRANCH_CHECKPOINTS = _counter(
     "event",
     "Checkpoints at branch points: left, and those of them that a prompt has hit (used).",
 )
+GIVEN_UP = _counter(
+    "tidepool_given_up_checkpoints_total", "", "Times that a request went on without a checkpoint for want of memory."
+)
 HOST_BYTES = _counter("tidepool_host_copied_bytes_total", "direction", "Bytes copied: to_host, to_device.")
 HOST_WAIT = _counter("tidepool_host_wait_seconds_total", "", "Seconds that requests waited for loads from the host.")
 HOST_FAILED = _counter("tidepool_host_failed_copies_total", "", "Copies between host and device that failed.")
@@ -122,6 +125,7 @@ METRICS: tuple[Metric, ...] = (
     LOOKUP_TOKENS,
     REFUSED,
     BRANCH_CHECKPOINTS,
+    GIVEN_UP,
     HOST_BYTES,
     HOST_WAIT,
     HOST_FAILED,

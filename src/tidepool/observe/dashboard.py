@@ -110,6 +110,7 @@ PANELS: tuple[Panel, ...] = (
         [(rate(table.BRANCH_CHECKPOINTS, "event"), "{{event}}")],
         description=table.BRANCH_CHECKPOINTS.help,
     ),
+    Panel("Checkpoints given up a second", [(rate(table.GIVEN_UP), "all")], description=table.GIVEN_UP.help),
     Panel(
         "Host memory",
         [(gauge(table.MEMORY, "kind", "use", where=_HOST), "{{kind}} {{use}}")],
