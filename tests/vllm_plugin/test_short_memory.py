@@ -47,11 +47,12 @@ def make_manager(engine: Any) -> Any:
     )
 
 
-def make_request(engine: Any, name: str, tokens: Sequence[int]) -> Any:
+def make_request(engine: Any, name: str, tokens: Sequence[int], answer: int = 8) -> Any:
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
-    request = EngineCoreRequest(name, list(tokens), None, SamplingParams(max_tokens=8), None, 0.0, None, None, None)
+    sampling = SamplingParams(max_tokens=answer)
+    request = EngineCoreRequest(name, list(tokens), None, sampling, None, 0.0, None, None, None)
     return engine.preprocess_add_request(request)[0]
 
 
@@ -167,3 +168,17 @@ def test_what_is_postponed_isnt_taken_for_a_want_of_memory(engines: dict[Family,
     assert not begin(manager, third, 592)
     assert manager.coordinator.need.postponed
     assert not manager.refused_before("third")
+
+
+@pytest.mark.parametrize(("answer", "begins"), [(8, True), (400, False)])
+def test_room_is_left_for_no_longer_an_answer_than_a_request_may_give(
+    engines: dict[Family, Any], answer: int, begins: bool
+) -> None:
+    """Two long answers don't fit beside each other, one whose request has ended before does."""
+    engine = engines["qwen3.5"]
+    manager = make_manager(engine)
+    assert begin(manager, make_request(engine, "running", range(5_000, 5_100), 400), 100)
+    leave_states(manager, 1)
+    arena = manager.block_pool.arena
+    arena.allocate(ATTENTION, arena.pools[ATTENTION].usable - 700 // 16 - 3)
+    assert begin(manager, make_request(engine, "request", PROMPT, answer), 700) == begins
