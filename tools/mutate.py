@@ -42,7 +42,9 @@ PLUGIN = "plugin."
 SET_UP = 40
 """Seconds that the imports of the plugin and its tests and the making of engines may take."""
 SLOW_IMPORTS = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "vllm.v1.core.sched.scheduler")
-REQUESTS = tuple(f"vllm_plugin/{name}" for name in ("short_memory", "engine", "waiting_requests", "forks"))
+REQUESTS = tuple(
+    f"vllm_plugin/{name}" for name in ("short_memory", "engine", "state_contents", "waiting_requests", "forks")
+)
 """Managers of engine cores without a model, and those cores."""
 HOST = ("vllm_plugin/host_copies", "vllm_plugin/events")
 TESTS = {
