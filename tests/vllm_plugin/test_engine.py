@@ -230,7 +230,7 @@ def test_a_group_gets_as_many_blocks_as_it_says_are_free(engine: Any, group: int
     free = pool.get_num_free_blocks()
     got = pool.get_new_blocks(free)
     assert len({block.block_id for block in got}) == free
-    assert pool.get_num_free_blocks() == 0
+    assert (pool.get_num_free_blocks(), manager.block_pool.arena.available) == (0, 0)
 
 
 def finish_after(manager: Any, request: Any) -> None:
@@ -610,3 +610,28 @@ def test_caching_when_a_step_has_ended_keeps_no_state(engine: Any) -> None:
             assert retention.requests[request.request_id].answer_state == before
             states.add(before)
     assert len(states) > 3, "states of the answer are kept while steps are scheduled"
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_answers_state_takes_the_place_of_its_prompts_unless_others_have_found_that(
+    others: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tidepool.cache import PromptEnds
+    from tidepool.replay.engine import EngineShape, add_request, make_engine
+    from tidepool.replay.step import take_step
+
+    monkeypatch.setattr(PromptEnds, "answer_pays", lambda *_: True)
+    config = config_of("qwen3.5", tmp_path)
+    core = make_engine(EngineShape(config, 100_000_000, "elastic", max_num_seqs=8, max_model_len=4096))
+    manager = core.scheduler.kv_cache_manager
+    prompt = list(range(700))
+    add_request(core, "answers", prompt, 300)
+    take_step(core)
+    take_step(core)
+    for number in range(others):
+        add_request(core, str(number), [*prompt[:600], *range(1000, 1100)], 2)
+    while core.scheduler.has_requests():
+        take_step(core)
+    states = ends(manager.block_pool.pools[0])
+    assert max(states) > 700
+    assert (512 in states) == (others > 0)

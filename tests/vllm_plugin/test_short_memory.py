@@ -203,6 +203,7 @@ def test_a_packed_state_is_unpacked_into_the_block_that_the_request_goes_on_in(t
         assert tokens == 512
         for pool, blocks in zip(manager.block_pool.pools, found.blocks, strict=True):
             pool.touch(blocks)
+        assert manager.block_pool.arena.pools[-1].in_use == 1, "nobody else may have it"
         leave_states(manager, left)
         request = make_request(engine, "request", [*PROMPT[:600], *range(1_000, 1_100)])
         assert begin(manager, request, 700) == (left > 0)
