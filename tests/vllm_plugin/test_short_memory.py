@@ -18,6 +18,7 @@ from tidepool.testing.tiny import Family, make_checkpoint
 pytestmark = pytest.mark.vllm
 STATES, ATTENTION = 0, 1
 """Groups, in the order of their first layers."""
+FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
 PROMPT = list(range(700))
 
 
@@ -31,7 +32,7 @@ def engine_of(family: Family, folder: Path, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Any]:
-    return {family: engine_of(family, tmp_path_factory.mktemp("models")) for family in ("qwen3.5", "nemotron-h")}
+    return {family: engine_of(family, tmp_path_factory.mktemp("models")) for family in FAMILIES}
 
 
 def make_manager(engine: Any) -> Any:
