@@ -1,21 +1,25 @@
-"""Mutation tests of the core: which small faults no test notices.
+"""Mutation tests of the core and the plugin: which small faults no test notices.
 
     python tools/mutate.py arena pool --budget 10
+    python tools/mutate.py plugin.coordinator --sample 40
 
-makes every mutant of `src/tidepool/cache/arena.py` and `pool.py` in turn, runs tests/cache against each, and prints
-those that survive. A mutant is one change inside a function or of a field's default: a comparison at its boundary, an
-operator, a number plus one, a condition that always or never holds, an operand less, a statement less, min for max.
+makes every mutant of `src/tidepool/cache/arena.py` and `pool.py` in turn, runs their tests against each, and prints
+those that survive; then 40 of `src/tidepool/vllm_plugin/coordinator.py`, the same ones each time. A mutant is one
+change inside a function or of a field's default: a comparison at its boundary, an operator, a number plus one, a
+condition that always or never holds, an operand less, a statement less, min for max.
 What isn't run, and so not changed: annotations, asserts, texts of errors, constants of modules and classes.
 
 The tests are run once to time them. Each mutant then meets as many of them as the budget has time for: first the
 fastest, then any; hypothesis neither shrinks nor remembers. So the score is what a part of the tests already finds.
-Every mutant runs in a fork of a process that has pytest and hypothesis loaded and tidepool not.
+Every mutant runs in a fork of a process that has pytest and hypothesis loaded, for the plugin also vLLM, and tidepool
+not.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import importlib
 import json
 import os
 import random
@@ -32,23 +36,49 @@ import hypothesis.stateful
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZES = ("spec", "geometry")
-MEMORY = ("against_reference", "arena", "arena_stateful", "pool", "reuse")
+SIZES = ("cache/spec", "cache/geometry")
+MEMORY = ("cache/against_reference", "cache/arena", "cache/arena_stateful", "cache/pool", "cache/reuse")
+PLUGIN = "plugin."
+SET_UP = 40
+"""Seconds that the imports of the plugin and its tests and the making of engines may take."""
+SLOW_IMPORTS = ("vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "vllm.v1.core.sched.scheduler")
+REQUESTS = tuple(
+    f"vllm_plugin/{name}" for name in ("short_memory", "engine", "state_contents", "waiting_requests", "forks")
+)
+"""Managers of engine cores without a model, and those cores."""
+HOST = ("vllm_plugin/host_copies", "vllm_plugin/events")
 TESTS = {
     "spec": SIZES,
     "geometry": SIZES,
     "pool": MEMORY,
     "arena": MEMORY,
-    "eviction": (*MEMORY, "eviction"),
-    "published": ("published",),
-    "reuse": ("reuse",),
-    "prompt_ends": ("checkpoints", "retention"),
-    "branches": ("branches", "retention"),
-    "checkpoints": ("checkpoints", "retention"),
-    "retention": ("retention",),
-    "growth": ("growth",),
+    "eviction": (*MEMORY, "cache/eviction"),
+    "published": ("cache/published",),
+    "reuse": ("cache/reuse",),
+    "prompt_ends": ("cache/checkpoints", "cache/retention"),
+    "branches": ("cache/branches", "cache/retention"),
+    "checkpoints": ("cache/checkpoints", "cache/retention"),
+    "retention": ("cache/retention",),
+    "growth": ("cache/growth",),
+    "plugin.coordinator": (*REQUESTS, "vllm_plugin/observing", *HOST),
+    "plugin.pools": (*REQUESTS, *HOST),
+    "plugin.states": (*REQUESTS, "speculative/lookups", *HOST),
+    "plugin.wrappers": (
+        "vllm_plugin/left_to_vllm",
+        "vllm_plugin/capacity",
+        "vllm_plugin/serving_plan",
+        *REQUESTS,
+        "vllm_plugin/progress",
+    ),
+    "plugin.planning": (
+        *("vllm_plugin/gates", "vllm_plugin/left_to_vllm", "parallel/planning", "vllm_plugin/serving_plan"),
+        *("vllm_plugin/engine", "vllm_plugin/state_contents"),
+    ),
+    "plugin.host": HOST,
+    "plugin.events": ("vllm_plugin/events", "vllm_plugin/engine"),
+    "plugin.capacity": ("vllm_plugin/capacity", "vllm_plugin/observing"),
 }
-"""The modules that are changed, and of each the test files in tests/cache that are its own."""
+"""The modules that are changed, and of each the test files that are its own."""
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -153,12 +183,14 @@ class Fastest:
         """Keep the fastest."""
         if not self.times:
             return
+        files = [item.path for item in items]
         items.sort(key=lambda item: self.times[item.nodeid])
         # Half of the budget is for the fastest, the rest for any.
         kept = list(self.within(self.budget / 2, items))
         others = [item for item in items[len(kept) :] if self.times[item.nodeid] < self.budget / 2]
         random.Random(0).shuffle(others)
-        items[:] = [*kept, *self.within(self.budget / 2, others)]
+        # Each file's together: pytest makes a file's fixtures anew whenever it comes back to it.
+        items[:] = sorted([*kept, *self.within(self.budget / 2, others)], key=lambda item: files.index(item.path))
 
     def within(self, budget: float, items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
         """The first of these, until their times add up to the budget."""
@@ -170,10 +202,10 @@ class Fastest:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        """Note a test's time on the processor."""
-        began = time.process_time()
+        """Note a test's time, with that of the processes that it starts."""
+        began = time.perf_counter()
         yield
-        self.measured[item.nodeid] = time.process_time() - began
+        self.measured[item.nodeid] = time.perf_counter() - began
 
 
 def run_tests(copy: Path, files: tuple[str, ...], plugin: Fastest, seconds: float, result: Path) -> int:
@@ -184,54 +216,76 @@ def run_tests(copy: Path, files: tuple[str, ...], plugin: Fastest, seconds: floa
     os.dup2(os.open(result.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds) + 1,) * 2)
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2)
+    if "vllm" in sys.modules:
+        # vLLM asks for its plugins while it is imported.
+        for module in [name for name in sys.modules if name.partition(".")[0] == "tidepool"]:
+            del sys.modules[module]
+    else:
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2)
     sys.dont_write_bytecode = True
+    os.environ["PYTHONPATH"] = str(copy / "src")
     sys.path.insert(0, str(copy / "src"))
     os.chdir(copy)
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("mutants", phases=phases, database=None, deadline=None, derandomize=True)
     hypothesis.settings.load_profile("mutants")
-    paths = [f"tests/cache/test_{name}.py" for name in files]
+    paths = ["tests/{}/test_{}.py".format(*name.split("/")) for name in files]
     code = int(pytest.main(["-x", "-p", "no:cacheprovider", *paths], plugins=[plugin]))
     result.write_text(json.dumps(plugin.measured), encoding="utf-8")
     os._exit(code)
 
 
+def module_path(module: str) -> Path:
+    """Where a module lies in the repository."""
+    folder, name = ("vllm_plugin", module.removeprefix(PLUGIN)) if module.startswith(PLUGIN) else ("cache", module)
+    return Path("src") / "tidepool" / folder / f"{name}.py"
+
+
 def main() -> None:
     """Print the survivors."""
+    core = [module for module in TESTS if not module.startswith(PLUGIN)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modules", nargs="*", default=TESTS, help=f"of {', '.join(TESTS)}; by default all")
+    parser.add_argument("modules", nargs="*", default=core, help=f"of {', '.join(TESTS)}; by default all of the core")
     parser.add_argument("--budget", type=float, default=5, help="seconds of tests that a mutant meets")
     parser.add_argument("--lines", type=int, nargs=2, default=(0, 1 << 30), help="the first and the last to change")
+    parser.add_argument("--sample", type=int, help="how many mutants of each module, chosen at random; by default all")
     options = parser.parse_args()
+    plugin = [module for module in options.modules if module.startswith(PLUGIN)]
+    for module in SLOW_IMPORTS if plugin else ():
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as name:
         copy, result = Path(name), Path(name) / "result.json"
         shutil.copy(ROOT / "pyproject.toml", copy)
         for folder in ("src", "tests"):
             shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
         began = time.time()
-        timed: dict[tuple[str, ...], dict[str, float]] = {}
+        timed: set[str] = set()
+        times: dict[str, float] = {}
         for module in options.modules:
             files = TESTS[module]
-            if files not in timed:
-                if run_tests(copy, files, Fastest({}, 0), 600, result):
+            if new := tuple(name for name in files if name not in timed):
+                if run_tests(copy, new, Fastest({}, 0), 600, result):
                     sys.exit("The tests fail as it is:\n" + result.with_suffix(".log").read_text(encoding="utf-8"))
-                timed[files] = json.loads(result.read_text(encoding="utf-8"))
-                print(f"{len(timed[files])} tests take {sum(timed[files].values()):.0f} seconds", flush=True)
-            path = copy / "src" / "tidepool" / "cache" / f"{module}.py"
+                measured = json.loads(result.read_text(encoding="utf-8"))
+                print(f"{len(measured)} tests take {sum(measured.values()):.0f} seconds", flush=True)
+                timed.update(new)
+                times |= measured
+            limit = 3 * options.budget + (5 if module not in plugin else SET_UP)
+            path = copy / module_path(module)
             source = path.read_text(encoding="utf-8")
-            made = killed = 0
-            for what, mutant in mutants(source):
-                if not options.lines[0] <= int(what.split(":")[0]) <= options.lines[1]:
-                    continue
+            first, last = options.lines
+            chosen = [each for each in mutants(source) if first <= int(each[0].split(":")[0]) <= last]
+            if options.sample is not None and options.sample < len(chosen):
+                chosen = random.Random(0).sample(chosen, options.sample)
+            killed = 0
+            for what, mutant in chosen:
                 path.write_text(mutant, encoding="utf-8")
-                made += 1
-                if run_tests(copy, files, Fastest(timed[files], options.budget), 3 * options.budget + 5, result):
+                if run_tests(copy, files, Fastest(times, options.budget), limit, result):
                     killed += 1
                 else:
                     print(f"{module}:{what[:160]}", flush=True)
             path.write_text(source, encoding="utf-8")
-            print(f"{module}: {killed} of {made} killed, {time.time() - began:.0f} seconds so far", flush=True)
+            print(f"{module}: {killed} of {len(chosen)} killed, {time.time() - began:.0f} seconds so far", flush=True)
 
 
 if __name__ == "__main__":

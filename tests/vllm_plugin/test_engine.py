@@ -221,6 +221,57 @@ def test_reset_is_for_all_groups_or_none(engine: Any) -> None:
     assert manager.get_computed_blocks(make_request(engine, "after", list(range(1500))))[1] == 0
 
 
+def test_a_reset_tells_nobody_where_events_are_off(engine: Any) -> None:
+    manager = make_manager(engine, enable_kv_cache_events=False)
+    finish_after(manager, make_request(engine, "request", list(range(1500))))
+    assert manager.reset_prefix_cache()
+    assert manager.take_events() == []
+
+
+def test_what_is_dropped_from_the_cache_is_free_but_for_what_is_in_use(engine: Any) -> None:
+    manager = make_manager(engine)
+    state, _ = manager.block_pool.pools
+    books = manager.block_pool.arena.pools[0]
+    finish_after(manager, make_request(engine, "done", list(range(1500))))
+    running = make_request(engine, "running", list(range(5000, 6500)))
+    read_prompt(manager, running)
+    in_use = books.in_use
+    assert books.cached > 0
+    state.evict_blocks({block.block_id for block in state.blocks if block.block_hash is not None})
+    assert (books.cached, books.in_use) == (0, in_use)
+    finish(manager, running)
+    assert (books.cached, books.in_use) == (0, 0)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_group_gets_as_many_blocks_as_it_says_are_free(engine: Any, group: int) -> None:
+    manager = make_manager(engine)
+    finish_after(manager, make_request(engine, "request", list(range(1500))))
+    pool = manager.block_pool.pools[group]
+    free = pool.get_num_free_blocks()
+    got = pool.get_new_blocks(free)
+    assert len({block.block_id for block in got}) == free
+    assert (pool.get_num_free_blocks(), manager.block_pool.arena.available) == (0, 0)
+
+
+def finish_after(manager: Any, request: Any) -> None:
+    """Let a request read its prompt and end."""
+    read_prompt(manager, request)
+    finish(manager, request)
+
+
+def test_workers_are_told_to_poison_nothing_unless_it_is_asked_for(engine: Any) -> None:
+    from tidepool.vllm_plugin.worker import encode
+
+    manager = make_manager(engine)
+    pool = manager.block_pool
+    plain = {encode(group, block, 2) for group in range(2) for block in range(len(pool.pools[group].blocks))}
+    for number in range(80):
+        finish_after(manager, make_request(engine, str(number), list(range(2000 * number, 2000 * number + 1500))))
+        assert plain.issuperset(manager.take_new_block_ids())
+    assert sum(pool.arena.evictions.values()) > 0
+
+
 def test_events_name_their_group(engine: Any) -> None:
     manager = make_manager(engine)
     request = make_request(engine, "request", list(range(1500)))
@@ -429,6 +480,49 @@ def test_nothing_is_known_of_a_request_that_is_aborted_while_it_waits(engine: An
     assert refused.request_id not in manager.block_pool.arena._prefixes
 
 
+@pytest.fixture(scope="module")
+def uncached(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An engine without prefix caching."""
+    from tidepool.replay.engine import EngineShape, make_engine
+
+    config = config_of("qwen3.5", tmp_path_factory.mktemp("models"))
+    shape = EngineShape(config, 100_000_000, "elastic", max_num_seqs=8, max_model_len=4096, prefix_caching=False)
+    return make_engine(shape)
+
+
+def test_without_prefix_caching_nothing_is_found_and_all_comes_back(uncached: Any) -> None:
+    manager = make_manager(uncached, enable_caching=False)
+    arena = manager.block_pool.arena
+    for name in ("first", "again"):
+        request = make_request(uncached, name, list(range(1500)))
+        assert manager.get_computed_blocks(request)[1] == 0
+        assert ask_for(manager, request, 1500) is not None
+        assert arena.usage().in_use > 0
+        finish(manager, request)
+        assert (arena.usage().in_use, arena.usage().cached) == (0, 0)
+
+
+def test_a_request_grows_in_the_extent_where_it_has_its_last_block(uncached: Any) -> None:
+    """Though another is fuller, which is where new requests begin: so that extents come free when requests end."""
+    manager = make_manager(uncached, enable_caching=False)
+    per_extent = uncached.scheduler.kv_cache_config.geometry.layouts[1].blocks_per_extent
+
+    def extents(request: Any) -> set[int]:
+        return {block.block_id // per_extent for block in manager.get_blocks(request.request_id).blocks[1]}
+
+    first, second, third, new = (make_request(uncached, name, list(range(2000))) for name in ("1", "2", "3", "4"))
+    for request, blocks in ((first, per_extent - 5), (second, 5), (third, 50)):
+        assert ask_for(manager, request, blocks * 16) is not None
+        request.num_computed_tokens = blocks * 16
+    assert extents(first) == extents(second) != extents(third)
+    finish(manager, first)
+    before = extents(second)
+    assert manager.allocate_slots(second, 32) is not None
+    assert extents(second) == before
+    assert ask_for(manager, new, 16) is not None
+    assert extents(new) == extents(third)
+
+
 @pytest.mark.parametrize("deferred", [False, True])
 def test_nobody_comes_back_to_a_request_that_left_no_state(engine: Any, deferred: bool) -> None:
     from vllm.v1.request import RequestStatus
@@ -537,3 +631,28 @@ def test_caching_when_a_step_has_ended_keeps_no_state(engine: Any) -> None:
             assert retention.requests[request.request_id].answer_state == before
             states.add(before)
     assert len(states) > 3, "states of the answer are kept while steps are scheduled"
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_an_answers_state_takes_the_place_of_its_prompts_unless_others_have_found_that(
+    others: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tidepool.cache import PromptEnds
+    from tidepool.replay.engine import EngineShape, add_request, make_engine
+    from tidepool.replay.step import take_step
+
+    monkeypatch.setattr(PromptEnds, "answer_pays", lambda *_: True)
+    config = config_of("qwen3.5", tmp_path)
+    core = make_engine(EngineShape(config, 100_000_000, "elastic", max_num_seqs=8, max_model_len=4096))
+    manager = core.scheduler.kv_cache_manager
+    prompt = list(range(700))
+    add_request(core, "answers", prompt, 300)
+    take_step(core)
+    take_step(core)
+    for number in range(others):
+        add_request(core, str(number), [*prompt[:600], *range(1000, 1100)], 2)
+    while core.scheduler.has_requests():
+        take_step(core)
+    states = ends(manager.block_pool.pools[0])
+    assert max(states) > 700
+    assert (512 in states) == (others > 0)

@@ -26,20 +26,21 @@ def text(length: int = LENGTH) -> list[int]:
 class Bench:
     """An engine, its link to the host, and a clock that a test moves by hand: no copy ends before it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, drafter: bool = False) -> None:
         from tidepool.replay.engine import EngineShape, make_engine
         from tidepool.replay.link import Link
 
         self.now = 0.0
         self.engine = make_engine(
             EngineShape(
-                dict(entry("Qwen3.5-0.8B").config),
+                dict(entry("Qwen3.5-0.8B").config) | ({"mtp_num_hidden_layers": 1} if drafter else {}),
                 MEMORY,
                 "elastic",
                 max_num_seqs=4,
                 max_model_len=9_000,
                 max_num_batched_tokens=1_024,
                 host_bytes=1 << 30,
+                options={"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}} if drafter else {},
             )
         )
         self.scheduler = self.engine.scheduler
@@ -120,6 +121,18 @@ def test_what_has_left_the_device_is_loaded(bench: Bench) -> None:
     bench.settle()
     assert bench.hits["again"] == 3_584
     assert bench.in_use == 0
+
+
+def test_with_a_drafter_as_much_is_loaded_as_the_device_would_hit() -> None:
+    """Its lookups need a block more than they give."""
+    bench = Bench(drafter=True)
+    prompt = text()
+    longer = [*prompt, *text(100)]
+    bench.answer("first", prompt)
+    bench.loading("loaded", longer)
+    bench.settle()
+    assert bench.hits["loaded"] == bench.answer("again", longer) == 3_584
+    assert bench.host.traffic.loads == 1
 
 
 RESETS: dict[str, Callable[[Bench], Any]] = {
@@ -234,6 +247,21 @@ def test_a_state_that_a_running_request_has_left_goes_to_the_host_at_once(bench:
     bench.lose_on_device()
     assert bench.answer("again", [*prompt, *text(100)]) == 3_584
     assert bench.in_use == 0
+
+
+def test_a_state_that_a_later_one_serves_for_goes_first_on_the_host_too(bench: Bench) -> None:
+    from tidepool.cache import PriorityClass
+
+    prompt = text()
+    assert bench.answer("alone", text(1_500)) == 0
+    assert bench.answer("first", prompt) == 0
+    assert bench.answer("next turn", [*prompt, *text(1_000)]) == 3_584
+    evictions = bench.host.tier.arena.evictions
+    for number in range(200):
+        if sum(evictions.values()):
+            break
+        bench.answer(str(number), text(1_500))
+    assert evictions[PriorityClass.LOW] == sum(evictions.values()) == 1
 
 
 def test_memory_that_is_being_stored_is_not_taken_by_others(bench: Bench) -> None:

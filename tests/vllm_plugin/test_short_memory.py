@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,20 +18,21 @@ from tidepool.testing.tiny import Family, make_checkpoint
 pytestmark = pytest.mark.vllm
 STATES, ATTENTION = 0, 1
 """Groups, in the order of their first layers."""
+FAMILIES: tuple[Family, ...] = ("qwen3.5", "nemotron-h")
 PROMPT = list(range(700))
+
+
+def engine_of(family: Family, folder: Path, **options: Any) -> Any:
+    from tidepool.replay.engine import EngineShape, make_engine
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    config = json.loads((make_checkpoint(family, folder / family) / "config.json").read_text(encoding="utf-8"))
+    return make_engine(EngineShape(config, 100_000_000, "elastic", max_num_seqs=8, max_model_len=4096, **options))
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Any]:
-    from tidepool.replay.engine import EngineShape, make_engine
-
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    made: dict[Family, Any] = {}
-    for family in ("qwen3.5", "nemotron-h"):
-        path = make_checkpoint(family, tmp_path_factory.mktemp("models") / family)
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        made[family] = make_engine(EngineShape(config, 100_000_000, "elastic", max_num_seqs=8, max_model_len=4096))
-    return made
+    return {family: engine_of(family, tmp_path_factory.mktemp("models")) for family in FAMILIES}
 
 
 def make_manager(engine: Any) -> Any:
@@ -47,11 +49,12 @@ def make_manager(engine: Any) -> Any:
     )
 
 
-def make_request(engine: Any, name: str, tokens: Sequence[int]) -> Any:
+def make_request(engine: Any, name: str, tokens: Sequence[int], answer: int = 8) -> Any:
     from vllm import SamplingParams
     from vllm.v1.engine import EngineCoreRequest
 
-    request = EngineCoreRequest(name, list(tokens), None, SamplingParams(max_tokens=8), None, 0.0, None, None, None)
+    sampling = SamplingParams(max_tokens=answer)
+    request = EngineCoreRequest(name, list(tokens), None, sampling, None, 0.0, None, None, None)
     return engine.preprocess_add_request(request)[0]
 
 
@@ -98,11 +101,12 @@ def removed(manager: Any) -> int:
 
 
 @pytest.mark.parametrize("place", [512, 192])
-@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("left", [0, 1, 2])
 def test_a_running_request_gives_up_the_state_that_it_left_in_its_block(
-    engines: dict[Family, Any], short: bool, place: int
+    engines: dict[Family, Any], left: int, place: int
 ) -> None:
-    """One at a multiple of what a column of the block table stands for, and one where prompts branch, inside one."""
+    """Unless there is a block for it to go on in. One state is at a multiple of what a column of the block table stands
+    for, and one where prompts branch, inside a column."""
     engine = engines["qwen3.5"]
     manager = make_manager(engine)
     prompt = PROMPT
@@ -116,8 +120,8 @@ def test_a_running_request_gives_up_the_state_that_it_left_in_its_block(
     go_on(manager, request, place)
     assert hit_tokens(manager, engine, prompt) == place
     (before, *_) = states_of(manager)
-    if short:
-        leave_states(manager, 0)
+    leave_states(manager, left)
+    short = left == 0
     removed(manager)
     assert manager.allocate_slots(request, 700 - place) is not None
     (*_, after) = states_of(manager)
@@ -187,3 +191,41 @@ def test_what_is_postponed_isnt_taken_for_a_want_of_memory(engines: dict[Family,
     assert not begin(manager, third, 592)
     assert manager.coordinator.need.postponed
     assert not manager.refused_before("third")
+
+
+@pytest.mark.parametrize(("answer", "begins"), [(8, True), (400, False)])
+def test_room_is_left_for_no_longer_an_answer_than_a_request_may_give(
+    engines: dict[Family, Any], answer: int, begins: bool
+) -> None:
+    """Two long answers don't fit beside each other, one whose request has ended before does."""
+    engine = engines["qwen3.5"]
+    manager = make_manager(engine)
+    assert begin(manager, make_request(engine, "running", range(5_000, 5_100), 400), 100)
+    leave_states(manager, 1)
+    arena = manager.block_pool.arena
+    arena.allocate(ATTENTION, arena.pools[ATTENTION].usable - 700 // 16 - 3)
+    assert begin(manager, make_request(engine, "request", PROMPT, answer), 700) == begins
+
+
+def test_a_packed_state_is_unpacked_into_the_block_that_the_request_goes_on_in(tmp_path: Path) -> None:
+    """So it begins where there is one block of states, and not where there is none."""
+    from vllm.v1.request import RequestStatus
+
+    engine = engine_of("qwen3.5", tmp_path, checkpoint_states="int8")
+    for left in (0, 1):
+        manager = make_manager(engine)
+        first = make_request(engine, f"first {left}", PROMPT)
+        assert begin(manager, first, 512)
+        assert manager.allocate_slots(first, 188) is not None
+        go_on(manager, first, 700)
+        first.status = RequestStatus.FINISHED_STOPPED
+        manager.free(first)
+        found, tokens, _ = manager.get_computed_blocks(make_request(engine, "holds", PROMPT))
+        assert tokens == 512
+        for pool, blocks in zip(manager.block_pool.pools, found.blocks, strict=True):
+            pool.touch(blocks)
+        assert manager.block_pool.arena.pools[-1].in_use == 1, "nobody else may have it"
+        leave_states(manager, left)
+        request = make_request(engine, "request", [*PROMPT[:600], *range(1_000, 1_100)])
+        assert begin(manager, request, 700) == (left > 0)
+    assert len(set(states_of(manager))) == 1

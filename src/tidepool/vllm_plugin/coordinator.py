@@ -223,9 +223,7 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         self._hit_tokens = 0
         """Up to where the last lookup found everything."""
         self._states = states = [each for each in self.single_type_managers if isinstance(each, StateManager)]
-        self._copies_states = all(
-            manager.mamba_cache_mode == "align" and not manager.num_speculative_blocks for manager in states
-        )
+        self._copies_states = all(manager.mamba_cache_mode == "align" for manager in states)
         """Whether the state of a running request can be copied into the cache between two steps."""
         pool = self.block_pool
         self.retention = RetentionPolicy(
@@ -269,8 +267,7 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         """Keep the state of a request that answers, where the policy has it; see `RetentionPolicy.answer_state`.
 
         Only while a step of the request is being scheduled: vLLM 0.33 also caches when a step has ended, and by then
-        the next one may be under way, which writes over the state. And not beside drafts, of which it isn't known yet
-        how many will have been accepted.
+        the next one may be under way, which writes over the state.
         """
         if self.block_pool.serving is None or not self._copies_states:
             return
