@@ -296,13 +296,12 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         """One behind the state that the step leaves, and one for a state saved inside the last step."""
         return 1 + (tokens <= self.retention.checkpoints(request_id).within)
 
-    def give_up_checkpoint(self, request_id: str, computed: int, *, running: bool) -> bool:
+    def give_up_checkpoint(self, request_id: str, computed: int) -> bool:
         """Let a request that found no memory go on without a checkpoint that it would leave.
 
         Args:
             request_id: the request.
-            computed: tokens that it has computed.
-            running: whether it is; it may then have left one in the block that it goes on in.
+            computed: tokens that it has computed; their state may be one, in the block that the request goes on in.
 
         Returns:
             Whether there was one: it now needs less.
@@ -310,8 +309,7 @@ class TidepoolHybridCoordinator(ArenaCoordinator, HybridKVCacheCoordinator):
         within = self.retention.checkpoints(request_id).within
         if within <= computed:
             within = 0  # It has been left.
-        places = [manager.give_up_checkpoint(request_id) for manager in self._states] if running else []
-        place = max(places, default=0) or within
+        place = max([manager.give_up_checkpoint(request_id) for manager in self._states]) or within
         if place:
             self.retention.give_up(request_id, place)
         return place > 0
@@ -468,7 +466,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         if request.status == RequestStatus.RUNNING:
             with Serving(pool, RequestContext(name)):
                 slots = super().allocate_slots(request, *args, **kwargs)
-                if slots is None and self._gives_up_checkpoint(request, running=True):
+                if slots is None and self._gives_up_checkpoint(request):
                     slots = super().allocate_slots(request, *args, **kwargs)
                 return slots
         answer = min(request.max_tokens, max(self._answers.expected(), request.num_output_tokens))
@@ -482,7 +480,7 @@ class TidepoolKVCacheManager(KVCacheManager):
             context = RequestContext(name)
         with Serving(pool, context):
             slots = super().allocate_slots(request, *args, **kwargs)
-            if slots is None and self._gives_up_checkpoint(request, running=False):
+            if slots is None and self._gives_up_checkpoint(request):
                 slots = super().allocate_slots(request, *args, **kwargs)
         if slots is not None:
             self._waits_no_more(name)
@@ -493,15 +491,14 @@ class TidepoolKVCacheManager(KVCacheManager):
             self._lookups[name] = lookup._replace(released=pool.arena.released)
         return slots
 
-    def _gives_up_checkpoint(self, request: Request, *, running: bool) -> bool:
+    def _gives_up_checkpoint(self, request: Request) -> bool:
         """Whether a request that found no memory needs less without a checkpoint, which it then doesn't leave.
 
         Behind host memory it waits for it: there the state lasts.
         """
         if not self.enable_caching or self.coordinator.need.postponed or self.host:
             return False
-        name, computed = request.request_id, request.num_computed_tokens
-        return bool(self.coordinator.give_up_checkpoint(name, computed, running=running))
+        return bool(self.coordinator.give_up_checkpoint(request.request_id, request.num_computed_tokens))
 
     def _count_lookup(self, request: Request, lookup: Lookup) -> None:
         """A request was admitted; one that was preempted finds what it has left itself, and doesn't count."""

@@ -189,15 +189,15 @@ class StateManager(MambaManager):
             self._partial_hit_reqs[name] = column, self.req_to_blocks[name][column]
 
     def give_up_checkpoint(self, request_id: str) -> int:
-        """Take the state that a running request has left in its block out of the cache, so that it can stay there.
+        """Take the state that a request has left in its block out of the cache, so that it can go on there.
 
         Returns:
             Up to which token it is; 0 if there is none that only this request has.
         """
-        blocks = self.req_to_blocks[request_id]
+        blocks = self.req_to_blocks.get(request_id)
         state = blocks[-1] if blocks else self._null_block
         tokens = state.block_hash_num_tokens
-        if self.num_speculative_blocks or state.is_null or state.ref_cnt > 1 or not tokens or self._hits_packed(blocks):
+        if self.num_speculative_blocks or state.is_null or state.ref_cnt > 1 or not tokens:
             return 0
         self.block_pool.evict_blocks({state.block_id})
         self._partial_hit_reqs.pop(request_id, None)
