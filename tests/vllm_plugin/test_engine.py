@@ -273,12 +273,16 @@ def test_workers_are_told_to_poison_nothing_unless_it_is_asked_for(engine: Any) 
 
 
 def test_events_name_their_group(engine: Any) -> None:
+    from vllm.distributed.kv_events import BlockStored
+
     manager = make_manager(engine)
     request = make_request(engine, "request", list(range(1500)))
     read_prompt(manager, request)
     manager.free(request)
     stored = manager.take_events()
     assert {event.group_idx for event in stored} == {0, 1}
+    of_attention = [event for event in stored if event.group_idx == 1 and isinstance(event, BlockStored)]
+    assert [len(event.block_hashes) for event in of_attention] == [64, 29], "one for what each step has stored"
     state = manager.block_pool.pools[0]
     state.evict_blocks({block.block_id for block in state.blocks if block.block_hash is not None})
     removed = manager.take_events()
