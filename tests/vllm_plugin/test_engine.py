@@ -290,6 +290,19 @@ def test_events_name_their_group(engine: Any) -> None:
     assert {event.group_idx for event in removed} == {0}
 
 
+@pytest.mark.parametrize(("tokens", "hit"), [(1_500, 1_024), (1_025, 1_024), (900, 0)])
+def test_who_asks_is_told_of_all_that_a_lookup_found(engine: Any, tokens: int, hit: int) -> None:
+    manager = make_manager(engine)
+    read_prompt(manager, make_request(engine, "first", list(range(1_500))))
+    manager.take_events()
+    request = make_request(engine, "again", list(range(tokens)))
+    found, found_tokens, _ = manager.get_computed_blocks(request)
+    assert found_tokens == hit
+    manager.coordinator.emit_cached_block_events(request, found.blocks)
+    told = [(event.group_idx, len(event.block_hashes), event.block_size) for event in manager.take_events()]
+    assert sorted(told) == ([(0, 1, 16), (1, hit // 16, 16)] if hit else [])
+
+
 def test_a_refused_request_is_looked_up_again_when_a_block_came_free(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
