@@ -146,6 +146,22 @@ def test_prompts_count_once_and_only_when_they_are_settled() -> None:
     assert ends.from_end(3_000) == 0, "other lengths are another matter"
 
 
+def test_shares_are_of_those_settled_and_two_more() -> None:
+    ends = answered(400, from_answer=3, from_end=1)
+    assert (ends.from_end(400), ends.from_answer(400)) == (4 / 6, 3 / 6)
+    assert known(400, from_checkpoint=6).from_checkpoint(400) == 6 / 8
+    assert PromptEnds(SPACING, 1).from_answer(400) == 0
+
+
+def test_a_prompt_may_be_continued_until_its_lifetime_has_passed() -> None:
+    ends = PromptEnds(SPACING, lifetime=100)
+    ends.ended(400, "first", None, now=0)
+    ends.ended(400, "second", None, now=100)
+    assert ends.began("first") == Resumed.END
+    ends.ended(400, "third", None, now=201)
+    assert ends.began("second") == Resumed.NOWHERE
+
+
 def test_old_counts_fade() -> None:
     ends = known(400, never=1_000)
     for number in range(600):

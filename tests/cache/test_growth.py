@@ -14,6 +14,7 @@ from tidepool.cache.pool import Pool
 def test_answers_are_expected_to_get_as_long_as_most_did() -> None:
     answers = AnswerLengths()
     assert answers.expected() == 256, "before any has ended"
+    assert answers.usual() == 0, "likewise"
     rng = random.Random(0)
     lengths = [rng.randint(10, 90) for _ in range(2_000)]
     for tokens in lengths:
@@ -37,6 +38,7 @@ def test_answers_weigh_half_after_512(others: int) -> None:
         if count >= 512:
             count, total, squares = count / 2, total / 2, squares / 2
     assert answers.expected() == int(total / count + (squares / count - (total / count) ** 2) ** 0.5)
+    assert answers.usual() == int(total / count)
     assert answers._count == count
 
 

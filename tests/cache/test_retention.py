@@ -310,18 +310,19 @@ def test_the_state_of_a_branch_point_stays_beside_that_of_an_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "branch", "back_at", "computed", "cuts", "why"),
+    ("rules", "branch", "back_at", "computed", "answer", "cuts", "why"),
     [
-        (CUTS, False, 160, 160, (), "its answer will have the state that it continues from"),
-        (CUTS, True, 160, 160, (384,), "that one stays, for prompts branch there"),
-        (CUTS, False, 96, 96, (384,), "it doesn't continue an answer"),
-        (CUTS, False, 160, 0, (384,), "the state is gone"),
-        (replace(CUTS, answers=False), False, 160, 160, (384,), "answers keep no states beside drafts"),
-        (replace(CUTS, stored=True), False, 160, 160, (384,), "one at its end goes to the host while it answers"),
+        (CUTS, False, 160, 160, 64, (), "its answer will have the state that it continues from"),
+        (CUTS, False, 160, 160, 63, (384,), "it may be too short for that"),
+        (CUTS, True, 160, 160, 64, (384,), "that one stays, for prompts branch there"),
+        (CUTS, False, 96, 96, 64, (384,), "it doesn't continue an answer"),
+        (CUTS, False, 160, 0, 64, (384,), "the state is gone"),
+        (replace(CUTS, answers=False), False, 160, 160, 64, (384,), "answers keep no states beside drafts"),
+        (replace(CUTS, stored=True), False, 160, 160, 64, (384,), "one at its end goes to the host while it answers"),
     ],
 )
 def test_a_turn_isnt_cut_at_its_end_where_its_answer_keeps_a_state(
-    rules: CheckpointRules, branch: bool, back_at: int, computed: int, cuts: tuple[int, ...], why: str
+    rules: CheckpointRules, branch: bool, back_at: int, computed: int, answer: int, cuts: tuple[int, ...], why: str
 ) -> None:
     retention = policy(rules)
     for number in range(20):
@@ -334,7 +335,7 @@ def test_a_turn_isnt_cut_at_its_end_where_its_answer_keeps_a_state(
     prompt = keys("r", 400, after="q0", shared=back_at)
     if branch:
         retention.remember_branch_point(prompt[160 // UNIT - 1])
-    retention.plan("request", prompt, 400, computed, 0)
+    retention.plan("request", prompt, 400, computed, 0, answer)
     assert retention.checkpoints("request").cuts == cuts, why
 
 

@@ -51,6 +51,10 @@ class AnswerLengths:
         if self._count >= _HALVE_AFTER:
             self._count, self._sum, self._squares = self._count / 2, self._sum / 2, self._squares / 2
 
+    def usual(self) -> int:
+        """Tokens that answers get on average; 0 before any has ended."""
+        return int(self._sum / self._count) if self._count else 0
+
     def expected(self) -> int:
         """Tokens that few answers exceed: the mean and one standard deviation more."""
         if not self._count:

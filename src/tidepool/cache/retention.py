@@ -133,7 +133,15 @@ class RetentionPolicy:
             self._arena.start(name, match.turn)
         return record
 
-    def plan(self, name: Hashable, keys: Sequence[Hashable], prompt_tokens: int, computed: int, branch: int) -> int:
+    def plan(
+        self,
+        name: Hashable,
+        keys: Sequence[Hashable],
+        prompt_tokens: int,
+        computed: int,
+        branch: int,
+        answer_tokens: int = 0,
+    ) -> int:
         """Decide where a request leaves checkpoints; asked for whenever it is looked up in the cache.
 
         A branch point gets a checkpoint, but not where a long prompt continues an earlier one: both share the earlier
@@ -147,6 +155,7 @@ class RetentionPolicy:
             prompt_tokens: the prompt.
             computed: tokens of it that are cached.
             branch: up to where its attention, but no state, is cached; 0 if that is nowhere.
+            answer_tokens: that its answer usually gets; 0 if that isn't known.
 
         Returns:
             The branch point that gets a checkpoint; 0 for none.
@@ -159,6 +168,8 @@ class RetentionPolicy:
         place = branch or self._branch_checkpoint(checkpoint, computed)
         record.branch = (place, self._key(keys, place)) if place else None
         moves = self.rules.answers and not self.rules.stored and record.resumed == Resumed.ANSWER and computed > 0
+        # A shorter answer may end before there is a place to keep a state at.
+        moves &= answer_tokens >= 2 * self._answer_spacing
         record.checkpoints = plan_checkpoints(
             self.rules,
             self.prompt_ends,

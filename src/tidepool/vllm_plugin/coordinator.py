@@ -427,7 +427,8 @@ class TidepoolKVCacheManager(KVCacheManager):
         if not self.enable_caching:
             return blocks, tokens, branch
         attention = branch
-        branch = self._retention.plan(name, request.block_hashes, request.num_prompt_tokens, tokens, branch)
+        answer = min(request.max_tokens, self._answers.usual())
+        branch = self._retention.plan(name, request.block_hashes, request.num_prompt_tokens, tokens, branch, answer)
         self._lookups[name] = Lookup((blocks, tokens, branch), attention, -1)
         return blocks, tokens, branch
 
