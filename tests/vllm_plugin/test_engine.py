@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from engines import run_child
+from managers import ask_for, make_manager, make_request
 from tidepool.cache import StateFormat
 from tidepool.capacity import Partition
 from tidepool.models import model_from_config
@@ -85,29 +86,6 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"
     config = config_of("qwen3.5", tmp_path_factory.mktemp("models"))
     return make_engine(EngineShape(config, 100_000_000, "elastic", max_num_seqs=8, max_model_len=4096))
-
-
-def make_manager(engine: Any, **changes: Any) -> Any:
-    from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager
-
-    scheduler = engine.scheduler
-    arguments = {
-        "kv_cache_config": scheduler.kv_cache_config,
-        "max_model_len": 4096,
-        "scheduler_block_size": scheduler.block_size,
-        "hash_block_size": scheduler.hash_block_size,
-        "enable_caching": True,
-        "enable_kv_cache_events": True,
-    }
-    return TidepoolKVCacheManager(**arguments | changes)
-
-
-def make_request(engine: Any, name: str, tokens: list[int]) -> Any:
-    from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-
-    request = EngineCoreRequest(name, tokens, None, SamplingParams(max_tokens=8), None, 0.0, None, None, None)
-    return engine.preprocess_add_request(request)[0]
 
 
 def read_prompt(manager: Any, request: Any) -> int:
@@ -459,12 +437,6 @@ def test_workers_zero_poison_and_copy_one_groups_block_only() -> None:
     arena.arena[40:80] = 9
     arena.copy([(encode(0, 1, 2), encode(0, 5, 2))])
     assert changed() == [*range(40, 80), *range(200, 240)]
-
-
-def ask_for(manager: Any, request: Any, tokens: int) -> Any:
-    """As the scheduler does for the first tokens of a waiting request; None if it was refused."""
-    hit, hit_tokens, _ = manager.get_computed_blocks(request)
-    return manager.allocate_slots(request, tokens - hit_tokens, hit_tokens, hit, full_sequence_must_fit=True)
 
 
 def test_what_is_refused_for_one_step_is_had_in_the_next(engine: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from managers import ask_for, make_manager, make_request
 from tidepool.testing.tiny import Family, make_checkpoint
 
 pytestmark = pytest.mark.vllm
@@ -35,33 +36,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Any]:
     return {family: engine_of(family, tmp_path_factory.mktemp("models")) for family in FAMILIES}
 
 
-def make_manager(engine: Any) -> Any:
-    from tidepool.vllm_plugin.coordinator import TidepoolKVCacheManager
-
-    scheduler = engine.scheduler
-    return TidepoolKVCacheManager(
-        kv_cache_config=scheduler.kv_cache_config,
-        max_model_len=4096,
-        scheduler_block_size=scheduler.block_size,
-        hash_block_size=scheduler.hash_block_size,
-        enable_caching=True,
-        enable_kv_cache_events=True,
-    )
-
-
-def make_request(engine: Any, name: str, tokens: Sequence[int], answer: int = 8) -> Any:
-    from vllm import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-
-    sampling = SamplingParams(max_tokens=answer)
-    request = EngineCoreRequest(name, list(tokens), None, sampling, None, 0.0, None, None, None)
-    return engine.preprocess_add_request(request)[0]
-
-
 def begin(manager: Any, request: Any, tokens: int) -> bool:
     """Offer memory for the first tokens of a waiting request, as the scheduler does. Returns whether it got it."""
-    hit, hit_tokens, _ = manager.get_computed_blocks(request)
-    if manager.allocate_slots(request, tokens - hit_tokens, hit_tokens, hit, full_sequence_must_fit=True) is None:
+    if ask_for(manager, request, tokens) is None:
         return False
     go_on(manager, request, tokens)
     return True

@@ -466,10 +466,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         name, pool = request.request_id, self.block_pool
         if request.status == RequestStatus.RUNNING:
             with Serving(pool, RequestContext(name)):
-                slots = super().allocate_slots(request, *args, **kwargs)
-                if slots is None and self._gives_up_checkpoint(request):
-                    slots = super().allocate_slots(request, *args, **kwargs)
-                return slots
+                return self._allocate_slots(request, *args, **kwargs)
         answer = min(request.max_tokens, max(self._answers.expected(), request.num_output_tokens))
         self.coordinator.growth.expect(name, request.num_prompt_tokens, request.num_prompt_tokens + answer)
         if self.refused_before(name):
@@ -480,9 +477,7 @@ class TidepoolKVCacheManager(KVCacheManager):
         else:
             context = RequestContext(name)
         with Serving(pool, context):
-            slots = super().allocate_slots(request, *args, **kwargs)
-            if slots is None and self._gives_up_checkpoint(request):
-                slots = super().allocate_slots(request, *args, **kwargs)
+            slots = self._allocate_slots(request, *args, **kwargs)
         if slots is not None:
             self._waits_no_more(name)
         lookup = self._lookups.pop(name, None)
@@ -490,6 +485,13 @@ class TidepoolKVCacheManager(KVCacheManager):
             self._count_lookup(request, lookup)
         if lookup and slots is None and not self.coordinator.need.postponed:
             self._lookups[name] = lookup._replace(released=pool.arena.released)
+        return slots
+
+    def _allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """As vLLM's `allocate_slots`; where there is no memory, tried again without a checkpoint."""
+        slots = super().allocate_slots(request, *args, **kwargs)
+        if slots is None and self._gives_up_checkpoint(request):
+            slots = super().allocate_slots(request, *args, **kwargs)
         return slots
 
     def _gives_up_checkpoint(self, request: Request) -> bool:
